@@ -1,0 +1,40 @@
+"""Loads the compiled library and remembers why it could not.
+
+Importing lka_kernels never fails because a compiled part is missing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+
+_BUILD_HINT = "reinstall with a C++17 compiler (g++) and without LKA_NO_EXTENSION=1 to build it"
+
+
+def _load() -> tuple[object | None, str]:
+    if os.environ.get("LKA_NO_EXTENSION") == "1":
+        return None, "switched off by LKA_NO_EXTENSION=1"
+    try:
+        return importlib.import_module("lka_kernels._C"), "ready"
+    except ModuleNotFoundError:
+        return None, f"the compiled library lka_kernels/_C.abi3.so is not installed; {_BUILD_HINT}"
+    except ImportError as error:
+        return None, f"the compiled library does not load: {error}; {_BUILD_HINT}"
+
+
+MODULE, STATUS = _load()
+
+
+def loaded() -> bool:
+    """True if the compiled library is loaded."""
+    return MODULE is not None
+
+
+def instruction_set() -> str:
+    """The instruction set the CPU kernels run with: "avx512", "avx2" or "baseline"."""
+    return MODULE.instruction_set() if MODULE is not None else "none"
+
+
+def built_with_cuda() -> bool:
+    """True if the compiled library holds the CUDA kernels."""
+    return MODULE is not None and MODULE.built_with_cuda()

@@ -1,0 +1,242 @@
+"""Gradients: autograd Functions around the registered operators.
+
+The operators stay outside of autograd, so that selective checkpointing and export see the real
+forward and backward kernels. Depthwise convolution is linear in each argument, so the derivative
+of each of its three operators is again one of the three: with y = conv(x, w) and <·,·> the inner
+product, <dy, conv(x, w)> = <backward_input(dy, w), x> = <backward_weight(dy, x), w>.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lka_kernels import ops
+from lka_kernels.backends import reference
+
+
+class DepthwiseConv2d(torch.autograd.Function):
+    """y = conv(input, weight) + bias."""
+
+    @staticmethod
+    def forward(input, weight, bias, stride, padding, dilation, channels_last, backend):
+        return ops.DEPTHWISE[backend].forward(
+            input, weight, bias, stride, padding, dilation, channels_last
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, weight, bias, *ctx.geometry, ctx.channels_last, ctx.backend = inputs
+        need_input, need_weight = ctx.needs_input_grad[:2]
+        ctx.input_size, ctx.kernel_size = input.shape[2:], weight.shape[2:]
+        need_bias = ctx.needs_input_grad[2]
+        ctx.save_for_backward(input if need_weight else None, weight if need_input else None)
+        ctx.bias_only = need_bias and not need_weight
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        input, weight = ctx.saved_tensors
+        need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad_input = grad_weight = grad_bias = None
+        if need_input:
+            grad_input = _call(
+                BackwardInput,
+                grad_output,
+                weight,
+                ctx.input_size,
+                *ctx.geometry,
+                ctx.channels_last,
+                ctx.backend,
+            )
+        if need_weight:
+            grad_weight, grad_bias = _call(
+                BackwardWeight,
+                grad_output,
+                input,
+                ctx.kernel_size,
+                *ctx.geometry,
+                ctx.channels_last,
+                ctx.backend,
+            )
+        elif need_bias:
+            grad_bias = grad_output.sum((0, 2, 3))
+        return (
+            grad_input,
+            grad_weight,
+            grad_bias if need_bias else None,
+            *(None,) * 5,
+        )
+
+
+class BackwardInput(torch.autograd.Function):
+    """grad_input from grad_output and weight."""
+
+    @staticmethod
+    def forward(
+        grad_output, weight, input_size, stride, padding, dilation, channels_last, backend
+    ):
+        return ops.DEPTHWISE[backend].backward_input(
+            grad_output, weight, input_size, stride, padding, dilation, channels_last
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        grad_output, weight, _, *ctx.geometry, ctx.channels_last, ctx.backend = inputs
+        ctx.kernel_size = weight.shape[2:]
+        ctx.save_for_backward(grad_output, weight)
+
+    @staticmethod
+    def backward(ctx, grad_grad_input):
+        grad_output, weight = ctx.saved_tensors
+        need_grad_output, need_weight = ctx.needs_input_grad[:2]
+        grad_grad_output = grad_weight = None
+        if need_grad_output:
+            grad_grad_output = _call(
+                DepthwiseConv2d,
+                grad_grad_input,
+                weight,
+                None,
+                *ctx.geometry,
+                ctx.channels_last,
+                ctx.backend,
+            )
+        if need_weight:
+            grad_weight, _ = _call(
+                BackwardWeight,
+                grad_output,
+                grad_grad_input,
+                ctx.kernel_size,
+                *ctx.geometry,
+                ctx.channels_last,
+                ctx.backend,
+            )
+        return grad_grad_output, grad_weight, *(None,) * 6
+
+
+class BackwardWeight(torch.autograd.Function):
+    """(grad_weight, grad_bias) from grad_output and input."""
+
+    @staticmethod
+    def forward(
+        grad_output, input, kernel_size, stride, padding, dilation, channels_last, backend
+    ):
+        return ops.DEPTHWISE[backend].backward_weight(
+            grad_output, input, kernel_size, stride, padding, dilation
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        grad_output, input, _, *ctx.geometry, ctx.channels_last, ctx.backend = inputs
+        ctx.save_for_backward(grad_output, input)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad_grad_weight, grad_grad_bias):
+        grad_output, input = ctx.saved_tensors
+        need_grad_output, need_input = ctx.needs_input_grad[:2]
+        grad_grad_output = grad_input = None
+        common = (*ctx.geometry, ctx.channels_last, ctx.backend)
+        if need_grad_output:
+            if grad_grad_weight is not None:
+                grad_grad_output = _call(
+                    DepthwiseConv2d, input, grad_grad_weight, grad_grad_bias, *common
+                )
+            elif grad_grad_bias is not None:
+                grad_grad_output = grad_grad_bias[:, None, None].expand_as(grad_output)
+        if need_input and grad_grad_weight is not None:
+            grad_input = _call(
+                BackwardInput, grad_output, grad_grad_weight, input.shape[2:], *common
+            )
+        return grad_grad_output, grad_input, *(None,) * 6
+
+
+def _call(function, *args):
+    """Record for a further derivative only when autograd asks for one (create_graph=True)."""
+    return function.apply(*args) if torch.is_grad_enabled() else function.forward(*args)
+
+
+# Differentiable tensor arguments of the adapter, in the order of its operators.
+_NUM_ADAPTER_TENSORS = 8
+
+
+class LargeKernelAdapter(torch.autograd.Function):
+    """The fused adapter; arguments are those of ``reference.large_kernel_adapter`` + backend."""
+
+    @staticmethod
+    def forward(
+        x,
+        down_weight,
+        down_bias,
+        conv_weight,
+        conv_bias,
+        up_weight,
+        up_bias,
+        residual,
+        seed,
+        grid_size,
+        *options_and_backend,
+    ):
+        *options, backend = options_and_backend
+        return ops.ADAPTER[backend].forward(
+            x,
+            down_weight,
+            down_bias,
+            conv_weight,
+            conv_bias,
+            up_weight,
+            up_bias,
+            residual,
+            seed,
+            *grid_size,
+            *options,
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, residual, seed = inputs[: _NUM_ADAPTER_TENSORS + 1]
+        ctx.grid_size, *ctx.options, ctx.backend = inputs[_NUM_ADAPTER_TENSORS + 1 :]
+        _, z, c = output
+        ctx.mark_non_differentiable(z, c)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, seed, z, c)
+
+    @staticmethod
+    def backward(ctx, grad_output, _grad_z, _grad_c):
+        num_arguments = _NUM_ADAPTER_TENSORS + 2 + len(ctx.options) + 1
+        if grad_output is None:
+            return (None,) * num_arguments
+        *tensors, seed, z, c = ctx.saved_tensors
+        output_mask = list(ctx.needs_input_grad[: len(tensors)])
+        if torch.is_grad_enabled():
+            grads = _differentiable_adapter_backward(
+                grad_output, tensors, seed, ctx.grid_size, ctx.options, output_mask
+            )
+        else:
+            x, *weights = tensors
+            grads = ops.ADAPTER[ctx.backend].backward(
+                grad_output, x, z, c, *weights, seed, *ctx.grid_size, *ctx.options, output_mask
+            )
+            grads = [
+                grad if asked else None for grad, asked in zip(grads, output_mask, strict=True)
+            ]
+        grad_residual = grad_output if ctx.needs_input_grad[_NUM_ADAPTER_TENSORS - 1] else None
+        return (*grads, grad_residual, *(None,) * (num_arguments - _NUM_ADAPTER_TENSORS))
+
+
+def _differentiable_adapter_backward(grad_output, tensors, seed, grid_size, options, output_mask):
+    """Gradients that can be differentiated again, through the reference.
+
+    Second derivatives of an adapter are rare (meta-learning, gradient penalties), so they are
+    served by plain PyTorch, which replays the same dropout stream.
+    """
+    # Views keep arguments that are one and the same tensor apart.
+    arguments = [None if t is None else t.view_as(t) for t in tensors]
+    output = reference.large_kernel_adapter(*arguments, None, seed, grid_size, *options)
+    wanted = [a for a, asked in zip(arguments, output_mask, strict=True) if asked]
+    found = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=True))
+    return [next(found) if asked else None for asked in output_mask]
+
+
+def large_kernel_adapter(*arguments) -> Tensor:
+    """Apply the fused adapter and return its output alone."""
+    return LargeKernelAdapter.apply(*arguments)[0]

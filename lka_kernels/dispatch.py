@@ -1,0 +1,193 @@
+"""Which backend and method serve a call, and why.
+
+A choice looks at dtype, device, kernel and weight shape only: all known while tracing, so that
+dynamic batch or map sizes grow no guards. Thresholds on those sizes belong inside the operators.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lka_kernels import _extension
+from lka_kernels.checks import ACTIVATIONS, FLOAT_DTYPES, one_of
+
+BACKENDS = ("cpu", "triton", "cuda", "torch")
+
+
+class Choice(NamedTuple):
+    """What serves a call."""
+
+    backend: str
+    method: str
+    reason: str
+
+
+class _Requested:
+    backend = "auto"
+
+
+class use_backend:
+    """Use one backend for every following call; also a context manager that restores the last.
+
+    Args:
+        name: "cpu" (compiled kernels for CPU tensors), "triton", "cuda", "torch" (plain PyTorch)
+            or "auto" (the fastest that can serve each call).
+
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: the backend cannot run here; the message gives the reason.
+    """
+
+    def __init__(self, name: str):
+        one_of("backend", name, (*BACKENDS, "auto"))
+        if name != "auto":
+            status = available_backends()[name]
+            if status != "ready":
+                raise RuntimeError(f"backend {name!r} cannot run: {status}")
+        self._previous = _Requested.backend
+        _Requested.backend = name
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        _Requested.backend = self._previous
+
+
+def available_backends() -> dict[str, str]:
+    """Backend name -> "ready" or the reason why it is not."""
+    return {
+        "cpu": _extension.STATUS,
+        "triton": "this version has no Triton kernels yet",
+        "cuda": _cuda_status(),
+        "torch": "ready",
+    }
+
+
+def _cuda_status() -> str:
+    if not _extension.loaded():
+        return _extension.STATUS
+    if not _extension.built_with_cuda():
+        return (
+            "the compiled library was built without CUDA kernels; "
+            "reinstall with nvcc on PATH or CUDA_HOME set"
+        )
+    if not torch.cuda.is_available():
+        return "CUDA kernels are built, but torch finds no CUDA device"
+    return "ready"
+
+
+def _cannot_run_depthwise(backend: str, input: Tensor, weight: Tensor) -> str | None:
+    """Why ``backend`` cannot serve this depthwise convolution, or None if it can."""
+    if backend == "torch":
+        return None
+    device = "cpu" if backend == "cpu" else "cuda"
+    if input.device.type != device:
+        return f"it serves {device} tensors; input is on {input.device}"
+    if input.dtype not in FLOAT_DTYPES:
+        return f"it serves float32, float64, bfloat16 and float16; input is {input.dtype}"
+    if input.dim() != 4:
+        return f"it serves batches (B, C, H, W); input has {input.dim()} dimensions"
+    if weight.shape[0] != input.shape[1]:
+        return (
+            f"it serves one filter per channel; weight has {weight.shape[0]} filters "
+            f"for {input.shape[1]} channels"
+        )
+    if torch._C._are_functorch_transforms_active():
+        return "it does not run inside torch.func transforms"
+    return None
+
+
+def choose_depthwise(input: Tensor, weight: Tensor, method: str) -> Choice:
+    """Choose for one call of ``depthwise_conv2d`` with checked arguments.
+
+    Raises:
+        RuntimeError: a backend asked for by ``use_backend`` cannot serve the call.
+        ValueError: a method asked for by name cannot serve the call.
+    """
+    requested = _Requested.backend
+    if method == "implicit_gemm":
+        raise ValueError(
+            "method='implicit_gemm' cannot serve this call: it needs the Triton or CUDA "
+            f"tensor-core kernels (triton: {available_backends()['triton']}); "
+            "use 'auto', 'direct' or 'fft'"
+        )
+    if method == "fft":
+        return _choose_fft(input, weight)
+    if requested == "auto":
+        if input.device.type == "cpu" and _extension.MODULE is not None:
+            refusal = _cannot_run_depthwise("cpu", input, weight)
+            if refusal is None:
+                return _COMPILED_CPU
+            return Choice("torch", "direct", f"the compiled CPU kernels cannot: {refusal}")
+        return Choice("torch", "direct", _why_torch(input))
+    refusal = _cannot_run_depthwise(requested, input, weight)
+    if refusal is not None:
+        raise RuntimeError(f"backend {requested!r} cannot run this call: {refusal}")
+    return Choice(requested, "direct", f"asked for by use_backend({requested!r})")
+
+
+_COMPILED_CPU = Choice("cpu", "direct", "compiled CPU kernels serve every size of this call")
+
+
+def _why_torch(input: Tensor) -> str:
+    if input.device.type == "cpu":
+        return f"no compiled CPU kernels: {_extension.STATUS}"
+    return (
+        f"no kernel of this library is measured to be faster on {input.device.type} yet; "
+        "use_backend('cuda') asks for the compiled one"
+    )
+
+
+def _choose_fft(input: Tensor, weight: Tensor) -> Choice:
+    if input.dim() != 4 or weight.shape[0] != input.shape[1]:
+        raise ValueError(
+            "method='fft' cannot serve this call: it needs input (B, C, H, W) and one filter per "
+            f"channel; got input {tuple(input.shape)} and weight {tuple(weight.shape)}"
+        )
+    if input.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"method='fft' cannot serve this call: input is {input.dtype}")
+    return Choice("fft", "fft", "asked for by method='fft'; torch.fft on any device")
+
+
+def choose_adapter(x: Tensor, activation: str) -> Choice:
+    """Choose for one call of ``large_kernel_adapter`` with checked arguments.
+
+    Raises:
+        RuntimeError: a backend asked for by ``use_backend`` cannot serve the call.
+    """
+    requested = _Requested.backend
+    refusal = _cannot_run_adapter("cpu" if requested == "auto" else requested, x, activation)
+    if requested == "auto":
+        if refusal is None:
+            return _FUSED_CPU
+        return Choice("torch", "reference", f"the fused CPU kernels cannot: {refusal}")
+    if refusal is not None:
+        raise RuntimeError(f"backend {requested!r} cannot run this call: {refusal}")
+    if requested == "torch":
+        return Choice("torch", "reference", "asked for by use_backend('torch')")
+    return Choice(requested, "fused", f"asked for by use_backend({requested!r})")
+
+
+_FUSED_CPU = Choice("cpu", "fused", "one fused CPU operator forward and one backward")
+
+
+def _cannot_run_adapter(backend: str, x: Tensor, activation: str) -> str | None:
+    if backend == "torch":
+        return None
+    if backend != "cpu":
+        return f"the {backend} backend has no fused adapter yet"
+    if _extension.MODULE is None:
+        return _extension.STATUS
+    if x.device.type != "cpu":
+        return f"it serves cpu tensors; x is on {x.device}"
+    if x.dtype not in FLOAT_DTYPES:
+        return f"it serves float32, float64, bfloat16 and float16; x is {x.dtype}"
+    if activation not in ACTIVATIONS:
+        return f"activation {activation!r}"
+    if torch._C._are_functorch_transforms_active():
+        return "it does not run inside torch.func transforms"
+    return None

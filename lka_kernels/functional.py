@@ -1,0 +1,364 @@
+"""The two operators as functions: check, apply autocast, choose a backend, call it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lka_kernels import autograd, checks, dispatch, philox
+from lka_kernels.backends import fft as _fft  # noqa: F401  (registers the FFT operators)
+from lka_kernels.backends import reference
+
+
+def depthwise_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride=1,
+    padding=0,
+    dilation=1,
+    *,
+    method: str = "auto",
+) -> Tensor:
+    """Depthwise convolution, ``F.conv2d(input, weight, bias, stride, padding, dilation, C)``.
+
+    Args:
+        input: (B, C, H, W) in any memory layout, or (C, H, W); float32, float16, bfloat16 or
+            float64 (other dtypes are served by PyTorch).
+        weight: (C, 1, kH, kW), odd or even, square or not. A channel multiplier m, weight
+            (C·m, 1, kH, kW), is served by PyTorch.
+        bias: (C,) or None.
+        stride, dilation: int or pair, at least 1.
+        padding: int, pair, "same" (stride 1 only) or "valid".
+        method: "auto", "direct", "implicit_gemm" or "fft".
+
+    Returns:
+        (B, C, H', W') with the dtype and memory format that ``F.conv2d`` returns. Differentiable
+        twice in input, weight and bias. Under autocast the arguments are cast as for ``F.conv2d``.
+
+    Raises:
+        ValueError: a shape or value is not accepted, or ``method`` cannot serve the call.
+        TypeError: an argument has the wrong type, or dtypes differ.
+        RuntimeError: the backend asked for by ``use_backend`` cannot serve the call.
+    """
+    stride, padding, dilation = _check_depthwise(
+        input, weight, bias, stride, padding, dilation, method
+    )
+    if torch.is_autocast_enabled(input.device.type):
+        input, weight, bias = _autocast(input.device.type, input, weight, bias)
+    checks.dtypes_and_devices_agree("input", input, (("weight", weight), ("bias", bias)))
+    choice = dispatch.choose_depthwise(input, weight, method)
+    if choice.backend == "torch":
+        if input.dim() == 3:
+            return reference.depthwise_conv2d(
+                input[None], weight, bias, stride, padding, dilation
+            )[0]
+        return reference.depthwise_conv2d(input, weight, bias, stride, padding, dilation)
+    channels_last = _like_channels_last(input) or _like_channels_last(weight)
+    return autograd.DepthwiseConv2d.apply(
+        input, weight, bias, stride, padding, dilation, channels_last, choice.backend
+    )
+
+
+def _check_depthwise(input, weight, bias, stride, padding, dilation, method):
+    """Return normalised (stride, padding, dilation); raise for what ``F.conv2d`` refuses."""
+    checks.is_tensor("input", input)
+    checks.is_tensor("weight", weight)
+    if input.dim() not in (3, 4):
+        raise ValueError(f"input must be (B, C, H, W) or (C, H, W); got {tuple(input.shape)}")
+    if weight.dim() != 4 or weight.shape[1] != 1:
+        raise ValueError(f"weight must be (C, 1, kH, kW); got {tuple(weight.shape)}")
+    channels = input.shape[-3]
+    filters = weight.shape[0]
+    if channels < 1 or filters < 1 or filters % channels:
+        raise ValueError(
+            f"weight must be (C, 1, kH, kW) with C={channels} channels as in input "
+            f"{tuple(input.shape)} (or a multiple of C); got {tuple(weight.shape)}"
+        )
+    if bias is not None:
+        checks.is_tensor("bias", bias)
+        if bias.dim() != 1 or bias.shape[0] != filters:
+            raise ValueError(f"bias must be ({filters},); got {tuple(bias.shape)}")
+    checks.one_of("method", method, checks.METHODS)
+    stride = checks.pair("stride", stride, minimum=1)
+    dilation = checks.pair("dilation", dilation, minimum=1)
+    kernel_size = (weight.shape[2], weight.shape[3])
+    if kernel_size[0] < 1 or kernel_size[1] < 1:
+        raise ValueError(f"weight must have at least one tap; got {tuple(weight.shape)}")
+    padding = checks.padding_tlbr(padding, stride, dilation, kernel_size)
+    for name, size, extent, pad in (
+        ("H", input.shape[-2], dilation[0] * (kernel_size[0] - 1) + 1, padding[0] + padding[2]),
+        ("W", input.shape[-1], dilation[1] * (kernel_size[1] - 1) + 1, padding[1] + padding[3]),
+    ):
+        if size < 1 or size + pad < extent:
+            raise ValueError(
+                f"input {tuple(input.shape)} with padding must be at least as large as the "
+                f"dilated kernel: {name} + padding is {size + pad}, the kernel needs {extent}"
+            )
+    return stride, padding, dilation
+
+
+def _autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Cast to the autocast dtype as ``F.conv2d`` and ``F.linear`` do (float64 stays)."""
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(
+        t.to(dtype)
+        if t is not None and t.is_floating_point() and t.dtype != torch.float64
+        else t
+        for t in tensors
+    )
+
+
+def _like_channels_last(x: Tensor) -> bool:
+    """Whether strides order the dimensions N, H, W, C, as ``suggest_memory_format`` tests.
+
+    Follows ``is_channels_last_strides_2d`` of c10/core/MemoryFormat.h, which decides the memory
+    format of ``F.conv2d``'s result.
+    """
+    sizes, strides = x.shape, x.stride()
+    if strides[1] == 0:
+        return False
+    least = 0
+    for d in (1, 3, 2, 0):
+        if sizes[d] == 0 or strides[d] < least:
+            return False
+        if d == 0 and least == strides[1]:
+            return False
+        least = strides[d]
+        if sizes[d] > 1:
+            least *= sizes[d]
+    return True
+
+
+def large_kernel_adapter(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    *,
+    grid_size: tuple[int, int] | None = None,
+    num_prefix_tokens: int = 0,
+    prefix_mode: str = "center_tap",
+    dilation: int = 1,
+    activation: str = "gelu",
+    activation_position: str = "pre",
+    dropout_p: float = 0.0,
+    training: bool = False,
+    scale: float = 1.0,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """The Large Kernel Adapter (arXiv 2506.19118) in one call.
+
+    z = x·down_weightᵀ + down_bias; a = act(z) if the position is "pre" or "both"; c = depthwise
+    convolution of a over the grid, zero-padded "same"; e = act(c) if "post" or "both";
+    y = dropout(e)·up_weightᵀ + up_bias. Returns residual + scale·y, or scale·y.
+
+    Args:
+        x: tokens (B, P+N, C) or a map (B, H, W, C); N = H·W.
+        down_weight, down_bias: (r, C) and (r,) or None.
+        conv_weight, conv_bias: (r, 1, kH, kW) and (r,) or None.
+        up_weight, up_bias: (C, r) and (C,) or None.
+        grid_size: (H, W); for tokens it may be left out if N is a square.
+        num_prefix_tokens: P, class and register tokens at the front; 0 for a map.
+        prefix_mode: "center_tap" convolves a prefix token as a 1×1 image, "skip" passes it around
+            the convolution, "zero" gives it nothing from the adapter.
+        dilation: of the convolution, at least 1.
+        activation: "gelu", "gelu_tanh", "relu", "silu" or "none".
+        activation_position: "pre", "post" or "both", relative to the convolution.
+        dropout_p: probability in [0, 1] of dropping an element of e, if ``training``. The mask
+            follows ``torch.manual_seed`` and is the same on every backend.
+        scale: factor of y.
+        residual: the shape of x; added to the result.
+
+    Returns:
+        The shape of x. Differentiable twice in all tensors. Under autocast x and the weights are
+        cast as for ``F.linear`` and the residual is not.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as ``depthwise_conv2d``.
+    """
+    grid_size = _check_adapter(
+        x,
+        down_weight,
+        down_bias,
+        conv_weight,
+        conv_bias,
+        up_weight,
+        up_bias,
+        residual,
+        grid_size,
+        num_prefix_tokens,
+    )
+    checks.one_of("prefix_mode", prefix_mode, checks.PREFIX_MODES)
+    checks.one_of("activation", activation, checks.ACTIVATIONS)
+    checks.one_of("activation_position", activation_position, checks.ACTIVATION_POSITIONS)
+    if not checks.is_int(dilation):
+        raise TypeError(f"dilation must be an int; got {dilation!r}")
+    if dilation < 1:
+        raise ValueError(f"dilation must be at least 1; got {dilation}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1]; got {dropout_p}")
+
+    weights = (down_weight, down_bias, conv_weight, conv_bias, up_weight, up_bias)
+    if torch.is_autocast_enabled(x.device.type):
+        x, *weights = _autocast(x.device.type, x, *weights)
+    names = ("down_weight", "down_bias", "conv_weight", "conv_bias", "up_weight", "up_bias")
+    checks.dtypes_and_devices_agree("x", x, zip(names, weights, strict=True))
+
+    choice = dispatch.choose_adapter(x, activation)
+    seed = philox.new_seed(x.device) if training and dropout_p > 0 else None
+    # The fused kernels add a residual of x's dtype; any other follows torch's type promotion.
+    late_residual = None
+    if residual is not None and residual.dtype != x.dtype:
+        late_residual, residual = residual, None
+    tokens = x.flatten(1, 2) if x.dim() == 4 else x
+    if residual is not None and residual.dim() == 4:
+        residual = residual.flatten(1, 2)
+    arguments = (
+        tokens,
+        *weights,
+        residual,
+        seed,
+        grid_size,
+        num_prefix_tokens,
+        prefix_mode,
+        dilation,
+        activation,
+        activation_position,
+        float(dropout_p),
+        float(scale),
+    )
+    if choice.backend == "torch":
+        y = reference.large_kernel_adapter(*arguments)
+    else:
+        y = autograd.large_kernel_adapter(*arguments, choice.backend)
+    if x.dim() == 4:
+        y = y.unflatten(1, grid_size)
+    return y if late_residual is None else late_residual + y
+
+
+def _check_adapter(
+    x,
+    down_weight,
+    down_bias,
+    conv_weight,
+    conv_bias,
+    up_weight,
+    up_bias,
+    residual,
+    grid_size,
+    num_prefix_tokens,
+) -> tuple[int, int]:
+    """Check types and shapes; return the grid size."""
+    checks.is_tensor("x", x)
+    if x.dim() not in (3, 4):
+        raise ValueError(f"x must be (B, P+N, C) or (B, H, W, C); got {tuple(x.shape)}")
+    dim = x.shape[-1]
+    for name, weight, dims in (
+        ("down_weight", down_weight, 2),
+        ("conv_weight", conv_weight, 4),
+        ("up_weight", up_weight, 2),
+    ):
+        checks.is_tensor(name, weight)
+        if weight.dim() != dims:
+            raise ValueError(f"{name} must have {dims} dimensions; got {tuple(weight.shape)}")
+    r = down_weight.shape[0]
+    if r < 1 or dim < 1:
+        raise ValueError(f"x and down_weight must have channels; got C={dim} and r={r}")
+    if down_weight.shape[1] != dim:
+        raise ValueError(f"down_weight must be (r, C={dim}); got {tuple(down_weight.shape)}")
+    if conv_weight.shape[0] != r or conv_weight.shape[1] != 1 or 0 in conv_weight.shape:
+        raise ValueError(f"conv_weight must be (r={r}, 1, kH, kW); got {tuple(conv_weight.shape)}")
+    if up_weight.shape[0] != dim or up_weight.shape[1] != r:
+        raise ValueError(f"up_weight must be (C={dim}, r={r}); got {tuple(up_weight.shape)}")
+    for name, bias, size in (
+        ("down_bias", down_bias, r),
+        ("conv_bias", conv_bias, r),
+        ("up_bias", up_bias, dim),
+    ):
+        if bias is not None:
+            checks.is_tensor(name, bias)
+            if bias.dim() != 1 or bias.shape[0] != size:
+                raise ValueError(f"{name} must be ({size},); got {tuple(bias.shape)}")
+    if residual is not None:
+        checks.is_tensor("residual", residual)
+        if residual.shape != x.shape:
+            raise ValueError(
+                f"residual must have the shape of x {tuple(x.shape)}; got {tuple(residual.shape)}"
+            )
+        if residual.device != x.device:
+            raise ValueError(f"residual must be on {x.device}; got {residual.device}")
+    return _check_grid(x, grid_size, num_prefix_tokens)
+
+
+def _check_grid(x: Tensor, grid_size, num_prefix_tokens) -> tuple[int, int]:
+    if not checks.is_int(num_prefix_tokens):
+        raise TypeError(f"num_prefix_tokens must be an int; got {num_prefix_tokens!r}")
+    if num_prefix_tokens < 0:
+        raise ValueError(f"num_prefix_tokens must not be negative; got {num_prefix_tokens}")
+    if x.dim() == 4:
+        if num_prefix_tokens:
+            raise ValueError(
+                f"num_prefix_tokens must be 0 for x (B, H, W, C); got {num_prefix_tokens}"
+            )
+        if grid_size is not None and tuple(grid_size) != (x.shape[1], x.shape[2]):
+            raise ValueError(
+                f"grid_size must be {(x.shape[1], x.shape[2])}, as x {tuple(x.shape)} has it; "
+                f"got {tuple(grid_size)}"
+            )
+        return x.shape[1], x.shape[2]
+    num_tokens = x.shape[1] - num_prefix_tokens
+    if grid_size is None:
+        side = round(num_tokens**0.5) if num_tokens > 0 else 0
+        if side < 1 or side * side != num_tokens:
+            raise ValueError(
+                f"grid_size must be given: x {tuple(x.shape)} with num_prefix_tokens="
+                f"{num_prefix_tokens} has {num_tokens} grid tokens, which is not a square"
+            )
+        return side, side
+    height, width = checks.pair("grid_size", grid_size, minimum=1)
+    if height * width != num_tokens:
+        raise ValueError(
+            f"grid_size {tuple(grid_size)} needs {height * width} grid tokens; x "
+            f"{tuple(x.shape)} with num_prefix_tokens={num_prefix_tokens} has {num_tokens}"
+        )
+    return height, width
+
+
+def explain(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride=1,
+    padding=0,
+    dilation=1,
+    *,
+    method: str = "auto",
+) -> str:
+    """Which backend and method would serve ``depthwise_conv2d`` with these arguments, and why.
+
+    Raises:
+        ValueError, TypeError: as the call itself. A backend or method that was asked for by name
+            and cannot serve the call is told in the text.
+    """
+    _check_depthwise(input, weight, bias, stride, padding, dilation, method)
+    try:
+        choice = dispatch.choose_depthwise(input, weight, method)
+    except (RuntimeError, ValueError) as error:
+        return f"no backend: {error}"
+    layout = "channels_last" if input.dim() == 4 and _like_channels_last(input) else "contiguous"
+    lines = [
+        f"backend={choice.backend} method={choice.method}: {choice.reason}",
+        f"input {tuple(input.shape)} {input.dtype} {layout} on {input.device}, "
+        f"weight {tuple(weight.shape)}",
+    ]
+    if choice.backend == "cpu":
+        from lka_kernels import _extension
+
+        lines.append(f"instruction set {_extension.instruction_set()}")
+    others = {k: v for k, v in dispatch.available_backends().items() if v != "ready"}
+    lines += [f"not available: {name}: {reason}" for name, reason in others.items()]
+    return "\n".join(lines)

@@ -1,0 +1,168 @@
+"""The Large Kernel Adapter as a module."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lka_kernels import checks
+from lka_kernels.functional import large_kernel_adapter
+
+INITS = ("zero", "paper")
+DATA_FORMATS = ("channels_last", "channels_first")
+
+
+class FusedLKA(nn.Module):
+    """Large Kernel Adapter: down-projection, activation, depthwise convolution, up-projection.
+
+    Follows "LKA: Large Kernel Adapter for Enhanced Medical Image Classification"
+    (arXiv 2506.19118). Parameters live in ``down`` (nn.Linear), ``conv`` (nn.Conv2d, one group
+    per channel) and ``up`` (nn.Linear); the forward pass runs them as one fused operator.
+
+    Args:
+        dim: C, the model width.
+        bottleneck_dim: r, the width of the bottleneck.
+        kernel_size: int or pair; padding is "same".
+        dilation: of the convolution.
+        activation, activation_position: as ``functional.large_kernel_adapter``.
+        dropout: probability of dropping an element before the up-projection, in training.
+        bias: whether the three layers have biases.
+        num_prefix_tokens, prefix_mode: P and how the convolution treats class and register tokens.
+        scale: factor of the adapter's output.
+        init: "zero" zeroes ``up``, so that a fresh adapter changes nothing; "paper" draws the
+            linear weights from a truncated normal distribution of deviation 0.02 and zeroes
+            the biases, as the released code does.
+        data_format: "channels_last" takes (B, P+N, C) or (B, H, W, C), "channels_first" takes
+            (B, C, H, W).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        bottleneck_dim: int = 8,
+        kernel_size=7,
+        *,
+        dilation: int = 1,
+        activation: str = "gelu",
+        activation_position: str = "pre",
+        dropout: float = 0.0,
+        bias: bool = True,
+        num_prefix_tokens: int = 0,
+        prefix_mode: str = "center_tap",
+        scale: float = 1.0,
+        init: str = "zero",
+        data_format: str = "channels_last",
+        device=None,
+        dtype=None,
+    ):
+        for name, value in (
+            ("dim", dim),
+            ("bottleneck_dim", bottleneck_dim),
+            ("dilation", dilation),
+        ):
+            if not checks.is_int(value):
+                raise TypeError(f"{name} must be an int; got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+        if not checks.is_int(num_prefix_tokens):
+            raise TypeError(f"num_prefix_tokens must be an int; got {num_prefix_tokens!r}")
+        if num_prefix_tokens < 0:
+            raise ValueError(f"num_prefix_tokens must not be negative; got {num_prefix_tokens}")
+        if not 0.0 <= dropout <= 1.0:
+            raise ValueError(f"dropout must be in [0, 1]; got {dropout}")
+        kernel_size = checks.pair("kernel_size", kernel_size, minimum=1)
+        checks.one_of("activation", activation, checks.ACTIVATIONS)
+        checks.one_of("activation_position", activation_position, checks.ACTIVATION_POSITIONS)
+        checks.one_of("prefix_mode", prefix_mode, checks.PREFIX_MODES)
+        checks.one_of("init", init, INITS)
+        checks.one_of("data_format", data_format, DATA_FORMATS)
+        if data_format == "channels_first" and num_prefix_tokens:
+            raise ValueError(
+                "num_prefix_tokens must be 0 with data_format='channels_first'; "
+                f"got {num_prefix_tokens}"
+            )
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.dilation = dilation
+        self.activation = activation
+        self.activation_position = activation_position
+        self.dropout = float(dropout)
+        self.num_prefix_tokens = num_prefix_tokens
+        self.prefix_mode = prefix_mode
+        self.scale = float(scale)
+        self.init = init
+        self.data_format = data_format
+        self.down = nn.Linear(dim, bottleneck_dim, bias=bias, **factory)
+        self.conv = nn.Conv2d(
+            bottleneck_dim,
+            bottleneck_dim,
+            kernel_size,
+            padding="same",
+            dilation=dilation,
+            groups=bottleneck_dim,
+            bias=bias,
+            **factory,
+        )
+        self.up = nn.Linear(bottleneck_dim, dim, bias=bias, **factory)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw fresh parameters as ``init`` says."""
+        self.conv.reset_parameters()
+        for linear in (self.down, self.up):
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        if self.init == "zero":
+            nn.init.zeros_(self.up.weight)
+
+    def forward(
+        self,
+        x: Tensor,
+        grid_size: tuple[int, int] | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """Apply the adapter.
+
+        Args:
+            x: (B, P+N, C), (B, H, W, C) or, with data_format="channels_first", (B, C, H, W).
+            grid_size: (H, W) of the token grid; only for tokens that do not form a square.
+            residual: the shape of x; added to the result.
+
+        Returns:
+            The shape of x.
+        """
+        channels_first = self.data_format == "channels_first"
+        if channels_first:
+            if x.dim() != 4:
+                raise ValueError(f"x must be (B, C, H, W); got {tuple(x.shape)}")
+            x = x.permute(0, 2, 3, 1)
+            if residual is not None:
+                residual = residual.permute(0, 2, 3, 1)
+        y = large_kernel_adapter(
+            x,
+            self.down.weight,
+            self.down.bias,
+            self.conv.weight,
+            self.conv.bias,
+            self.up.weight,
+            self.up.bias,
+            grid_size=grid_size,
+            num_prefix_tokens=self.num_prefix_tokens,
+            prefix_mode=self.prefix_mode,
+            dilation=self.dilation,
+            activation=self.activation,
+            activation_position=self.activation_position,
+            dropout_p=self.dropout,
+            training=self.training,
+            scale=self.scale,
+            residual=residual,
+        )
+        return y.permute(0, 3, 1, 2) if channels_first else y
+
+    def extra_repr(self) -> str:
+        return (
+            f"activation={self.activation!r}, activation_position={self.activation_position!r}, "
+            f"dropout={self.dropout}, num_prefix_tokens={self.num_prefix_tokens}, "
+            f"prefix_mode={self.prefix_mode!r}, scale={self.scale}, "
+            f"data_format={self.data_format!r}"
+        )
