@@ -20,6 +20,7 @@ from lka_kernels.adapters import (
     unwrapped,
 )
 from lka_kernels.config import LKAConfig
+from lka_kernels.integrations.adapted_block import PlannedBlock
 
 FORMAT = "lka_kernels.adapters.v1"
 
@@ -81,6 +82,8 @@ def load_adapters(model: nn.Module, path) -> nn.Module:
         planned = plan_injection(base, config, train_head)
         expected = {}
         for change in planned:
+            if not isinstance(change, PlannedBlock):
+                continue
             for name, adapter in change.adapters.items():
                 if adapter is not None:
                     expected |= _prefixed(f"{change.name}.{name}".lstrip("."), adapter)
@@ -128,7 +131,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], LKAConfig, bool]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"path {path} is not a complete safetensors file: {error}") from error
     if metadata.get("format") != FORMAT:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from lka_kernels.config import LKAConfig
-from lka_kernels.integrations.adapted_block import AdaptedBlock, PlannedBlock
+from lka_kernels.integrations.adapted_block import AdaptedBlock, PlannedBlock, PlannedHook
 from lka_kernels.integrations.timm import plan_adapters
 
 
@@ -143,7 +143,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def plan_injection(model: nn.Module, config: LKAConfig, train_head: bool) -> list[PlannedBlock]:
+def plan_injection(
+    model: nn.Module, config: LKAConfig, train_head: bool
+) -> list[PlannedBlock | PlannedHook]:
     """Everything of ``add_adapters`` that can fail."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
@@ -159,7 +161,12 @@ def plan_injection(model: nn.Module, config: LKAConfig, train_head: bool) -> lis
     return plan_adapters(model, config)
 
 
-def install(model, planned: list[PlannedBlock], config: LKAConfig, train_head: bool) -> None:
+def install(
+    model: nn.Module,
+    planned: list[PlannedBlock | PlannedHook],
+    config: LKAConfig,
+    train_head: bool,
+) -> None:
     """Make the planned changes, freeze the rest; cannot fail half-way."""
     model.requires_grad_(False)
     for change in planned:
@@ -176,6 +183,11 @@ def _adapter_prefixes(model: nn.Module, head: bool) -> tuple[str, ...]:
     modules = list(named_adapters(model))
     if not modules:
         raise ValueError(f"model {type(model).__name__} has no adapters; see add_adapters")
+    if not hasattr(model, "lka_config"):
+        raise ValueError(
+            f"model {type(model).__name__} has adapters in a part of it ({modules[0][0]}); pass "
+            "the part that was given to add_adapters"
+        )
     if head and model.lka_train_head:
         modules += head_modules(model)
     return tuple(f"{name}." for name, _ in modules)

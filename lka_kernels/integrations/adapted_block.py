@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -42,6 +42,18 @@ class PlannedBlock:
             setattr(self.block, name, value)
         for name, adapter in self.adapters.items():
             self.block.register_module(name, adapter)
+
+
+@dataclass
+class PlannedHook:
+    """A forward pre-hook to put on a module that is not itself a block."""
+
+    module: nn.Module
+    hook: Callable
+
+    def install(self) -> None:
+        """Register the hook."""
+        self.module.register_forward_pre_hook(self.hook)
 
 
 def plan_adapter(config: LKAConfig, block: nn.Module, dim: int, **options) -> nn.Module:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import nn
 
 from lka_kernels.config import LKAConfig
-from lka_kernels.integrations.adapted_block import PlannedBlock
+from lka_kernels.integrations.adapted_block import PlannedBlock, PlannedHook
 
 
-def plan_adapters(model: nn.Module, config: LKAConfig) -> list[PlannedBlock]:
+def plan_adapters(model: nn.Module, config: LKAConfig) -> list[PlannedBlock | PlannedHook]:
     """Build the adapters of ``model`` without touching it.
 
     Returns:
@@ -21,7 +21,7 @@ def plan_adapters(model: nn.Module, config: LKAConfig) -> list[PlannedBlock]:
     """
     families = _families()
     planned = [change for family in families for change in family.plan(model, config)]
-    changed = {id(change.block) for change in planned if change.adapters}
+    changed = {id(change.block) for change in planned if isinstance(change, PlannedBlock)}
     left = [
         f"{name} ({type(module).__name__})"
         for name, module in model.named_modules()
@@ -57,8 +57,12 @@ def _needs_adapter(module: nn.Module, families) -> bool:
     return any(type(module) in family.BLOCKS for family in families)
 
 
+def _of_torch(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.")
+
+
 def _unsupported(model: nn.Module, families, left: list[str]) -> str:
-    names = {type(m).__name__ for m in model.modules() if not type(m).__module__ == "torch.nn"}
+    names = {type(m).__name__ for m in model.modules() if not _of_torch(m)}
     words = ("block", "residual", "bottleneck", "layer", "stage")
     found = sorted(n for n in names if n.lower().endswith(words)) or sorted(names)
     supported = "; ".join(family.SUPPORTED for family in families)

@@ -12,6 +12,7 @@ from lka_kernels.config import LKAConfig
 from lka_kernels.integrations.adapted_block import (
     AdaptedBlock,
     PlannedBlock,
+    PlannedHook,
     add_branch,
     plan_adapter,
 )
@@ -42,7 +43,7 @@ class LKABlock(AdaptedBlock, Block):
         return add_branch(x, n, h, self.lka_mlp, self.lka_placement, self.drop_path2, grid_size)
 
 
-def plan(model: nn.Module, config: LKAConfig) -> Iterator[PlannedBlock]:
+def plan(model: nn.Module, config: LKAConfig) -> Iterator[PlannedBlock | PlannedHook]:
     """The changes to every ``Block`` of every VisionTransformer in ``model``."""
     for prefix, vit in model.named_modules():
         if not isinstance(vit, VisionTransformer):
@@ -56,7 +57,7 @@ def plan(model: nn.Module, config: LKAConfig) -> Iterator[PlannedBlock]:
                 "leaves no grid to convolve; adapters need patch_drop_rate=0"
             )
         grid = TokenGrid(vit.patch_embed.grid_size)
-        yield _PlannedGrid(prefix, vit.patch_embed, grid)
+        yield PlannedHook(vit.patch_embed, grid.record)
         for name, block in blocks:
             yield PlannedBlock(
                 name,
@@ -76,15 +77,3 @@ def plan(model: nn.Module, config: LKAConfig) -> Iterator[PlannedBlock]:
                     "lka_num_prefix_tokens": vit.num_prefix_tokens,
                 },
             )
-
-
-class _PlannedGrid:
-    """The hook that tells the blocks of one VisionTransformer the grid of the input."""
-
-    adapters: dict = {}
-
-    def __init__(self, name: str, patch_embed: nn.Module, grid: TokenGrid):
-        self.name, self.block, self.grid = name, patch_embed, grid
-
-    def install(self) -> None:
-        self.block.register_forward_pre_hook(self.grid.record)
