@@ -15,8 +15,9 @@ from lka_kernels.depthwise_replacement import replace_depthwise_convs
 from lka_kernels.dispatch import available_backends, use_backend
 from lka_kernels.functional import depthwise_conv2d, explain, large_kernel_adapter
 from lka_kernels.modules import DepthwiseConv2d, FusedLKA
+from lka_kernels.version import __version__
 
-__version__ = "0.1.0"
+
 
 __all__ = [
     "DepthwiseConv2d",

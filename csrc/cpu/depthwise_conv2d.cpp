@@ -1,0 +1,208 @@
+// Launchers of depthwise convolution on the CPU: tensors to params, params to plans, tasks to
+// torch's thread pool.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "../stable.h"
+#include "depthwise_planner.h"
+#include "operators.h"
+#include "scratch.h"
+#include "simd.h"
+
+namespace lka::cpu {
+namespace {
+
+// Below this many vector multiply-adds a task is not worth another thread.
+constexpr double kGrain = 20000.0;
+
+int64_t grain(double multiply_adds_per_task) {
+  return std::max<int64_t>(1, int64_t(std::ceil(kGrain / (multiply_adds_per_task + 1.0))));
+}
+
+ConvParams geometry(const Tensor& map, const std::vector<int64_t>& stride,
+                    const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation) {
+  ConvParams p;
+  p.storage = storage_of(map, "input");
+  p.batch = map.size(0);
+  p.channels = map.size(1);
+  p.stride_h = stride[0];
+  p.stride_w = stride[1];
+  p.dilation_h = dilation[0];
+  p.dilation_w = dilation[1];
+  p.pad_top = padding[0];
+  p.pad_left = padding[1];
+  return p;
+}
+
+int64_t output_extent(int64_t input, int64_t kernel, int64_t stride, int64_t before, int64_t after,
+                      int64_t dilation) {
+  return (input + before + after - dilation * (kernel - 1) - 1) / stride + 1;
+}
+
+void check_weight(const Tensor& weight, const Tensor& map) {
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == map.size(1) && weight.size(1) == 1,
+                  "weight must be (C, 1, kH, kW) with the channels of input");
+  STD_TORCH_CHECK(weight.scalar_type() == map.scalar_type(), "weight must have input's dtype");
+}
+
+// The kernels read weights as dense (C, kH, kW).
+Tensor dense_weight(const Tensor& weight) {
+  const int64_t kh = weight.size(2), kw = weight.size(3);
+  const bool dense = (kw == 1 || weight.stride(3) == 1) && (kh == 1 || weight.stride(2) == kw) &&
+                     (weight.size(0) == 1 || weight.stride(0) == kh * kw);
+  return dense ? weight : torch::stable::contiguous(weight);
+}
+
+void run(PlannedConvolution& planned, const Tensor& weight, const std::optional<Tensor>& bias) {
+  ConvolvePlan& plan = planned.plan;
+  const int64_t size = plan.storage == Storage::float64 ? 8 : 4;
+  const Tensor dense = dense_weight(weight);
+  Tensor dense_bias;
+  plan.weight = dense.data_ptr();
+  plan.bias = nullptr;
+  if (bias.has_value()) {
+    dense_bias = torch::stable::contiguous(*bias);
+    plan.bias = dense_bias.data_ptr();
+  }
+  const int64_t bias_elements = plan.lanes.num_patterns * plan.lanes.lanes;
+  char* shared = static_cast<char*>(
+      call_scratch().get(size_t((planned.packed_weight_elements + bias_elements) * size)));
+  plan.packed_bias = shared;
+  plan.packed_weight = shared + bias_elements * size;
+  torch::stable::parallel_for(
+      0, plan.lanes.num_patterns,
+      grain(double(plan.packed_taps * plan.lanes.lanes)),
+      [&](int64_t begin, int64_t end) { planned.kernels->pack_weights(plan, begin, end); });
+  torch::stable::parallel_for(
+      0, planned.num_tasks, grain(planned.multiply_adds_per_task),
+      [&](int64_t begin, int64_t end) {
+        void* scratch = task_scratch().get(size_t(plan.scratch_elements * size));
+        planned.kernels->convolve(plan, begin, end, scratch);
+      });
+}
+
+template <class T>
+void store_rounded(T value, Storage storage, void* data, int64_t index) {
+  switch (storage) {
+    case Storage::float64: static_cast<double*>(data)[index] = double(value); break;
+    case Storage::float32: static_cast<float*>(data)[index] = float(value); break;
+    case Storage::float16:
+      static_cast<float16_t*>(data)[index].bits = float_to_half(float(value));
+      break;
+    case Storage::bfloat16: {
+      Vec<float, 4> v = {float(value), 0, 0, 0};
+      bfloat16_t out[4];
+      store<float, 4>(out, v);
+      static_cast<bfloat16_t*>(data)[index] = out[0];
+    }
+  }
+}
+
+// Sum the partial results of every channel in one fixed order.
+template <class T>
+void reduce(const WeightGradientPlan& plan, int64_t num_tasks, void* grad_weight,
+            void* grad_bias) {
+  const int64_t taps = plan.kernel_h * plan.kernel_w, lanes = plan.lanes.lanes;
+  const T* partial = static_cast<const T*>(plan.partial);
+  const int64_t blocks = plan.lanes.cross_images ? num_tasks : plan.lanes.blocks_per_image;
+  const int64_t terms = plan.lanes.cross_images ? plan.batch : plan.num_parts;
+  torch::stable::parallel_for(
+      0, plan.channels, grain(double(terms * taps)), [&](int64_t begin, int64_t end) {
+        for (int64_t channel = begin; channel < end; ++channel)
+          for (int64_t tap = 0; tap <= taps; ++tap) {
+            T sum = 0;
+            for (int64_t term = 0; term < terms; ++term) {
+              const int64_t plane =
+                  plan.lanes.cross_images ? term * plan.channels + channel : channel;
+              const int64_t task =
+                  plane / lanes + (plan.lanes.cross_images ? 0 : term * blocks);
+              sum += partial[(task * (taps + 1) + tap) * lanes + plane % lanes];
+            }
+            if (tap < taps)
+              store_rounded(sum, plan.storage, grad_weight, channel * taps + tap);
+            else
+              store_rounded(sum, plan.storage, grad_bias, channel);
+          }
+      });
+}
+
+}  // namespace
+
+Tensor depthwise_conv2d_forward(const Tensor& input, const Tensor& weight,
+                                const std::optional<Tensor>& bias,
+                                const std::vector<int64_t>& stride,
+                                const std::vector<int64_t>& padding,
+                                const std::vector<int64_t>& dilation, bool channels_last) {
+  check_weight(weight, input);
+  ConvParams p = geometry(input, stride, padding, dilation);
+  p.kernel_h = weight.size(2);
+  p.kernel_w = weight.size(3);
+  const int64_t height = output_extent(input.size(2), p.kernel_h, p.stride_h, padding[0],
+                                       padding[2], p.dilation_h);
+  const int64_t width = output_extent(input.size(3), p.kernel_w, p.stride_w, padding[1],
+                                      padding[3], p.dilation_w);
+  Tensor output = empty_map(input, p.batch, p.channels, height, width, channels_last);
+  if (output.numel() == 0) return output;
+  p.input = view_of(input);
+  p.output = view_of(output);
+  PlannedConvolution planned = plan_forward(p, int(torch::stable::get_num_threads()));
+  run(planned, weight, bias);
+  return output;
+}
+
+Tensor depthwise_conv2d_backward_input(const Tensor& grad_output, const Tensor& weight,
+                                       const std::vector<int64_t>& input_size,
+                                       const std::vector<int64_t>& stride,
+                                       const std::vector<int64_t>& padding,
+                                       const std::vector<int64_t>& dilation, bool channels_last) {
+  check_weight(weight, grad_output);
+  ConvParams p = geometry(grad_output, stride, padding, dilation);
+  p.kernel_h = weight.size(2);
+  p.kernel_w = weight.size(3);
+  Tensor grad_input =
+      empty_map(grad_output, p.batch, p.channels, input_size[0], input_size[1], channels_last);
+  if (grad_input.numel() == 0) return grad_input;
+  p.output = view_of(grad_output);
+  p.input = view_of(grad_input);
+  PlannedConvolution planned = plan_backward_input(p, int(torch::stable::get_num_threads()));
+  run(planned, weight, std::nullopt);
+  return grad_input;
+}
+
+std::tuple<Tensor, Tensor> depthwise_conv2d_backward_weight(
+    const Tensor& grad_output, const Tensor& input, const std::vector<int64_t>& kernel_size,
+    const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+    const std::vector<int64_t>& dilation) {
+  ConvParams p = geometry(input, stride, padding, dilation);
+  STD_TORCH_CHECK(grad_output.scalar_type() == input.scalar_type(),
+                  "grad_output must have input's dtype");
+  p.kernel_h = kernel_size[0];
+  p.kernel_w = kernel_size[1];
+  Tensor grad_weight = empty(input, {p.channels, 1, p.kernel_h, p.kernel_w}, input.scalar_type());
+  Tensor grad_bias = empty(input, {p.channels}, input.scalar_type());
+  if (grad_output.numel() == 0) {
+    torch::stable::zero_(grad_weight);
+    torch::stable::zero_(grad_bias);
+    return {grad_weight, grad_bias};
+  }
+  p.input = view_of(input);
+  p.output = view_of(grad_output);
+  PlannedWeightGradient planned = plan_backward_weight(p);
+  WeightGradientPlan& plan = planned.plan;
+  const int64_t size = p.storage == Storage::float64 ? 8 : 4;
+  plan.partial = call_scratch().get(size_t(planned.partial_elements * size));
+  torch::stable::parallel_for(
+      0, planned.num_tasks, grain(planned.multiply_adds_per_task),
+      [&](int64_t begin, int64_t end) {
+        void* scratch = task_scratch().get(size_t(plan.scratch_elements * size));
+        planned.kernels->weight_gradient(plan, begin, end, scratch);
+      });
+  if (p.storage == Storage::float64)
+    reduce<double>(plan, planned.num_tasks, grad_weight.data_ptr(), grad_bias.data_ptr());
+  else
+    reduce<float>(plan, planned.num_tasks, grad_weight.data_ptr(), grad_bias.data_ptr());
+  return {grad_weight, grad_bias};
+}
+
+}  // namespace lka::cpu

@@ -1,0 +1,259 @@
+#include "depthwise_planner.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace lka::cpu {
+namespace {
+
+// A band's buffers should stay in a second-level cache of one megabyte, beside the weights.
+constexpr int64_t kBufferBytes = 384 * 1024;
+constexpr int64_t kWeightGradientBytes = 512 * 1024;
+// Weight gradients are summed in at least this many pieces where the batch allows: a constant, so
+// that the bits of the result do not depend on the number of threads.
+constexpr int64_t kWeightGradientTasks = 16;
+
+int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
+
+// Drop taps that meet no source element [0, size) for any output.
+void clip(Phase& phase, int64_t size) {
+  const int64_t reach = (phase.count - 1) * phase.out_step;
+  const int64_t begin =
+      std::max<int64_t>(0, ceil_div(-phase.origin - reach, phase.tap_step));
+  const int64_t end = std::min(phase.taps, ceil_div(size - phase.origin, phase.tap_step));
+  phase.taps = std::max<int64_t>(0, end - begin);
+  phase.origin += begin * phase.tap_step;
+  phase.first_kernel_index += begin * phase.kernel_index_step;
+}
+
+double used_share(int64_t channels, int lanes) {
+  return double(channels) / double(ceil_div(channels, lanes) * lanes);
+}
+
+// Channels of one image fill the lanes where at most a fifth of them would idle; else planes of
+// different images share a vector, unless channels are adjacent in memory: then reading them
+// together is worth more.
+LanePlan plan_lanes(int64_t batch, int64_t channels, bool channels_adjacent,
+                    const DepthwiseKernels& full, const DepthwiseKernels& half,
+                    const DepthwiseKernels*& kernels) {
+  LanePlan plan;
+  const double with_full = used_share(channels, full.lanes);
+  const double with_half = used_share(channels, half.lanes);
+  const bool use_half = with_full < 0.8 && with_half > with_full;
+  kernels = use_half ? &half : &full;
+  plan.cross_images = std::max(with_full, use_half ? with_half : 0.0) < 0.8 &&
+                      !(channels_adjacent && channels >= half.lanes);
+  if (plan.cross_images) {
+    kernels = batch * channels <= half.lanes ? &half : &full;
+    plan.lanes = kernels->lanes;
+    plan.blocks_per_image = 0;
+    plan.num_blocks = ceil_div(batch * channels, plan.lanes);
+    plan.num_patterns =
+        std::min(plan.num_blocks, channels / std::gcd(channels, int64_t(plan.lanes)));
+  } else {
+    plan.lanes = kernels->lanes;
+    plan.blocks_per_image = ceil_div(channels, plan.lanes);
+    plan.num_blocks = plan.blocks_per_image * batch;
+    plan.num_patterns = plan.blocks_per_image;
+  }
+  return plan;
+}
+
+struct Extent {
+  int64_t origin, span;  // source elements [origin, origin + span) for the first output of a phase
+};
+
+Extent extent_of(const std::vector<Phase>& phases) {
+  int64_t begin = INT64_MAX, end = INT64_MIN;
+  for (const Phase& phase : phases) {
+    if (phase.taps == 0) continue;
+    begin = std::min(begin, phase.origin);
+    end = std::max(end, phase.origin + (phase.taps - 1) * phase.tap_step + 1);
+  }
+  return begin > end ? Extent{0, 1} : Extent{begin, end - begin};
+}
+
+void choose_kernels(Storage storage, const DepthwiseKernels*& full, const DepthwiseKernels*& half) {
+  const KernelTable& table = kernels();
+  full = storage == Storage::float64 ? &table.double_full : &table.float_full;
+  half = storage == Storage::float64 ? &table.double_half : &table.float_half;
+}
+
+int64_t arithmetic_bytes(Storage storage) { return storage == Storage::float64 ? 8 : 4; }
+
+PlannedConvolution plan_convolution(const ConvParams& p, const MapView& source,
+                                    const MapView& target, std::vector<Phase> phases_y,
+                                    std::vector<Phase> phases_x, int num_threads) {
+  PlannedConvolution planned;
+  planned.phases_y = std::move(phases_y);
+  planned.phases_x = std::move(phases_x);
+  ConvolvePlan& plan = planned.plan;
+  plan.storage = p.storage;
+  plan.batch = p.batch;
+  plan.channels = p.channels;
+  plan.kernel_h = p.kernel_h;
+  plan.kernel_w = p.kernel_w;
+  plan.source = source;
+  plan.target = target;
+  plan.phases_y = planned.phases_y.data();
+  plan.phases_x = planned.phases_x.data();
+  plan.num_phases_y = int64_t(planned.phases_y.size());
+  plan.num_phases_x = int64_t(planned.phases_x.size());
+
+  const DepthwiseKernels *full, *half;
+  choose_kernels(p.storage, full, half);
+  plan.lanes = plan_lanes(p.batch, p.channels, source.stride_c == 1 && target.stride_c == 1, *full,
+                          *half, planned.kernels);
+  plan.direct_store = p.storage == Storage::float32 || p.storage == Storage::float64;
+
+  const Extent y = extent_of(planned.phases_y), x = extent_of(planned.phases_x);
+  const int64_t longest = planned.phases_y[0].count;  // phase 0 has the most outputs
+  const int64_t widest = planned.phases_x[0].count;
+  const int64_t step = planned.phases_y[0].out_step;
+  plan.origin_y = y.origin;
+  plan.origin_x = x.origin;
+  plan.buffer_columns = x.span + (widest - 1) * planned.phases_x[0].out_step;
+
+  const int64_t bytes = plan.lanes.lanes * arithmetic_bytes(p.storage);
+  const int64_t result_row = planned.phases_y[0].output_stride * target.width * bytes;
+  const int64_t source_row = step * plan.buffer_columns * bytes;
+  const int64_t fixed = (y.span - step) * plan.buffer_columns * bytes;
+  int64_t band = (kBufferBytes - fixed) / (result_row + source_row);
+  // Rows shared by neighbouring bands are packed twice: keep a band at least as high as that.
+  band = std::max({band, std::min<int64_t>(y.span / step, 16), int64_t(1)});
+  int64_t num_bands = ceil_div(longest, band);
+  if (num_threads > 1 && plan.lanes.num_blocks * num_bands < 2 * num_threads)
+    num_bands = std::max(num_bands, std::min(ceil_div(longest, 4),
+                                             ceil_div(2 * num_threads, plan.lanes.num_blocks)));
+  plan.band = ceil_div(longest, num_bands);
+  plan.num_bands = ceil_div(longest, plan.band);
+  plan.buffer_rows = y.span + (plan.band - 1) * step;
+
+  plan.packed_taps = 0;
+  double taps_of_all_outputs = 0;
+  for (const Phase& py : planned.phases_y)
+    for (const Phase& px : planned.phases_x) {
+      plan.packed_taps += py.taps * px.taps;
+      taps_of_all_outputs += double(py.taps * px.taps) * double(py.count * px.count);
+    }
+  const int64_t result_rows =
+      std::min(plan.band * planned.phases_y[0].output_stride, target.height);
+  plan.scratch_elements =
+      (plan.buffer_rows * plan.buffer_columns + result_rows * target.width) * plan.lanes.lanes;
+  planned.packed_weight_elements = plan.lanes.num_patterns * plan.packed_taps * plan.lanes.lanes;
+  planned.num_tasks = plan.lanes.num_blocks * plan.num_bands;
+  planned.multiply_adds_per_task =
+      taps_of_all_outputs / double(plan.num_bands) +
+      4.0 * double(plan.buffer_rows * plan.buffer_columns);
+  return planned;
+}
+
+}  // namespace
+
+std::vector<Phase> forward_phases(int64_t input, int64_t output, int64_t kernel, int64_t stride,
+                                  int64_t dilation, int64_t pad) {
+  Phase phase{0, 1, output, kernel, -pad, stride, dilation, 0, 1};
+  clip(phase, input);
+  return {phase};
+}
+
+// grad_input[i] sums grad_output[(i + pad - k·dilation) / stride] over the k that divide evenly.
+// Inputs i = phase, phase + stride, … share their taps k = k0, k0 + stride/g, …, g = gcd(stride,
+// dilation), and read grad_output at unit steps: a convolution with the kernel flipped.
+std::vector<Phase> backward_input_phases(int64_t input, int64_t output, int64_t kernel,
+                                         int64_t stride, int64_t dilation, int64_t pad) {
+  const int64_t gcd = std::gcd(stride, dilation);
+  const int64_t kernel_step = stride / gcd, tap_step = dilation / gcd;
+  std::vector<Phase> phases;
+  for (int64_t i = 0; i < stride && i < input; ++i) {
+    Phase phase{i, stride, (input - i + stride - 1) / stride, 0, 0, 1, tap_step, 0, -kernel_step};
+    int64_t first = 0;
+    while (first < kernel && first < kernel_step && (i + pad - first * dilation) % stride != 0)
+      ++first;
+    if (first < kernel && first < kernel_step) {
+      phase.taps = (kernel - 1 - first) / kernel_step + 1;
+      phase.first_kernel_index = first + (phase.taps - 1) * kernel_step;
+      phase.origin = (i + pad - phase.first_kernel_index * dilation) / stride;
+      clip(phase, output);
+    }
+    phases.push_back(phase);
+  }
+  return phases;
+}
+
+PlannedConvolution plan_forward(const ConvParams& p, int num_threads) {
+  return plan_convolution(
+      p, p.input, p.output,
+      forward_phases(p.input.height, p.output.height, p.kernel_h, p.stride_h, p.dilation_h,
+                     p.pad_top),
+      forward_phases(p.input.width, p.output.width, p.kernel_w, p.stride_w, p.dilation_w,
+                     p.pad_left),
+      num_threads);
+}
+
+PlannedConvolution plan_backward_input(const ConvParams& p, int num_threads) {
+  return plan_convolution(
+      p, p.output, p.input,
+      backward_input_phases(p.input.height, p.output.height, p.kernel_h, p.stride_h, p.dilation_h,
+                            p.pad_top),
+      backward_input_phases(p.input.width, p.output.width, p.kernel_w, p.stride_w, p.dilation_w,
+                            p.pad_left),
+      num_threads);
+}
+
+PlannedWeightGradient plan_backward_weight(const ConvParams& p) {
+  PlannedWeightGradient planned;
+  WeightGradientPlan& plan = planned.plan;
+  plan.storage = p.storage;
+  plan.batch = p.batch;
+  plan.channels = p.channels;
+  plan.kernel_h = p.kernel_h;
+  plan.kernel_w = p.kernel_w;
+  plan.input = p.input;
+  plan.grad_output = p.output;
+  const DepthwiseKernels *full, *half;
+  choose_kernels(p.storage, full, half);
+  plan.lanes = plan_lanes(p.batch, p.channels, p.input.stride_c == 1 && p.output.stride_c == 1,
+                          *full, *half, planned.kernels);
+
+  // Outputs are the kernel elements that forward keeps; taps are the positions of grad_output.
+  const auto axis = [](const Phase& f, int64_t output, int64_t stride, int64_t dilation) {
+    return Phase{f.first_kernel_index, 1, f.taps, output, f.origin, dilation, stride, 0, 1};
+  };
+  plan.y = axis(forward_phases(p.input.height, p.output.height, p.kernel_h, p.stride_h,
+                               p.dilation_h, p.pad_top)[0],
+                p.output.height, p.stride_h, p.dilation_h);
+  plan.x = axis(forward_phases(p.input.width, p.output.width, p.kernel_w, p.stride_w, p.dilation_w,
+                               p.pad_left)[0],
+                p.output.width, p.stride_w, p.dilation_w);
+  plan.buffer_columns = std::max<int64_t>(
+      1, (plan.x.count - 1) * plan.x.out_step + (plan.x.taps - 1) * plan.x.tap_step + 1);
+
+  const int64_t bytes = plan.lanes.lanes * arithmetic_bytes(p.storage);
+  const int64_t span = std::max<int64_t>(1, (plan.y.count - 1) * plan.y.out_step + 1);
+  const int64_t per_row = (plan.y.tap_step * plan.buffer_columns + p.output.width) * bytes;
+  int64_t band = (kWeightGradientBytes - span * plan.buffer_columns * bytes) / per_row;
+  band = std::max({band, std::min<int64_t>(span, 16), int64_t(1)});
+  plan.num_bands = ceil_div(p.output.height, band);
+  plan.band = ceil_div(p.output.height, plan.num_bands);
+  plan.num_bands = ceil_div(p.output.height, plan.band);
+
+  const int64_t blocks =
+      plan.lanes.cross_images ? plan.lanes.num_blocks : plan.lanes.blocks_per_image;
+  plan.num_parts = plan.lanes.cross_images
+                       ? 1
+                       : std::min(p.batch, ceil_div(kWeightGradientTasks, blocks));
+  planned.num_tasks = blocks * plan.num_parts;
+  planned.partial_elements =
+      planned.num_tasks * (p.kernel_h * p.kernel_w + 1) * plan.lanes.lanes;
+  plan.scratch_elements =
+      (plan.band * p.output.width +
+       ((plan.band - 1) * plan.y.tap_step + span) * plan.buffer_columns) *
+      plan.lanes.lanes;
+  const double images = plan.lanes.cross_images ? 1.0 : double(p.batch) / double(plan.num_parts);
+  planned.multiply_adds_per_task =
+      images * double(p.output.height * p.output.width) * double(plan.y.count * plan.x.count + 8);
+  return planned;
+}
+
+}  // namespace lka::cpu

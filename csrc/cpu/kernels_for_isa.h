@@ -1,0 +1,32 @@
+// Body of every kernels_<isa>.cpp. The including file sets the compiler's target first and defines
+// LKA_VECTOR_BYTES, LKA_TABLE and LKA_ISA_NAME. No standard-library templates may be used below:
+// the linker keeps one copy of each, and it could be the one for the widest instruction set.
+#include "depthwise_conv2d_kernel.h"
+#include "kernel_table.h"
+
+namespace {
+
+template <class T, int V>
+constexpr lka::cpu::DepthwiseKernels depthwise_kernels() {
+  return {V, &pack_weights<T, V>, &convolve<T, V>, &weight_gradient<T, V>};
+}
+
+constexpr int kFloatLanes = LKA_VECTOR_BYTES / 4;
+constexpr int kDoubleLanes = LKA_VECTOR_BYTES / 8;
+
+}  // namespace
+
+namespace lka::cpu {
+
+const KernelTable& LKA_TABLE() {
+  static constexpr KernelTable table = {
+      LKA_ISA_NAME,
+      depthwise_kernels<float, kFloatLanes>(),
+      depthwise_kernels<float, kFloatLanes / 2>(),
+      depthwise_kernels<double, kDoubleLanes>(),
+      depthwise_kernels<double, kDoubleLanes / 2>(),
+  };
+  return table;
+}
+
+}  // namespace lka::cpu

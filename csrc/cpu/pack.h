@@ -1,0 +1,88 @@
+// Between tensors of any layout and dtype and the kernels' buffers [positions][V].
+#pragma once
+
+#include "simd.h"
+
+namespace {
+
+// V planes of a tensor (B, C, H, W): where each starts, and how its elements are laid out.
+struct Lanes {
+  static constexpr int kMax = 16;
+  int64_t offset[kMax];  // element offset of each lane's plane
+  int count;             // lanes in use
+  bool adjacent;         // lane l stands l elements after lane 0
+  int64_t stride_h, stride_w;
+};
+
+// Copy rows [row_begin, row_end) of the planes into the interior of a zeroed-border buffer:
+// source (y, x) goes to buffer ((y - row_begin) * buffer_columns + x).
+template <class T, int V, class S>
+void pack_rows(const S* data, const Lanes& lanes, int64_t row_begin, int64_t row_end,
+               int64_t columns, T* buffer, int64_t buffer_columns) {
+  if (lanes.adjacent) {
+    for (int64_t y = row_begin; y < row_end; ++y) {
+      const S* from = data + lanes.offset[0] + y * lanes.stride_h;
+      T* to = buffer + (y - row_begin) * buffer_columns * V;
+      for (int64_t x = 0; x < columns; ++x)
+        store_aligned<V>(to + x * V, load_some<T, V, S>(from + x * lanes.stride_w, lanes.count));
+    }
+    return;
+  }
+  if (lanes.stride_w == 1) {
+    // Transpose V positions × V lanes in registers. A plane whose rows follow each other is one
+    // long row, so that narrow maps waste nothing.
+    const bool joined = lanes.stride_h == columns;
+    const int64_t run = joined ? (row_end - row_begin) * columns : columns;
+    for (int64_t y = row_begin; y < row_end; y += joined ? row_end - row_begin : 1) {
+      int64_t to_row = y - row_begin, to_column = 0;
+      for (int64_t p = 0; p < run; p += V) {
+        const int positions = run - p < V ? int(run - p) : V;
+        Vec<T, V> square[V];
+        for (int l = 0; l < V; ++l)
+          square[l] = l < lanes.count
+                          ? load_some<T, V, S>(
+                                data + lanes.offset[l] + y * lanes.stride_h + p, positions)
+                          : Vec<T, V>{};
+        transpose<T, V>(square);
+        for (int q = 0; q < positions; ++q) {
+          store_aligned<V>(buffer + (to_row * buffer_columns + to_column) * V, square[q]);
+          if (++to_column == columns) to_column = 0, ++to_row;
+        }
+      }
+    }
+    return;
+  }
+  for (int64_t y = row_begin; y < row_end; ++y)
+    for (int64_t x = 0; x < columns; ++x) {
+      T* to = buffer + ((y - row_begin) * buffer_columns + x) * V;
+      const S* from = data + y * lanes.stride_h + x * lanes.stride_w;
+      for (int l = 0; l < V; ++l) to[l] = l < lanes.count ? load_one<T>(from + lanes.offset[l]) : T(0);
+    }
+}
+
+// The reverse: a dense buffer [rows][columns][V] to rows [row_begin, row_end) of the planes.
+template <class T, int V, class S>
+void unpack_rows(const T* buffer, const Lanes& lanes, int64_t row_begin, int64_t row_end,
+                 int64_t columns, S* data) {
+  const int64_t positions = (row_end - row_begin) * columns;
+  if (lanes.adjacent) {
+    for (int64_t y = row_begin; y < row_end; ++y)
+      for (int64_t x = 0; x < columns; ++x)
+        store_some<T, V, S>(
+            data + lanes.offset[0] + y * lanes.stride_h + x * lanes.stride_w,
+            load_aligned<V>(buffer + ((y - row_begin) * columns + x) * V), lanes.count);
+    return;
+  }
+  // Outputs are ours: either lanes are adjacent, or planes are dense.
+  for (int64_t p = 0; p < positions; p += V) {
+    const int count = positions - p < V ? int(positions - p) : V;
+    Vec<T, V> square[V];
+    for (int q = 0; q < V; ++q)
+      square[q] = q < count ? load_aligned<V>(buffer + (p + q) * V) : Vec<T, V>{};
+    transpose<T, V>(square);
+    for (int l = 0; l < lanes.count; ++l)
+      store_some<T, V, S>(data + lanes.offset[l] + row_begin * columns + p, square[l], count);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,60 @@
+// Registration only: implementations for the schemas that lka_kernels/ops.py defines, and the
+// Python module that loading needs.
+#ifndef Py_LIMITED_API
+#define Py_LIMITED_API 0x030a0000
+#endif
+#include <Python.h>
+
+#include "cpu/kernel_table.h"
+#include "cpu/operators.h"
+#ifdef LKA_WITH_CUDA
+#include "cuda/operators.h"
+#endif
+
+STABLE_TORCH_LIBRARY_IMPL(lka_kernels, CPU, m) {
+  m.impl("depthwise_conv2d_forward_cpu", TORCH_BOX(&lka::cpu::depthwise_conv2d_forward));
+  m.impl("depthwise_conv2d_backward_input_cpu",
+         TORCH_BOX(&lka::cpu::depthwise_conv2d_backward_input));
+  m.impl("depthwise_conv2d_backward_weight_cpu",
+         TORCH_BOX(&lka::cpu::depthwise_conv2d_backward_weight));
+}
+
+#ifdef LKA_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(lka_kernels, CUDA, m) {
+  m.impl("depthwise_conv2d_forward_cuda", TORCH_BOX(&lka::cuda::depthwise_conv2d_forward));
+  m.impl("depthwise_conv2d_backward_input_cuda",
+         TORCH_BOX(&lka::cuda::depthwise_conv2d_backward_input));
+  m.impl("depthwise_conv2d_backward_weight_cuda",
+         TORCH_BOX(&lka::cuda::depthwise_conv2d_backward_weight));
+}
+#endif
+
+namespace {
+
+PyObject* instruction_set(PyObject*, PyObject*) {
+  return PyUnicode_FromString(lka::cpu::kernels().name);
+}
+
+PyObject* built_with_cuda(PyObject*, PyObject*) {
+#ifdef LKA_WITH_CUDA
+  return PyBool_FromLong(1);
+#else
+  return PyBool_FromLong(0);
+#endif
+}
+
+PyMethodDef methods[] = {
+    {"instruction_set", instruction_set, METH_NOARGS,
+     "The instruction set the CPU kernels run with."},
+    {"built_with_cuda", built_with_cuda, METH_NOARGS, "Whether CUDA kernels were compiled in."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_C",    "Compiled kernels of lka_kernels.", -1, methods,
+    nullptr,               nullptr, nullptr,                            nullptr,
+};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
