@@ -53,44 +53,55 @@ struct Correlation {
   const T* weight;  // [y.taps][x.taps][V], aligned
   Axis y, x;
   const T* bias;       // V values added to every output, or null
-  bool accumulate;     // add to what `out` holds
+  bool accumulate;     // add to what `out` holds, in runs of rows; without, bias starts the sum
   T* out;              // element of output (0, 0); V lanes stand side by side
   int64_t out_row;     // elements from one output row to the next
   int64_t out_column;  // elements from one output column to the next
 };
 
+// A weight gradient sums a term for every position of the map. Runs of about this many terms are
+// summed from zero before they join the total, which keeps the rounding error of a large map that
+// of a small one.
+constexpr int64_t kTermsPerRun = 64;
+
 template <class T, int V, int kRows, int kColumns, bool kUnitStep>
 void correlate_tile(const Correlation<T, V>& c, int64_t i, int64_t j) {
-  Vec<T, V> sum[kRows][kColumns];
   T* out = c.out + i * c.out_row + j * c.out_column;
   const Vec<T, V> start = c.bias ? load_aligned<V>(c.bias) : Vec<T, V>{};
-  for (int r = 0; r < kRows; ++r)
-    for (int t = 0; t < kColumns; ++t)
-      sum[r][t] = c.accumulate ? load<T, V>(out + r * c.out_row + t * c.out_column) : start;
-
   const TapRange rows = live_taps(c.y, i, kRows);
   const TapRange columns = live_taps(c.x, j, kColumns);
   const int64_t out_step_x = kUnitStep ? V : c.x.out_step * V;
   const int64_t out_step_y = c.y.out_step * c.source_columns * V;
   const int64_t tap_step_x = c.x.tap_step * V;
-  for (int64_t m = rows.begin; m < rows.end; ++m) {
-    const T* w = c.weight + (m * c.x.taps + columns.begin) * V;
-    const T* s = c.source +
-                 ((c.y.first + i * c.y.out_step + m * c.y.tap_step) * c.source_columns +
-                  c.x.first + j * c.x.out_step + columns.begin * c.x.tap_step) *
-                     V;
-    for (int64_t n = columns.begin; n < columns.end; ++n) {
-      const Vec<T, V> tap = load_aligned<V>(w);
-      for (int r = 0; r < kRows; ++r)
-        for (int t = 0; t < kColumns; ++t)
-          sum[r][t] += tap * load_aligned<V>(s + r * out_step_y + t * out_step_x);
-      w += V;
-      s += tap_step_x;
+  const int64_t rows_per_run = c.accumulate ? kTermsPerRun / c.x.taps + 1 : c.y.taps + 1;
+  for (int64_t run = rows.begin;;) {
+    const int64_t run_end = run + rows_per_run < rows.end ? run + rows_per_run : rows.end;
+    Vec<T, V> sum[kRows][kColumns];
+    for (int r = 0; r < kRows; ++r)
+      for (int t = 0; t < kColumns; ++t) sum[r][t] = start;
+    for (int64_t m = run; m < run_end; ++m) {
+      const T* w = c.weight + (m * c.x.taps + columns.begin) * V;
+      const T* s = c.source +
+                   ((c.y.first + i * c.y.out_step + m * c.y.tap_step) * c.source_columns +
+                    c.x.first + j * c.x.out_step + columns.begin * c.x.tap_step) *
+                       V;
+      for (int64_t n = columns.begin; n < columns.end; ++n) {
+        const Vec<T, V> tap = load_aligned<V>(w);
+        for (int r = 0; r < kRows; ++r)
+          for (int t = 0; t < kColumns; ++t)
+            sum[r][t] += tap * load_aligned<V>(s + r * out_step_y + t * out_step_x);
+        w += V;
+        s += tap_step_x;
+      }
     }
+    for (int r = 0; r < kRows; ++r)
+      for (int t = 0; t < kColumns; ++t) {
+        T* to = out + r * c.out_row + t * c.out_column;
+        store<T, V>(to, c.accumulate ? sum[r][t] + load<T, V>(to) : sum[r][t]);
+      }
+    run = run_end;
+    if (run >= rows.end) break;
   }
-  for (int r = 0; r < kRows; ++r)
-    for (int t = 0; t < kColumns; ++t)
-      store<T, V>(out + r * c.out_row + t * c.out_column, sum[r][t]);
 }
 
 constexpr int kMaxAccumulators = 14;

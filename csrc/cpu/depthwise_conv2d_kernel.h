@@ -195,7 +195,12 @@ void weight_gradient_as(const WeightGradientPlan& plan, int64_t begin, int64_t e
         pack_rows<T, V, S>(static_cast<const S*>(grad.data), g_lanes, row_begin, row_begin + rows,
                            grad.width, weights, grad.width);
         Vec<T, V> bias_sum = load_aligned<V>(partial + taps * V);
-        for (int64_t p = 0; p < rows * grad.width; ++p) bias_sum += load_aligned<V>(weights + p * V);
+        for (int64_t row = 0; row < rows; ++row) {  // row by row, for the rounding error's sake
+          Vec<T, V> row_sum{};
+          for (int64_t p = row * grad.width; p < (row + 1) * grad.width; ++p)
+            row_sum += load_aligned<V>(weights + p * V);
+          bias_sum += row_sum;
+        }
         store_aligned<V>(partial + taps * V, bias_sum);
         if (plan.y.count <= 0 || plan.x.count <= 0) continue;
 

@@ -73,7 +73,16 @@ void unpack_rows(const T* buffer, const Lanes& lanes, int64_t row_begin, int64_t
             load_aligned<V>(buffer + ((y - row_begin) * columns + x) * V), lanes.count);
     return;
   }
-  // Outputs are ours: either lanes are adjacent, or planes are dense.
+  if (lanes.stride_w != 1 || lanes.stride_h != columns) {
+    for (int64_t y = row_begin; y < row_end; ++y)
+      for (int64_t x = 0; x < columns; ++x) {
+        const T* from = buffer + ((y - row_begin) * columns + x) * V;
+        S* to = data + y * lanes.stride_h + x * lanes.stride_w;
+        for (int l = 0; l < lanes.count; ++l)
+          store_some<T, V, S>(to + lanes.offset[l], splat<T, V>(from[l]), 1);
+      }
+    return;
+  }
   for (int64_t p = 0; p < positions; p += V) {
     const int count = positions - p < V ? int(positions - p) : V;
     Vec<T, V> square[V];
