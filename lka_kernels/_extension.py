@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 import os
 
+import torch  # noqa: F401  (loads the shared libraries that the compiled one links to)
+
 _BUILD_HINT = "reinstall with a C++17 compiler (g++) and without LKA_NO_EXTENSION=1 to build it"
 
 
