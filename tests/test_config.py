@@ -109,5 +109,5 @@ def test_from_dict_names_unknown_keys():
         LKAConfig.from_dict({"kernel": 7})
     with pytest.raises(TypeError, match="mapping"):
         LKAConfig.from_dict([("kernel_size", 7)])
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="property name"):
         LKAConfig.from_json("{")
