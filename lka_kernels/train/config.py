@@ -47,7 +47,7 @@ class TrainConfig:
         seed: seeds weights, order, augmentation and dropout
         deterministic: ask torch for deterministic algorithms only
         device: "auto", "cpu", "cuda", "cuda:1", ...
-        amp: bfloat16 autocast; "auto" uses it where the hardware multiplies bfloat16
+        amp: bfloat16 autocast; "auto" uses it on GPUs that multiply bfloat16
         channels_last: memory format of images and convolutions
         num_workers: threads that decode images
         cache_images_gb: decoded images are kept in memory up to this many GiB

@@ -50,7 +50,7 @@ class RunFolder:
             self._clear()
         remove_partial(path)
 
-    def __enter__(self) -> RunFolder:  # noqa: PYI034  (typing.Self needs Python 3.11)
+    def __enter__(self) -> RunFolder:
         return self
 
     def __exit__(self, *exception) -> None:
