@@ -59,7 +59,14 @@ def _transform_weight(weight: Tensor, plan, dilation) -> Tensor:
 
 
 def _finish(result: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
-    return result.to(dtype).contiguous(memory_format=ops.memory_format(channels_last))
+    # Not contiguous(): where sizes of 1 make it a no-op, its strides are not those of the fake.
+    finished = torch.empty(
+        result.shape,
+        dtype=dtype,
+        device=result.device,
+        memory_format=ops.memory_format(channels_last),
+    )
+    return finished.copy_(result)
 
 
 def _empty_batch(input_or_grad: Tensor) -> bool:
