@@ -17,6 +17,8 @@ STABLE_TORCH_LIBRARY_IMPL(lka_kernels, CPU, m) {
          TORCH_BOX(&lka::cpu::depthwise_conv2d_backward_input));
   m.impl("depthwise_conv2d_backward_weight_cpu",
          TORCH_BOX(&lka::cpu::depthwise_conv2d_backward_weight));
+  m.impl("large_kernel_adapter_forward_cpu", TORCH_BOX(&lka::cpu::large_kernel_adapter_forward));
+  m.impl("large_kernel_adapter_backward_cpu", TORCH_BOX(&lka::cpu::large_kernel_adapter_backward));
 }
 
 #ifdef LKA_WITH_CUDA

@@ -7,8 +7,8 @@
 #include "../stable.h"
 #include "depthwise_planner.h"
 #include "operators.h"
+#include "rounding.h"
 #include "scratch.h"
-#include "simd.h"
 
 namespace lka::cpu {
 namespace {
@@ -80,23 +80,6 @@ void run(PlannedConvolution& planned, const Tensor& weight, const std::optional<
         void* scratch = task_scratch().get(size_t(plan.scratch_elements * size));
         planned.kernels->convolve(plan, begin, end, scratch);
       });
-}
-
-template <class T>
-void store_rounded(T value, Storage storage, void* data, int64_t index) {
-  switch (storage) {
-    case Storage::float64: static_cast<double*>(data)[index] = double(value); break;
-    case Storage::float32: static_cast<float*>(data)[index] = float(value); break;
-    case Storage::float16:
-      static_cast<float16_t*>(data)[index].bits = float_to_half(float(value));
-      break;
-    case Storage::bfloat16: {
-      Vec<float, 4> v = {float(value), 0, 0, 0};
-      bfloat16_t out[4];
-      store<float, 4>(out, v);
-      static_cast<bfloat16_t*>(data)[index] = out[0];
-    }
-  }
 }
 
 // Sum the partial results of every channel in one fixed order.

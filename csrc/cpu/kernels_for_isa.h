@@ -3,12 +3,24 @@
 // the linker keeps one copy of each, and it could be the one for the widest instruction set.
 #include "depthwise_conv2d_kernel.h"
 #include "kernel_table.h"
+#include "large_kernel_adapter_kernel.h"
 
 namespace {
 
 template <class T, int V>
 constexpr lka::cpu::DepthwiseKernels depthwise_kernels() {
   return {V, &pack_weights<T, V>, &convolve<T, V>, &weight_gradient<T, V>};
+}
+
+template <class T, int V, int kWide>
+constexpr lka::cpu::AdapterKernels adapter_kernels() {
+  return {V,
+          kWide,
+          &adapter_scratch<T>,
+          &adapter_down_of<T, V>,
+          &adapter_convolve_of<T, V>,
+          &adapter_up_of<T, V, kWide>,
+          &adapter_backward_of<T, V, kWide>};
 }
 
 constexpr int kFloatLanes = LKA_VECTOR_BYTES / 4;
@@ -25,6 +37,10 @@ const KernelTable& LKA_TABLE() {
       depthwise_kernels<float, kFloatLanes / 2>(),
       depthwise_kernels<double, kDoubleLanes>(),
       depthwise_kernels<double, kDoubleLanes / 2>(),
+      adapter_kernels<float, kFloatLanes, kFloatLanes>(),
+      adapter_kernels<float, kFloatLanes / 2, kFloatLanes>(),
+      adapter_kernels<double, kDoubleLanes, kDoubleLanes>(),
+      adapter_kernels<double, kDoubleLanes / 2, kDoubleLanes>(),
   };
   return table;
 }

@@ -1,0 +1,59 @@
+// What the CPU kernels of the adapter are told: plain data, no code.
+#pragma once
+
+#include "../conv_params.h"
+
+namespace lka::cpu {
+
+enum class Activation : int { gelu, gelu_tanh, relu, silu, none };
+enum class PrefixMode : int { center_tap, skip, zero };
+
+// Token tensors are dense, (batch, tokens, dim) or (batch, tokens, rank); T is float, or double for
+// float64 storage. Packed weights are padded with zeros to whole vectors.
+struct AdapterParams {
+  Storage storage;
+  int64_t batch, tokens, num_prefix_tokens, height, width;
+  int64_t dim, rank;
+  int64_t kernel_h, kernel_w, dilation;
+  Activation activation;
+  bool activate_before, activate_after;
+  PrefixMode prefix_mode;
+  double scale;
+
+  bool dropout;
+  uint64_t seed, drop_threshold;
+  double keep_factor;
+
+  // Filled by the planner for the kernels chosen.
+  int64_t lanes, rank_blocks, rank_padded;  // of the bottleneck
+  int64_t dim_padded;
+  int64_t pad_top, pad_left, buffer_rows, buffer_columns;
+
+  const void* x;         // (batch, tokens, dim) storage
+  const void* residual;  // likewise, or null
+  void* y;               // likewise
+  void* z;               // (batch, tokens, rank) T
+  void* c;               // likewise
+
+  // Packed weights, T. down_in: [rank block][dim][V]; up_out: [rank][dim padded], times scale.
+  const void *down_in, *down_bias;  // bias: [rank padded]
+  const void *conv, *conv_bias;     // [rank block][kernel_h·kernel_w][V], [rank padded]
+  const void *up_out, *up_bias;     // bias: [dim padded], times scale
+};
+
+struct AdapterGradients {
+  const void* grad_output;  // (batch, tokens, dim) storage
+  void* grad_x;             // likewise, or null if not needed
+  bool need_down, need_conv, need_up;
+  const void* up_in;      // [rank block][dim][V], times scale
+  const void* down_out;   // [rank][dim padded]
+  const void* conv_flipped;  // [rank block][kernel_h·kernel_w][V]
+
+  // Weight gradients are summed per part of the batch: [part][part_elements] T, as
+  //   down [rank block][dim][V], down bias [rank padded], conv [rank block][taps][V],
+  //   conv bias [rank padded], up [rank block][dim][V], up bias [dim padded].
+  int64_t num_parts, part_elements;
+  void* parts;
+};
+
+}  // namespace lka::cpu

@@ -1,0 +1,424 @@
+// The fused adapter for one instruction set. A thread takes whole images: the rank-r tensors of an
+// image stay in its cache between the three steps, and x and y are each touched once.
+#pragma once
+
+#include "activation.h"
+#include "adapter_params.h"
+#include "correlate.h"
+#include "depthwise_conv2d_kernel.h"
+#include "pack.h"
+#include "philox.h"
+#include "projection.h"
+
+namespace {
+
+using lka::cpu::AdapterGradients;
+using lka::cpu::AdapterParams;
+using lka::cpu::PrefixMode;
+
+// Hands out pieces of the thread's scratch memory, each on a cache line of its own.
+template <class T>
+class Arena {
+ public:
+  explicit Arena(void* data) : next_(static_cast<T*>(data)) {}
+  T* take(int64_t count) {
+    T* piece = next_;
+    next_ += round_up(count, 64 / sizeof(T));
+    return piece;
+  }
+
+ private:
+  T* next_;
+};
+
+// Tokens (count, dim) of storage S as T: in place if they are T already.
+template <class T, int V, class S>
+const T* widen(const S* from, int64_t count, T* tile) {
+  if constexpr (sizeof(S) == sizeof(T)) {
+    (void)count, (void)tile;
+    return reinterpret_cast<const T*>(from);
+  } else {
+    for (int64_t i = 0; i < count; i += V) {
+      const int some = count - i < V ? int(count - i) : V;
+      store_some<T, V, T>(tile + i, load_some<T, V, S>(from + i, some), some);
+    }
+    return tile;
+  }
+}
+
+inline int64_t tokens_in_tile(const AdapterParams& p) {
+  // Storage that needs widening goes through a tile that fits the first-level cache.
+  const int64_t fit = 24 * 1024 / 4 / p.dim;
+  return fit < kTileTokens ? kTileTokens : fit > 64 ? 64 : fit / kTileTokens * kTileTokens;
+}
+
+inline Lanes rank_lanes(const AdapterParams& p, int64_t block, int64_t token_stride) {
+  Lanes lanes;
+  lanes.offset[0] = block * p.lanes;
+  const int64_t left = p.rank - block * p.lanes;
+  lanes.count = left < p.lanes ? int(left) : int(p.lanes);
+  lanes.adjacent = true;
+  lanes.stride_w = token_stride;
+  lanes.stride_h = p.width * token_stride;
+  return lanes;
+}
+
+inline Axis rank_axis(int64_t out, int64_t taps, int64_t out_step, int64_t tap_step, int64_t pad,
+                      int64_t live) {
+  return Axis{out, taps, out_step, tap_step, 0, pad, pad + live};
+}
+
+// One block of the bottleneck: the grid part of `tokens` (stride elements apart) into a buffer with
+// `pad_top` zero rows above and `pad_left` zero columns to the left.
+template <class T, int V>
+void pad_grid(const AdapterParams& p, const T* tokens, int64_t stride, int64_t block,
+              int64_t pad_top, int64_t pad_left, T* buffer) {
+  MapView map;
+  map.data = const_cast<T*>(tokens + p.num_prefix_tokens * stride);
+  map.height = p.height;
+  map.width = p.width;
+  const Lanes lanes = rank_lanes(p, block, stride);
+  map.stride_h = lanes.stride_h;
+  map.stride_w = lanes.stride_w;
+  fill_buffer<T, V, T>(map, lanes, -pad_top, -pad_left, p.buffer_rows, p.buffer_columns, buffer);
+}
+
+// The tap that a 1×1 image meets under "same" padding; -1 if the padding falls between two taps.
+inline int64_t center_tap(const AdapterParams& p) {
+  if (p.pad_top % p.dilation || p.pad_left % p.dilation) return -1;
+  return p.pad_top / p.dilation * p.kernel_w + p.pad_left / p.dilation;
+}
+
+template <class T, int V>
+T center_weight(const AdapterParams& p, int64_t k) {
+  const int64_t tap = center_tap(p), taps = p.kernel_h * p.kernel_w;
+  return tap < 0 ? T(0) : static_cast<const T*>(p.conv)[(k / V * taps + tap) * V + k % V];
+}
+
+// z = x·down + bias for tokens [begin, end) of an image.
+template <class T, int V, class S>
+void adapter_down(const AdapterParams& p, int64_t image, int64_t begin, int64_t end, T* scratch) {
+  const int64_t step = tokens_in_tile(p), taken = p.rank_padded;
+  T* tile = scratch;
+  T* block_out = tile + round_up(step * p.dim, 64 / sizeof(T));
+  for (int64_t t = begin; t < end; t += step) {
+    const int64_t tokens = end - t < step ? end - t : step;
+    const int64_t row = image * p.tokens + t;
+    const T* x = widen<T, V, S>(static_cast<const S*>(p.x) + row * p.dim, tokens * p.dim, tile);
+    T* z = static_cast<T*>(p.z) + row * p.rank;
+    const bool direct = p.rank == taken;
+    for (int64_t block = 0; block < p.rank_blocks; ++block)
+      project_in<T, V>(x, tokens, p.dim, static_cast<const T*>(p.down_in) + block * p.dim * V,
+                       static_cast<const T*>(p.down_bias) + block * V,
+                       (direct ? z : block_out) + block * V, taken);
+    if (!direct)
+      for (int64_t i = 0; i < tokens; ++i)
+        memcpy(z + i * p.rank, block_out + i * taken, p.rank * sizeof(T));
+  }
+}
+
+// c = conv(act(z)) for one image.
+template <class T, int V>
+void adapter_convolve(const AdapterParams& p, int64_t image, T* scratch) {
+  Arena<T> arena(scratch);
+  T* a = arena.take(p.tokens * p.rank);
+  T* buffer = arena.take(p.buffer_rows * p.buffer_columns * V);
+  T* result = arena.take(p.height * p.width * V);
+  const T* z = static_cast<const T*>(p.z) + image * p.tokens * p.rank;
+  T* c = static_cast<T*>(p.c) + image * p.tokens * p.rank;
+  if (p.activate_before)
+    map_activation<T, V, false>(p.activation, z, nullptr, a, p.tokens * p.rank);
+  else
+    memcpy(a, z, p.tokens * p.rank * sizeof(T));
+
+  const int64_t taps = p.kernel_h * p.kernel_w;
+  T* grid = c + p.num_prefix_tokens * p.rank;
+  for (int64_t block = 0; block < p.rank_blocks; ++block) {
+    pad_grid<T, V>(p, a, p.rank, block, p.pad_top, p.pad_left, buffer);
+    const Lanes lanes = rank_lanes(p, block, p.rank);
+    const bool direct = lanes.count == V;
+    Correlation<T, V> k;
+    k.source = buffer;
+    k.source_columns = p.buffer_columns;
+    k.weight = static_cast<const T*>(p.conv) + block * taps * V;
+    k.y = rank_axis(p.height, p.kernel_h, 1, p.dilation, p.pad_top, p.height);
+    k.x = rank_axis(p.width, p.kernel_w, 1, p.dilation, p.pad_left, p.width);
+    k.bias = static_cast<const T*>(p.conv_bias) + block * V;
+    k.accumulate = false;
+    k.out = direct ? grid + block * V : result;
+    k.out_column = direct ? p.rank : V;
+    k.out_row = p.width * k.out_column;
+    correlate<T, V>(k);
+    if (!direct) unpack_rows<T, V, T>(result, lanes, 0, p.height, p.width, grid);
+  }
+  for (int64_t t = 0; t < p.num_prefix_tokens; ++t)
+    for (int64_t k = 0; k < p.rank; ++k) {
+      const T value = a[t * p.rank + k];
+      c[t * p.rank + k] = p.prefix_mode == PrefixMode::center_tap
+                              ? value * center_weight<T, V>(p, k) +
+                                    static_cast<const T*>(p.conv_bias)[k]
+                              : value;
+    }
+}
+
+// e = dropout(act(c)) for tokens [begin, begin + tokens) of an image.
+template <class T, int V>
+void adapter_bottleneck_output(const AdapterParams& p, int64_t image, int64_t begin, int64_t tokens,
+                               T* factor, T* e) {
+  const int64_t first = (image * p.tokens + begin) * p.rank, count = tokens * p.rank;
+  const T* c = static_cast<const T*>(p.c) + first;
+  if (p.dropout)
+    dropout_factors<T>(p.seed, p.drop_threshold, T(p.keep_factor), first, count, factor);
+  map_activation<T, V, false>(p.activate_after ? p.activation : Activation::none, c,
+                              p.dropout ? factor : nullptr, e, count);
+}
+
+// y = residual + scale·(dropout(act(c))·up + bias) for tokens [begin, end) of an image.
+template <class T, int V, int kWide, class S>
+void adapter_up(const AdapterParams& p, int64_t image, int64_t begin, int64_t end, T* scratch) {
+  constexpr int64_t kStep = 64;
+  Arena<T> arena(scratch);
+  T* factor = arena.take(kStep * p.rank);
+  T* e = arena.take(kStep * p.rank);
+  for (int64_t t = begin; t < end; t += kStep) {
+    int64_t tokens = end - t < kStep ? end - t : kStep;
+    const int64_t row = image * p.tokens + t;
+    S* y = static_cast<S*>(p.y) + row * p.dim;
+    const S* residual =
+        p.residual ? static_cast<const S*>(p.residual) + row * p.dim : nullptr;
+    adapter_bottleneck_output<T, V>(p, image, t, tokens, factor, e);
+    const T* from = e;
+    if (p.prefix_mode == PrefixMode::zero && t < p.num_prefix_tokens) {
+      const int64_t left = p.num_prefix_tokens - t;
+      const int64_t prefix = left < tokens ? left : tokens;
+      if (residual)
+        memcpy(y, residual, prefix * p.dim * sizeof(S));
+      else
+        memset(static_cast<void*>(y), 0, prefix * p.dim * sizeof(S));
+      from += prefix * p.rank;
+      y += prefix * p.dim;
+      if (residual) residual += prefix * p.dim;
+      tokens -= prefix;
+    }
+    project_out<T, kWide, S>(from, p.rank, tokens, p.rank, p.dim, p.dim_padded,
+                             static_cast<const T*>(p.up_out), static_cast<const T*>(p.up_bias),
+                             residual, y);
+  }
+}
+
+// Gradients of one part of the batch, image after image: [part_begin, part_end) of the parts.
+template <class T, int V, int kWide, class S>
+void adapter_backward_parts(const AdapterParams& p, const AdapterGradients& g, int64_t part_begin,
+                            int64_t part_end, T* scratch) {
+  const int64_t taps = p.kernel_h * p.kernel_w, padded = p.rank_padded;
+  const int64_t per_image = p.tokens * padded;
+  Arena<T> arena(scratch);
+  T* tile = arena.take(tokens_in_tile(p) * p.dim);
+  T* dense = arena.take(p.tokens * p.rank);    // a, or dropout(act(c)), rank apart
+  T* factor = arena.take(p.tokens * p.rank);   // dropout factors
+  T* wide = arena.take(per_image);             // dropout(act(c)), padded
+  T* grad = arena.take(per_image);             // de, then dc, then da, then dz; padded
+  T* buffer = arena.take(p.buffer_rows * p.buffer_columns * V);
+  T* weights = arena.take(p.height * p.width * V);
+  const int64_t step = tokens_in_tile(p);
+  const int64_t first_token = p.prefix_mode == PrefixMode::zero ? p.num_prefix_tokens : 0;
+  const int64_t grid_tokens = p.height * p.width;
+
+  for (int64_t part = part_begin; part < part_end; ++part) {
+    T* down = static_cast<T*>(g.parts) + part * g.part_elements;
+    T* down_bias = down + p.rank_blocks * p.dim * V;
+    T* conv = down_bias + padded;
+    T* conv_bias = conv + p.rank_blocks * taps * V;
+    T* up = conv_bias + padded;
+    T* up_bias = up + p.rank_blocks * p.dim * V;
+    memset(down, 0, g.part_elements * sizeof(T));
+    const int64_t last_image = (part + 1) * p.batch / g.num_parts;
+    for (int64_t image = part * p.batch / g.num_parts; image < last_image; ++image) {
+      const T* z = static_cast<const T*>(p.z) + image * p.tokens * p.rank;
+      const T* c = static_cast<const T*>(p.c) + image * p.tokens * p.rank;
+      const S* grad_output = static_cast<const S*>(g.grad_output) + image * p.tokens * p.dim;
+      const S* x = static_cast<const S*>(p.x) + image * p.tokens * p.dim;
+      const auto widen_rank = [&](const T* from, T* to) {
+        memset(to, 0, per_image * sizeof(T));
+        for (int64_t t = 0; t < p.tokens; ++t)
+          memcpy(to + t * padded, from + t * p.rank, p.rank * sizeof(T));
+      };
+
+      // grad_output, once: gradients of the up-projection and of its input.
+      adapter_bottleneck_output<T, V>(p, image, 0, p.tokens, factor, dense);
+      widen_rank(dense, wide);
+      memset(grad, 0, per_image * sizeof(T));
+      for (int64_t t = first_token; t < p.tokens; t += step) {
+        const int64_t tokens = p.tokens - t < step ? p.tokens - t : step;
+        const T* dy = widen<T, V, S>(grad_output + t * p.dim, tokens * p.dim, tile);
+        for (int64_t block = 0; block < p.rank_blocks; ++block) {
+          project_in<T, V>(dy, tokens, p.dim,
+                           static_cast<const T*>(g.up_in) + block * p.dim * V,
+                           static_cast<const T*>(nullptr), grad + t * padded + block * V, padded);
+          if (g.need_up)
+            outer<T, V>(dy, tokens, p.dim, wide + t * padded + block * V, padded,
+                        up + block * p.dim * V);
+        }
+        if (g.need_up)
+          add_column_sums<T, kWide>(dy, tokens, p.dim, p.dim, up_bias);
+      }
+      if (!g.need_down && !g.need_conv && !g.grad_x) continue;
+
+      // Through dropout and the activation after the convolution: grad = dc. `wide` is free again.
+      if (p.activate_after || p.dropout) {
+        map_activation<T, V, true>(p.activate_after ? p.activation : Activation::none, c,
+                                   p.dropout ? factor : nullptr, dense, p.tokens * p.rank);
+        widen_rank(dense, wide);
+        for (int64_t i = 0; i < per_image; i += V)
+          store<T, V>(grad + i, load<T, V>(grad + i) * load<T, V>(wide + i));
+      }
+
+      // The convolution: gradients of its weights, its bias and its input.
+      if (p.activate_before)
+        map_activation<T, V, false>(p.activation, z, nullptr, dense, p.tokens * p.rank);
+      else
+        memcpy(dense, z, p.tokens * p.rank * sizeof(T));
+      const int64_t tap = center_tap(p);
+      for (int64_t t = first_token; t < p.num_prefix_tokens; ++t) {
+        if (p.prefix_mode != PrefixMode::center_tap) break;
+        for (int64_t k = 0; k < p.rank; ++k) {
+          T& at = grad[t * padded + k];
+          conv_bias[k] += at;
+          if (tap >= 0) conv[(k / V * taps + tap) * V + k % V] += at * dense[t * p.rank + k];
+          at *= center_weight<T, V>(p, k);
+        }
+      }
+      T* grid_grad = grad + p.num_prefix_tokens * padded;
+      for (int64_t block = 0; block < p.rank_blocks; ++block) {
+        // The buffer is made before anything overwrites this block of `grad`.
+        const int64_t last_y = (p.kernel_h - 1) * p.dilation, last_x = (p.kernel_w - 1) * p.dilation;
+        Correlation<T, V> k;
+        k.source = buffer;
+        k.source_columns = p.buffer_columns;
+        k.bias = nullptr;
+        if (g.need_conv) {
+          for (int64_t i = 0; i < grid_tokens; ++i)
+            store_aligned<V>(weights + i * V, load<T, V>(grid_grad + i * padded + block * V));
+          pad_grid<T, V>(p, dense, p.rank, block, p.pad_top, p.pad_left, buffer);
+          k.weight = weights;
+          k.y = rank_axis(p.kernel_h, p.height, p.dilation, 1, p.pad_top, p.height);
+          k.x = rank_axis(p.kernel_w, p.width, p.dilation, 1, p.pad_left, p.width);
+          k.accumulate = true;
+          k.out = conv + block * taps * V;
+          k.out_row = p.kernel_w * V;
+          k.out_column = V;
+          correlate<T, V>(k);
+          for (int64_t i = 0; i < grid_tokens; i += p.width) {
+            Vec<T, V> row_sum{};
+            for (int64_t j = i; j < i + p.width; ++j) row_sum += load_aligned<V>(weights + j * V);
+            store<T, V>(conv_bias + block * V, load<T, V>(conv_bias + block * V) + row_sum);
+          }
+        }
+        if (g.need_down || g.grad_x) {
+          pad_grid<T, V>(p, grad, padded, block, last_y - p.pad_top, last_x - p.pad_left, buffer);
+          k.weight = static_cast<const T*>(g.conv_flipped) + block * taps * V;
+          k.y = rank_axis(p.height, p.kernel_h, 1, p.dilation, last_y - p.pad_top, p.height);
+          k.x = rank_axis(p.width, p.kernel_w, 1, p.dilation, last_x - p.pad_left, p.width);
+          k.accumulate = false;
+          k.out = grid_grad + block * V;
+          k.out_column = padded;
+          k.out_row = p.width * padded;
+          correlate<T, V>(k);
+        }
+      }
+      if (!g.need_down && !g.grad_x) continue;
+
+      // Through the activation before the convolution: grad = dz.
+      if (p.activate_before) {
+        map_activation<T, V, true>(p.activation, z, nullptr, dense, p.tokens * p.rank);
+        widen_rank(dense, wide);
+        for (int64_t i = 0; i < per_image; i += V)
+          store<T, V>(grad + i, load<T, V>(grad + i) * load<T, V>(wide + i));
+      }
+
+      // x, once: gradients of the down-projection and of x.
+      if (g.need_down) {
+        for (int64_t t = first_token; t < p.tokens; t += step) {
+          const int64_t tokens = p.tokens - t < step ? p.tokens - t : step;
+          const T* tokens_x = widen<T, V, S>(x + t * p.dim, tokens * p.dim, tile);
+          for (int64_t block = 0; block < p.rank_blocks; ++block)
+            outer<T, V>(tokens_x, tokens, p.dim, grad + t * padded + block * V, padded,
+                        down + block * p.dim * V);
+          add_column_sums<T, V>(grad + t * padded, tokens, padded, padded, down_bias);
+        }
+      }
+      if (g.grad_x) {
+        S* grad_x = static_cast<S*>(g.grad_x) + image * p.tokens * p.dim;
+        memset(static_cast<void*>(grad_x), 0, first_token * p.dim * sizeof(S));
+        project_out<T, kWide, S>(grad + first_token * padded, padded, p.tokens - first_token,
+                                 p.rank, p.dim, p.dim_padded, static_cast<const T*>(g.down_out),
+                                 static_cast<const T*>(nullptr), static_cast<const S*>(nullptr),
+                                 grad_x + first_token * p.dim);
+      }
+    }
+  }
+}
+
+// Scratch elements that one thread needs.
+template <class T>
+int64_t adapter_scratch(const AdapterParams& p) {
+  const int64_t tile = round_up(kTileTokens > 64 ? kTileTokens : 64, 64) * p.dim;
+  return tile + 6 * (p.tokens + 64) * p.rank_padded +
+         (p.buffer_rows * p.buffer_columns + p.height * p.width) * p.lanes + 16 * 16;
+}
+
+template <class T, int V>
+void adapter_down_of(const AdapterParams& p, int64_t image, int64_t begin, int64_t end,
+                     void* scratch) {
+  T* s = static_cast<T*>(scratch);
+  if constexpr (sizeof(T) == 8) {
+    adapter_down<T, V, double>(p, image, begin, end, s);
+  } else {
+    switch (p.storage) {
+      case lka::Storage::bfloat16: return adapter_down<T, V, bfloat16_t>(p, image, begin, end, s);
+      case lka::Storage::float16: return adapter_down<T, V, float16_t>(p, image, begin, end, s);
+      default: return adapter_down<T, V, float>(p, image, begin, end, s);
+    }
+  }
+}
+
+template <class T, int V>
+void adapter_convolve_of(const AdapterParams& p, int64_t image, void* scratch) {
+  adapter_convolve<T, V>(p, image, static_cast<T*>(scratch));
+}
+
+template <class T, int V, int kWide>
+void adapter_up_of(const AdapterParams& p, int64_t image, int64_t begin, int64_t end,
+                   void* scratch) {
+  T* s = static_cast<T*>(scratch);
+  if constexpr (sizeof(T) == 8) {
+    adapter_up<T, V, kWide, double>(p, image, begin, end, s);
+  } else {
+    switch (p.storage) {
+      case lka::Storage::bfloat16:
+        return adapter_up<T, V, kWide, bfloat16_t>(p, image, begin, end, s);
+      case lka::Storage::float16:
+        return adapter_up<T, V, kWide, float16_t>(p, image, begin, end, s);
+      default: return adapter_up<T, V, kWide, float>(p, image, begin, end, s);
+    }
+  }
+}
+
+template <class T, int V, int kWide>
+void adapter_backward_of(const AdapterParams& p, const AdapterGradients& g, int64_t begin,
+                         int64_t end, void* scratch) {
+  T* s = static_cast<T*>(scratch);
+  if constexpr (sizeof(T) == 8) {
+    adapter_backward_parts<T, V, kWide, double>(p, g, begin, end, s);
+  } else {
+    switch (p.storage) {
+      case lka::Storage::bfloat16:
+        return adapter_backward_parts<T, V, kWide, bfloat16_t>(p, g, begin, end, s);
+      case lka::Storage::float16:
+        return adapter_backward_parts<T, V, kWide, float16_t>(p, g, begin, end, s);
+      default: return adapter_backward_parts<T, V, kWide, float>(p, g, begin, end, s);
+    }
+  }
+}
+
+}  // namespace
