@@ -124,7 +124,9 @@ def test_convnext(name, placement):
     torch.testing.assert_close(block(x), expected)
 
 
-@pytest.mark.parametrize("name", ["efficientnet", "mobilenet_v4", "efficientnet_condconv"])
+@pytest.mark.parametrize(
+    "name", ["efficientnet", "efficientnet_v2", "mobilenet_v4", "efficientnet_condconv"]
+)
 def test_efficientnet(name, placement):
     plain, _ = make(name)
     plain = dict(plain.double().named_modules())

@@ -73,7 +73,7 @@ def convnext_v2_conv_mlp(**options):
 
 
 def efficientnet(**options):
-    """Every residual block type: depthwise separable, fused, inverted, universal."""
+    """Depthwise separable, fused and inverted residual blocks."""
     return _efficientnet(
         ["ds_r2_k3_s1_c16", "er_r2_k3_s2_e2_c16", "ir_r2_k5_s2_e2_c24_se0.25"], **options
     )
@@ -81,6 +81,10 @@ def efficientnet(**options):
 
 def mobilenet_v4(**options):
     return _efficientnet(["er_r1_k3_s2_e2_c16", "uir_r2_a3_k5_s2_e2_c24"], **options)
+
+
+def efficientnet_v2(**options):
+    return _efficientnet(["cn_r2_k3_s1_e1_c16_skip", "er_r2_k3_s2_e2_c24"], **options)
 
 
 def efficientnet_condconv(**options):
@@ -112,6 +116,7 @@ BACKBONES = {
     "convnext_v2": (convnext_v2, 32),
     "convnext_v2_conv_mlp": (convnext_v2_conv_mlp, 32),
     "efficientnet": (efficientnet, 32),
+    "efficientnet_v2": (efficientnet_v2, 32),
     "mobilenet_v4": (mobilenet_v4, 32),
     "efficientnet_condconv": (efficientnet_condconv, 32),
 }

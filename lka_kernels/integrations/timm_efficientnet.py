@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from timm.models._efficientnet_blocks import (
     CondConvResidual,
+    ConvBnAct,
     DepthwiseSeparableConv,
     EdgeResidual,
     InvertedResidual,
@@ -23,7 +24,8 @@ from lka_kernels.integrations.adapted_block import (
 
 SUPPORTED = (
     "EfficientNet and MobileNet families with InvertedResidual, DepthwiseSeparableConv, "
-    "EdgeResidual, CondConvResidual or UniversalInvertedResidual (where they carry a residual)"
+    "EdgeResidual, CondConvResidual, UniversalInvertedResidual or ConvBnAct (where they carry a "
+    "residual)"
 )
 
 
@@ -61,6 +63,10 @@ class LKACondConvResidual(AdaptedResidual, CondConvResidual):
     """``CondConvResidual`` with an adapter."""
 
 
+class LKAConvBnAct(AdaptedResidual, ConvBnAct):
+    """``ConvBnAct`` (first stage of EfficientNetV2) with an adapter."""
+
+
 class LKAUniversalInvertedResidual(AdaptedResidual, UniversalInvertedResidual):
     """``UniversalInvertedResidual`` (MobileNetV4) with an adapter."""
 
@@ -70,6 +76,7 @@ _BLOCK_CLASSES = {
     DepthwiseSeparableConv: LKADepthwiseSeparableConv,
     EdgeResidual: LKAEdgeResidual,
     CondConvResidual: LKACondConvResidual,
+    ConvBnAct: LKAConvBnAct,
     UniversalInvertedResidual: LKAUniversalInvertedResidual,
 }
 BLOCKS = tuple(_BLOCK_CLASSES)
