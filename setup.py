@@ -65,7 +65,8 @@ def extension():
     from torch.utils import cpp_extension
 
     sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp"))
-    depends = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h"))
+    headers = [*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh")]
+    depends = ["setup.py", *sorted(str(p.relative_to(ROOT)) for p in headers)]
     cxx = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-psabi", TARGET_VERSION]
     link = []
     if os.environ.get("LKA_SANITIZE") == "1":

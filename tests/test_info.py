@@ -1,0 +1,60 @@
+"""``lka-info``: what it prints is complete, consistent and JSON where asked."""
+
+import importlib.metadata
+import json
+
+import pytest
+import torch
+
+from lka_kernels import _extension, available_backends, info
+
+SMALL = ["--mebibytes", "2", "--repeats", "3"]
+
+
+def test_json_holds_what_the_library_reports(capsys):
+    assert info.main(["--json", *SMALL]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["torch"] == importlib.metadata.version("torch")
+    assert found["backends"] == available_backends()
+    assert found["instruction_set"] == _extension.instruction_set()
+    assert found["threads"] == torch.get_num_threads()
+    assert found["cuda_kernels"]["compiled"] == _extension.built_with_cuda()
+    assert [d["device"] for d in found["devices"]] == [
+        "cpu",
+        *(f"cuda:{i}" for i in range(torch.cuda.device_count())),
+    ]
+    copy = found["devices"][0]["copy"]
+    assert 0 < copy["slowest"] <= copy["gigabytes_per_second"] <= copy["fastest"]
+    assert (copy["mebibytes"], copy["repeats"]) == (2, 3)
+
+
+def test_text_names_every_backend_with_its_reason(capsys):
+    assert info.main(SMALL) == 0
+    text = capsys.readouterr().out
+    for name, status in available_backends().items():
+        assert f"{name:14}{status}" in text
+    assert "median of 3, 2 MiB buffers" in text
+
+
+def test_architectures_are_read_from_the_library():
+    architectures = info.cuda_architectures()
+    if not _extension.built_with_cuda():
+        assert architectures == []
+    elif info._cuobjdump() is None:
+        assert architectures is None
+    else:
+        assert architectures
+        assert all(name.startswith("sm_") for name in architectures)
+
+
+def test_a_package_that_is_not_installed_is_said_so(monkeypatch):
+    monkeypatch.setattr(info, "PACKAGES", ("torch", "no-such-package-here"))
+    assert info.versions()["no-such-package-here"] == "not installed"
+
+
+@pytest.mark.parametrize("option", ["--mebibytes", "--repeats"])
+def test_a_count_below_one_is_refused(option, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        info.main([option, "0"])
+    assert stopped.value.code == 2
+    assert f"{option} must be at least 1" in capsys.readouterr().err
