@@ -177,7 +177,8 @@ def test_hash_is_of_pixels_not_of_files(tmp_path):
 def test_fit(tmp_path, resize):
     image = Image.new("RGB", (40, 20), (200, 200, 200))
     fitted = fit(image, 16, resize)
-    assert fitted.shape == (16, 16, 3) and fitted.dtype == np.uint8
+    assert fitted.shape == (16, 16, 3)
+    assert fitted.dtype == np.uint8
     assert (fitted[0].max() == 0) == (resize == "pad")
 
 
@@ -185,7 +186,8 @@ def test_images_from_disk_equal_images_from_memory(tmp_path):
     make_folder(tmp_path, images=5)
     kept = load(TrainConfig(data=str(tmp_path)), 16)
     read = load(TrainConfig(data=str(tmp_path), cache_images_gb=0), 16)
-    assert kept.train.pixels is not None and read.train.pixels is None
+    assert kept.train.pixels is not None
+    assert read.train.pixels is None
     orders = [np.array([3, 0, 5]), np.array([1])]
     for (_, a), (_, b) in zip(kept.train.batches(orders), read.train.batches(orders), strict=True):
         np.testing.assert_array_equal(a.numpy(), b.numpy())

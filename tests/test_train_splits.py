@@ -42,7 +42,8 @@ def test_split_is_by_class_and_seeded():
     labels = [0] * 100 + [1] * 40
     hashes = hashes_of(range(140))
     train, test = split(hashes, labels, CLASSES, 0.2, 0)
-    assert sum(i < 100 for i in test) == 20 and sum(i >= 100 for i in test) == 8
+    assert sum(i < 100 for i in test) == 20
+    assert sum(i >= 100 for i in test) == 8
     assert split(hashes, labels, CLASSES, 0.2, 1)[1] != test
     assert len(train) == 112
 
@@ -63,7 +64,8 @@ def test_conflicting_images_are_reported_by_name(tmp_path):
     shutil.copy(tmp_path / "a" / "03.png", tmp_path / "b" / "same.png")
     data = load(TrainConfig(data=str(tmp_path)), 16)
     line = next(note for note in data.notes if "different classes" in note)
-    assert "a/03.png" in line and "b/same.png" in line
+    assert "a/03.png" in line
+    assert "b/same.png" in line
     assert data.report["images_under_several_classes"] == [["a/03.png", "b/same.png"]]
     together = [{p.name for p in half.paths} & {"same.png"} for half in (data.train, data.test)]
     holder = data.train if together[0] else data.test
@@ -78,10 +80,11 @@ def test_leaks_of_a_given_split_are_counted_and_dropped_on_request(tmp_path):
             tmp_path / "train" / "a" / f"{name}.png", tmp_path / "test" / "a" / f"x{name}.png"
         )
     kept = load(TrainConfig(data=str(tmp_path)), 16)
-    assert kept.report["train_images_in_test"] == 3 and len(kept.train) == 16
+    assert kept.report["train_images_in_test"] == 3
+    assert len(kept.train) == 16
     assert any(note.startswith("3 training images stand in the test half") for note in kept.notes)
     dropped = load(TrainConfig(data=str(tmp_path), drop_leaked=True), 16)
-    assert len(dropped.train) == 13 and len(dropped.test) == 11
+    assert (len(dropped.train), len(dropped.test)) == (13, 11)
     assert not {"01.png", "02.png", "03.png"} & {
         p.name for p in dropped.train.paths if p.parent.name == "a"
     }

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
 from PIL import Image
 
 # A convolutional model with batch norm of 0.4 M parameters; no weights needed.
@@ -40,3 +42,12 @@ def command_line(data: Path, out: Path, **changes) -> list[str]:
     """The same as arguments of lka-train."""
     options = tiny_options(**changes)
     return [str(data), f"--out={out}", *(f"--{name}={value}" for name, value in options.items())]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """One thread: quicker on tiny models, above all when other processes want the processors."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
