@@ -17,12 +17,11 @@ from lka_kernels.functional import depthwise_conv2d, explain, large_kernel_adapt
 from lka_kernels.modules import DepthwiseConv2d, FusedLKA
 from lka_kernels.version import __version__
 
-
-
 __all__ = [
     "DepthwiseConv2d",
     "FusedLKA",
     "LKAConfig",
+    "__version__",
     "adapter_parameters",
     "adapter_state_dict",
     "add_adapters",

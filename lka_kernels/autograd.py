@@ -15,23 +15,54 @@ from lka_kernels import ops
 from lka_kernels.backends import reference
 
 
+def _records(*tensors: Tensor | None) -> bool:
+    """Whether autograd must record a call: in the backward pass only with create_graph=True."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def depthwise_conv2d(input, weight, bias, stride, padding, dilation, channels_last, backend):
+    """conv(input, weight) + bias."""
+    arguments = (input, weight, bias, stride, padding, dilation, channels_last)
+    if _records(input, weight, bias):
+        return DepthwiseConv2d.apply(*arguments, backend)
+    return ops.DEPTHWISE[backend].forward(*arguments)
+
+
+def backward_input(
+    grad_output, weight, input_size, stride, padding, dilation, channels_last, backend
+):
+    """grad_input from grad_output and weight."""
+    arguments = (grad_output, weight, input_size, stride, padding, dilation, channels_last)
+    if _records(grad_output, weight):
+        return BackwardInput.apply(*arguments, backend)
+    return ops.DEPTHWISE[backend].backward_input(*arguments)
+
+
+def backward_weight(
+    grad_output, input, kernel_size, stride, padding, dilation, channels_last, backend
+):
+    """(grad_weight, grad_bias) from grad_output and input."""
+    arguments = (grad_output, input, kernel_size, stride, padding, dilation)
+    if _records(grad_output, input):
+        return BackwardWeight.apply(*arguments, channels_last, backend)
+    return ops.DEPTHWISE[backend].backward_weight(*arguments)
+
+
 class DepthwiseConv2d(torch.autograd.Function):
     """y = conv(input, weight) + bias."""
 
     @staticmethod
-    def forward(input, weight, bias, stride, padding, dilation, channels_last, backend):
+    def forward(ctx, input, weight, bias, stride, padding, dilation, channels_last, backend):
+        ctx.geometry = (stride, padding, dilation)
+        ctx.channels_last = channels_last
+        ctx.backend = backend
+        ctx.input_size = input.shape[2:]
+        ctx.kernel_size = weight.shape[2:]
+        need_input, need_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(input if need_weight else None, weight if need_input else None)
         return ops.DEPTHWISE[backend].forward(
             input, weight, bias, stride, padding, dilation, channels_last
         )
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        input, weight, bias, *ctx.geometry, ctx.channels_last, ctx.backend = inputs
-        need_input, need_weight = ctx.needs_input_grad[:2]
-        ctx.input_size, ctx.kernel_size = input.shape[2:], weight.shape[2:]
-        need_bias = ctx.needs_input_grad[2]
-        ctx.save_for_backward(input if need_weight else None, weight if need_input else None)
-        ctx.bias_only = need_bias and not need_weight
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -39,8 +70,7 @@ class DepthwiseConv2d(torch.autograd.Function):
         need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_input = grad_weight = grad_bias = None
         if need_input:
-            grad_input = _call(
-                BackwardInput,
+            grad_input = backward_input(
                 grad_output,
                 weight,
                 ctx.input_size,
@@ -49,8 +79,7 @@ class DepthwiseConv2d(torch.autograd.Function):
                 ctx.backend,
             )
         if need_weight:
-            grad_weight, grad_bias = _call(
-                BackwardWeight,
+            grad_weight, grad_bias = backward_weight(
                 grad_output,
                 input,
                 ctx.kernel_size,
@@ -73,17 +102,16 @@ class BackwardInput(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        grad_output, weight, input_size, stride, padding, dilation, channels_last, backend
+        ctx, grad_output, weight, input_size, stride, padding, dilation, channels_last, backend
     ):
+        ctx.geometry = (stride, padding, dilation)
+        ctx.channels_last = channels_last
+        ctx.backend = backend
+        ctx.kernel_size = weight.shape[2:]
+        ctx.save_for_backward(grad_output, weight)
         return ops.DEPTHWISE[backend].backward_input(
             grad_output, weight, input_size, stride, padding, dilation, channels_last
         )
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        grad_output, weight, _, *ctx.geometry, ctx.channels_last, ctx.backend = inputs
-        ctx.kernel_size = weight.shape[2:]
-        ctx.save_for_backward(grad_output, weight)
 
     @staticmethod
     def backward(ctx, grad_grad_input):
@@ -91,8 +119,7 @@ class BackwardInput(torch.autograd.Function):
         need_grad_output, need_weight = ctx.needs_input_grad[:2]
         grad_grad_output = grad_weight = None
         if need_grad_output:
-            grad_grad_output = _call(
-                DepthwiseConv2d,
+            grad_grad_output = depthwise_conv2d(
                 grad_grad_input,
                 weight,
                 None,
@@ -101,8 +128,7 @@ class BackwardInput(torch.autograd.Function):
                 ctx.backend,
             )
         if need_weight:
-            grad_weight, _ = _call(
-                BackwardWeight,
+            grad_weight, _ = backward_weight(
                 grad_output,
                 grad_grad_input,
                 ctx.kernel_size,
@@ -118,17 +144,16 @@ class BackwardWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        grad_output, input, kernel_size, stride, padding, dilation, channels_last, backend
+        ctx, grad_output, input, kernel_size, stride, padding, dilation, channels_last, backend
     ):
+        ctx.geometry = (stride, padding, dilation)
+        ctx.channels_last = channels_last
+        ctx.backend = backend
+        ctx.save_for_backward(grad_output, input)
+        ctx.set_materialize_grads(False)
         return ops.DEPTHWISE[backend].backward_weight(
             grad_output, input, kernel_size, stride, padding, dilation
         )
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        grad_output, input, _, *ctx.geometry, ctx.channels_last, ctx.backend = inputs
-        ctx.save_for_backward(grad_output, input)
-        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, grad_grad_weight, grad_grad_bias):
@@ -138,21 +163,16 @@ class BackwardWeight(torch.autograd.Function):
         common = (*ctx.geometry, ctx.channels_last, ctx.backend)
         if need_grad_output:
             if grad_grad_weight is not None:
-                grad_grad_output = _call(
-                    DepthwiseConv2d, input, grad_grad_weight, grad_grad_bias, *common
+                grad_grad_output = depthwise_conv2d(
+                    input, grad_grad_weight, grad_grad_bias, *common
                 )
             elif grad_grad_bias is not None:
                 grad_grad_output = grad_grad_bias[:, None, None].expand_as(grad_output)
         if need_input and grad_grad_weight is not None:
-            grad_input = _call(
-                BackwardInput, grad_output, grad_grad_weight, input.shape[2:], *common
+            grad_input = backward_input(
+                grad_output, grad_grad_weight, input.shape[2:], *common
             )
         return grad_grad_output, grad_input, *(None,) * 6
-
-
-def _call(function, *args):
-    """Record for a further derivative only when autograd asks for one (create_graph=True)."""
-    return function.apply(*args) if torch.is_grad_enabled() else function.forward(*args)
 
 
 # Differentiable tensor arguments of the adapter, in the order of its operators.
@@ -163,42 +183,14 @@ class LargeKernelAdapter(torch.autograd.Function):
     """The fused adapter; arguments are those of ``reference.large_kernel_adapter`` + backend."""
 
     @staticmethod
-    def forward(
-        x,
-        down_weight,
-        down_bias,
-        conv_weight,
-        conv_bias,
-        up_weight,
-        up_bias,
-        residual,
-        seed,
-        grid_size,
-        *options_and_backend,
-    ):
-        *options, backend = options_and_backend
-        return ops.ADAPTER[backend].forward(
-            x,
-            down_weight,
-            down_bias,
-            conv_weight,
-            conv_bias,
-            up_weight,
-            up_bias,
-            residual,
-            seed,
-            *grid_size,
-            *options,
-        )
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, residual, seed = inputs[: _NUM_ADAPTER_TENSORS + 1]
-        ctx.grid_size, *ctx.options, ctx.backend = inputs[_NUM_ADAPTER_TENSORS + 1 :]
-        _, z, c = output
+    def forward(ctx, *arguments):
+        *tensors, _residual, seed, ctx.grid_size = arguments[: _NUM_ADAPTER_TENSORS + 2]
+        *ctx.options, ctx.backend = arguments[_NUM_ADAPTER_TENSORS + 2 :]
+        y, z, c = _adapter_forward(*arguments)
         ctx.mark_non_differentiable(z, c)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, seed, z, c)
+        return y, z, c
 
     @staticmethod
     def backward(ctx, grad_output, _grad_z, _grad_c):
@@ -237,6 +229,14 @@ def _differentiable_adapter_backward(grad_output, tensors, seed, grid_size, opti
     return [next(found) if asked else None for asked in output_mask]
 
 
+def _adapter_forward(*arguments):
+    tensors_and_seed = arguments[: _NUM_ADAPTER_TENSORS + 1]
+    grid_size, *options, backend = arguments[_NUM_ADAPTER_TENSORS + 1 :]
+    return ops.ADAPTER[backend].forward(*tensors_and_seed, *grid_size, *options)
+
+
 def large_kernel_adapter(*arguments) -> Tensor:
     """Apply the fused adapter and return its output alone."""
-    return LargeKernelAdapter.apply(*arguments)[0]
+    if _records(*arguments[:_NUM_ADAPTER_TENSORS]):
+        return LargeKernelAdapter.apply(*arguments)[0]
+    return _adapter_forward(*arguments)[0]

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lka_kernels import _extension
 from lka_kernels.checks import ACTIVATIONS, FLOAT_DTYPES, one_of
@@ -80,6 +81,11 @@ def _cuda_status() -> str:
     return "ready"
 
 
+def _transformed() -> bool:
+    """Inside torch.func or forward-mode AD, which need rules that only PyTorch's operators have."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def _cannot_run_depthwise(backend: str, input: Tensor, weight: Tensor) -> str | None:
     """Why ``backend`` cannot serve this depthwise convolution, or None if it can."""
     if backend == "torch":
@@ -96,8 +102,8 @@ def _cannot_run_depthwise(backend: str, input: Tensor, weight: Tensor) -> str | 
             f"it serves one filter per channel; weight has {weight.shape[0]} filters "
             f"for {input.shape[1]} channels"
         )
-    if torch._C._are_functorch_transforms_active():
-        return "it does not run inside torch.func transforms"
+    if _transformed():
+        return "it does not run inside torch.func transforms or forward-mode differentiation"
     return None
 
 
@@ -188,6 +194,6 @@ def _cannot_run_adapter(backend: str, x: Tensor, activation: str) -> str | None:
         return f"it serves float32, float64, bfloat16 and float16; x is {x.dtype}"
     if activation not in ACTIVATIONS:
         return f"activation {activation!r}"
-    if torch._C._are_functorch_transforms_active():
-        return "it does not run inside torch.func transforms"
+    if _transformed():
+        return "it does not run inside torch.func transforms or forward-mode differentiation"
     return None

@@ -55,7 +55,7 @@ def depthwise_conv2d(
             )[0]
         return reference.depthwise_conv2d(input, weight, bias, stride, padding, dilation)
     channels_last = _like_channels_last(input) or _like_channels_last(weight)
-    return autograd.DepthwiseConv2d.apply(
+    return autograd.depthwise_conv2d(
         input, weight, bias, stride, padding, dilation, channels_last, choice.backend
     )
 

@@ -42,7 +42,7 @@ def philox_4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tupl
 
 def drop_threshold(p: float) -> int:
     """An element is dropped when its 32-bit word is below this number."""
-    return min(int(math.floor(p * 2**32)), 2**32)
+    return min(math.floor(p * 2**32), 2**32)
 
 
 def new_seed(device: torch.device) -> Tensor:
