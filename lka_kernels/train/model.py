@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 from dataclasses import dataclass
@@ -98,12 +99,15 @@ def frozen_fingerprint(model: nn.Module) -> str:
 def _default_cfg(name: str):
     import timm
 
-    try:
-        return timm.models.get_pretrained_cfg(name)
-    except Exception as error:
+    cfg = None
+    if timm.is_model(name):
+        with contextlib.suppress(RuntimeError):  # a tag that the model does not have
+            cfg = timm.models.get_pretrained_cfg(name)
+    if cfg is None:
         close = difflib.get_close_matches(name, timm.list_models(), 3)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise TrainError(f"--model {name}: timm knows no such model{hint}") from error
+        raise TrainError(f"--model {name}: timm knows no such model{hint}")
+    return cfg
 
 
 @torch.no_grad()

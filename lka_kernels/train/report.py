@@ -16,7 +16,7 @@ from torch import Tensor
 from .files import write_atomically, write_json, write_text
 
 _PACKAGES = (
-    "torch", "torchvision", "timm", "torchmetrics", "numpy", "pillow", "safetensors", "triton",
+    "torchvision", "timm", "torchmetrics", "numpy", "pillow", "safetensors", "triton",
 )  # fmt: skip
 
 
@@ -36,6 +36,7 @@ def write_versions(folder: Path, device: torch.device) -> None:
         {
             "lka_kernels": lka_kernels.__version__,
             "python": sys.version.split()[0],
+            "torch": torch.__version__,  # with the build, such as +cu130
             **{name: version(name) for name in _PACKAGES},
             "cuda": torch.version.cuda,
             "platform": platform.platform(),
