@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_backbones import one_thread  # noqa: F401 (a fixture)
 from torch import nn
 from torch.nn import functional as F
 

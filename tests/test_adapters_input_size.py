@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny_backbones import BACKBONES, enliven_adapters, make
+from tiny_backbones import BACKBONES, enliven_adapters, make, one_thread  # noqa: F401 (one_thread is a fixture)
 from torch import nn
 
 from lka_kernels import LKAConfig, adapter_parameters, add_adapters

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_backbones import enliven_adapters, make
+from tiny_backbones import enliven_adapters, make, one_thread  # noqa: F401 (one_thread is a fixture)
 from torch import nn
 from torch.nn import functional as F
 

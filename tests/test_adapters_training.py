@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny_backbones import FAMILIES, enliven_adapters, make
+from tiny_backbones import FAMILIES, enliven_adapters, make, one_thread  # noqa: F401 (one_thread is a fixture)
 
 from lka_kernels import LKAConfig, adapter_parameters, add_adapters
 
@@ -88,6 +88,7 @@ def test_bfloat16_autocast(name, placement):
 SMALLER = {
     "vit_registers": {"depth": 1},
     "vit_dynamic": {"depth": 1},
+    "convnext": {"depths": (1, 1, 1, 1)},
     "swin": {"depths": (2,), "num_heads": (2,)},
 }
 

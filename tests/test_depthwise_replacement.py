@@ -3,7 +3,7 @@
 import pytest
 import torch
 from timm.layers import Conv2dSame
-from tiny_backbones import make
+from tiny_backbones import make, one_thread  # noqa: F401 (one_thread is a fixture)
 from torch import nn
 
 from lka_kernels import DepthwiseConv2d, LKAConfig, add_adapters, replace_depthwise_convs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from timm.models.convnext import ConvNeXt
 from timm.models.deit import VisionTransformerDistilled
@@ -10,6 +11,17 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
 from lka_kernels.adapters import adapter_parameters
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """One thread for each test of a module that imports this: waking two takes longer than both
+    have to do here, and far longer where other processes keep the cores busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 _VIT = {
     "img_size": 32,
@@ -57,7 +69,8 @@ def swin(**options):
 
 
 def convnext(**options):
-    return ConvNeXt(depths=(1, 2, 1, 1), dims=(8, 16, 16, 24), num_classes=4, **options)
+    depths = options.pop("depths", (1, 2, 1, 1))
+    return ConvNeXt(depths=depths, dims=(8, 16, 16, 24), num_classes=4, **options)
 
 
 def convnext_conv_mlp(**options):

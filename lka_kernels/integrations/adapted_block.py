@@ -112,5 +112,7 @@ def adapt_after(
         return x
     x = x + drop_path(branch_output)
     for adapter in adapters:
-        x = adapter(x, grid_size, residual=x)
+        # Not residual=x: the sum keeps the memory layout of x, on which the rounding of the
+        # base model's next convolution depends; an adapter's own result is channels last.
+        x = x + adapter(x, grid_size)
     return x

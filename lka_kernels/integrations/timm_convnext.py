@@ -38,7 +38,7 @@ class LKAConvNeXtBlock(AdaptedBlock, ConvNeXtBlock):
         placement = self.lka_placement
         m = self.conv_dw(x)
         if placement == "before_residual" and self.lka_attn is not None:
-            m = self.lka_attn(m, residual=m)
+            m = m + self.lka_attn(m)  # not residual=m: the sum keeps the layout of m
         if not self.use_conv_mlp:
             m = m.permute(0, 2, 3, 1)
         n = self.norm(m)
