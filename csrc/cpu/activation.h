@@ -75,9 +75,17 @@ inline Normal<double, V> normal(Vec<double, V> x) {
   return n;
 }
 
+// The logistic function and its derivative, both without cancellation for large |x|.
 template <class T, int V>
-inline Vec<T, V> sigmoid(Vec<T, V> x) {
-  return T(1) / (T(1) + exponential<V>(-x));
+struct Logistic {
+  Vec<T, V> value, slope;
+};
+
+template <class T, int V>
+inline Logistic<T, V> logistic(Vec<T, V> x) {
+  const Vec<T, V> e = exponential<V>(x < 0 ? x : -x);
+  const Vec<T, V> larger = T(1) / (T(1) + e);
+  return {x < 0 ? e * larger : larger, e * larger * larger};
 }
 
 // √(2/π)·(x + 0.044715·x³), the argument of the tanh form of gelu.
@@ -89,11 +97,11 @@ inline Vec<T, V> tanh_argument(Vec<T, V> x) {
 template <class T, int V, Activation kActivation>
 inline Vec<T, V> activated(Vec<T, V> x) {
   if constexpr (kActivation == Activation::gelu) return x * normal<V>(x).distribution;
-  // (1 + tanh u)/2 = sigmoid(2u)
+  // (1 + tanh u)/2 = logistic(2u)
   if constexpr (kActivation == Activation::gelu_tanh)
-    return x * sigmoid<T, V>(T(2) * tanh_argument<T, V>(x));
+    return x * logistic<T, V>(T(2) * tanh_argument<T, V>(x)).value;
   if constexpr (kActivation == Activation::relu) return x <= 0 ? Vec<T, V>{} : x;
-  if constexpr (kActivation == Activation::silu) return x * sigmoid<T, V>(x);
+  if constexpr (kActivation == Activation::silu) return x * logistic<T, V>(x).value;
   return x;
 }
 
@@ -104,14 +112,14 @@ inline Vec<T, V> derivative(Vec<T, V> x) {
     return n.distribution + x * n.density;
   }
   if constexpr (kActivation == Activation::gelu_tanh) {
-    const Vec<T, V> s = sigmoid<T, V>(T(2) * tanh_argument<T, V>(x));
-    const Vec<T, V> slope = T(0.79788456080286535588) * (T(1) + T(3 * 0.044715) * x * x);
-    return s + T(2) * x * s * (T(1) - s) * slope;
+    const Logistic<T, V> s = logistic<T, V>(T(2) * tanh_argument<T, V>(x));
+    const Vec<T, V> inner = T(0.79788456080286535588) * (T(1) + T(3 * 0.044715) * x * x);
+    return s.value + T(2) * x * s.slope * inner;
   }
   if constexpr (kActivation == Activation::relu) return x <= 0 ? Vec<T, V>{} : splat<T, V>(T(1));
   if constexpr (kActivation == Activation::silu) {
-    const Vec<T, V> s = sigmoid<T, V>(x);
-    return s + x * s * (T(1) - s);
+    const Logistic<T, V> s = logistic<T, V>(x);
+    return s.value + x * s.slope;
   }
   return splat<T, V>(T(1));
 }

@@ -89,21 +89,31 @@ inline Axis axis_of(const Phase& phase, int64_t first_out, int64_t count, int64_
               live_size - buffer_begin};
 }
 
-// Zero the buffer and copy the source rows that exist into it. The buffer's (0, 0) is source
-// element (begin_y, begin_x).
+// Copy the source rows that exist into the buffer and zero what lies around them. The buffer's
+// (0, 0) is source element (begin_y, begin_x).
 template <class T, int V, class S>
 void fill_buffer(const MapView& source, const Lanes& lanes, int64_t begin_y, int64_t begin_x,
                  int64_t rows, int64_t columns, T* buffer) {
-  memset(buffer, 0, rows * columns * V * sizeof(T));
   const int64_t first = begin_y > 0 ? begin_y : 0;
   const int64_t last = begin_y + rows < source.height ? begin_y + rows : source.height;
   // With padding larger than the kernel, or a stride that skips the edge, columns may be cut.
   const int64_t skip = begin_x > 0 ? begin_x : 0;
   const int64_t end = begin_x + columns < source.width ? begin_x + columns : source.width;
-  if (first >= last || skip >= end) return;
+  const auto zero = [&](int64_t row, int64_t column, int64_t count) {
+    memset(buffer + (row * columns + column) * V, 0, size_t(count * V) * sizeof(T));
+  };
+  if (first >= last || skip >= end) return zero(0, 0, rows * columns);
+  const int64_t top = first - begin_y, bottom = last - begin_y;
+  const int64_t left = skip - begin_x, right = end - begin_x;
+  zero(0, 0, top * columns);
+  for (int64_t row = top; row < bottom; ++row) {
+    if (left > 0) zero(row, 0, left);
+    if (right < columns) zero(row, right, columns - right);
+  }
+  zero(bottom, 0, (rows - bottom) * columns);
   const S* data = static_cast<const S*>(source.data) + skip * source.stride_w;
-  pack_rows<T, V, S>(data, lanes, first, last, end - skip,
-                     buffer + ((first - begin_y) * columns + skip - begin_x) * V, columns);
+  pack_rows<T, V, S>(data, lanes, first, last, end - skip, buffer + (top * columns + left) * V,
+                     columns);
 }
 
 template <class T, int V, class S>
@@ -114,7 +124,15 @@ void convolve_as(const ConvolvePlan& plan, int64_t begin, int64_t end, void* scr
   const int64_t output_stride_y = plan.phases_y[0].output_stride;
   const int64_t output_stride_x = plan.phases_x[0].output_stride;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t block = task / plan.num_bands, band = task % plan.num_bands;
+    int64_t block = task / plan.num_bands, band = task % plan.num_bands;
+    if (plan.blocks_share_lines) {
+      // Neighbouring blocks lie side by side in memory: take them one after the other, band by
+      // band, while their cache lines and pages are near.
+      const int64_t per_image = plan.lanes.blocks_per_image;
+      const int64_t image = task / (per_image * plan.num_bands);
+      band = task / per_image % plan.num_bands;
+      block = image * per_image + task % per_image;
+    }
     const int64_t first_j = band * plan.band;
     const Lanes from = lanes_of<V>(plan.lanes, block, plan.source, plan.batch, plan.channels);
     const Lanes to = lanes_of<V>(plan.lanes, block, target, plan.batch, plan.channels);

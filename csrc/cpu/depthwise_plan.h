@@ -37,6 +37,7 @@ struct ConvolvePlan {
   int64_t origin_y, origin_x;          // smallest origins: where the source buffer begins
   int64_t buffer_rows, buffer_columns;  // of the source buffer for one band
   int64_t band, num_bands;             // outputs j of a phase per band
+  bool blocks_share_lines;             // channels are adjacent in memory: changes the task order
   bool direct_store;                   // kernels may write the target themselves
   const void* weight;                  // (C, kH, kW) dense
   const void* bias;                    // (C,) or null

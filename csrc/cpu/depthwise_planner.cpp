@@ -104,6 +104,7 @@ PlannedConvolution plan_convolution(const ConvParams& p, const MapView& source,
   choose_kernels(p.storage, full, half);
   plan.lanes = plan_lanes(p.batch, p.channels, source.stride_c == 1 && target.stride_c == 1, *full,
                           *half, planned.kernels);
+  plan.blocks_share_lines = source.stride_c == 1 && !plan.lanes.cross_images;
   plan.direct_store = p.storage == Storage::float32 || p.storage == Storage::float64;
 
   const Extent y = extent_of(planned.phases_y), x = extent_of(planned.phases_x);

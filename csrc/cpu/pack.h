@@ -23,8 +23,13 @@ void pack_rows(const S* data, const Lanes& lanes, int64_t row_begin, int64_t row
     for (int64_t y = row_begin; y < row_end; ++y) {
       const S* from = data + lanes.offset[0] + y * lanes.stride_h;
       T* to = buffer + (y - row_begin) * buffer_columns * V;
-      for (int64_t x = 0; x < columns; ++x)
-        store_aligned<V>(to + x * V, load_some<T, V, S>(from + x * lanes.stride_w, lanes.count));
+      if (lanes.count == V) {
+        for (int64_t x = 0; x < columns; ++x, from += lanes.stride_w, to += V)
+          store_aligned<V>(to, load<T, V>(from));
+      } else {
+        for (int64_t x = 0; x < columns; ++x, from += lanes.stride_w, to += V)
+          store_aligned<V>(to, load_some<T, V, S>(from, lanes.count));
+      }
     }
     return;
   }
