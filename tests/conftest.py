@@ -1,0 +1,52 @@
+"""What all tests share: bounded hypothesis profiles, few threads, outputs that start as junk."""
+
+import hypothesis
+import poison
+import pytest
+import torch
+
+hypothesis.settings.register_profile(
+    "default",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=60,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+# `pytest --hypothesis-profile=thorough` looks further, at new examples every time.
+hypothesis.settings.register_profile(
+    "thorough",
+    parent=hypothesis.settings.get_profile("default"),
+    derandomize=False,
+    max_examples=2000,
+)
+hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def outputs_start_as_junk():
+    """Every tensor allocated in a test starts as junk: an element left unwritten is seen."""
+    with poison.junk_filled_tensors():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def same_state_for_every_test():
+    """Seeds, threads and the chosen backend do not leak from one test to the next."""
+    from lka_kernels import dispatch
+
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+    dispatch._Requested.backend = "auto"
+
+
+@pytest.fixture
+def compiled_cpu():
+    """Skip where the compiled CPU kernels are not there, with the reason."""
+    from lka_kernels import available_backends
+
+    status = available_backends()["cpu"]
+    if status != "ready":
+        pytest.skip(f"no compiled CPU kernels: {status}")
