@@ -115,7 +115,7 @@ sanitize: $(VENV)/.packages
 	@LKA_SANITIZE=1 FORCE_CUDA=0 PATH="$(abspath $(BIN)):$$PATH" \
 	  $(BIN)/python setup.py build --build-base $(SANITIZE_DIR) --build-lib $(SANITIZE_DIR)/lib \
 	  > $(SANITIZE_DIR)/compile.log 2>&1 || { tail -n 60 $(SANITIZE_DIR)/compile.log >&2; exit 1; }
-	@nm -D $(SANITIZE_DIR)/lib/$(LIBRARY) | grep -q __asan_init
+	@nm -D $(SANITIZE_DIR)/lib/$(LIBRARY) | grep __asan_init > /dev/null
 	@export LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  PYTHONPATH=$(SANITIZE_DIR)/lib; \
