@@ -169,9 +169,7 @@ class BackwardWeight(torch.autograd.Function):
             elif grad_grad_bias is not None:
                 grad_grad_output = grad_grad_bias[:, None, None].expand_as(grad_output)
         if need_input and grad_grad_weight is not None:
-            grad_input = backward_input(
-                grad_output, grad_grad_weight, input.shape[2:], *common
-            )
+            grad_input = backward_input(grad_output, grad_grad_weight, input.shape[2:], *common)
         return grad_grad_output, grad_input, *(None,) * 6
 
 

@@ -50,9 +50,9 @@ def depthwise_conv2d(
     choice = dispatch.choose_depthwise(input, weight, method)
     if choice.backend == "torch":
         if input.dim() == 3:
-            return reference.depthwise_conv2d(
-                input[None], weight, bias, stride, padding, dilation
-            )[0]
+            return reference.depthwise_conv2d(input[None], weight, bias, stride, padding, dilation)[
+                0
+            ]
         return reference.depthwise_conv2d(input, weight, bias, stride, padding, dilation)
     channels_last = _like_channels_last(input) or _like_channels_last(weight)
     return autograd.depthwise_conv2d(
@@ -102,9 +102,7 @@ def _autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None,
     """Cast to the autocast dtype as ``F.conv2d`` and ``F.linear`` do (float64 stays)."""
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(
-        t.to(dtype)
-        if t is not None and t.is_floating_point() and t.dtype != torch.float64
-        else t
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
         for t in tensors
     )
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -198,8 +199,8 @@ def test_full_disk_keeps_what_was_saved(data, tmp_path, monkeypatch, capsys):
 
 def test_full_disk_for_real(tmp_path):
     """/dev/full fails every write with ENOSPC."""
-    if not os.path.exists("/dev/full"):
-        pytest.skip("this system has no /dev/full")
+    if not Path("/dev/full").is_char_device():
+        pytest.skip("this system has no device /dev/full")
 
     def write(temporary):
         with open("/dev/full", "wb") as file:

@@ -103,9 +103,7 @@ def backward_input(
     plan = _plan(input_size, grad_output.shape[2:], weight.shape[2:], stride, padding, dilation)
     product = _transform(grad_output, plan, stride) * _transform_weight(weight, plan, dilation)
     full = torch.fft.irfft2(product, s=_fft_size(plan))
-    return _finish(
-        full[:, :, : input_size[0], : input_size[1]], grad_output.dtype, channels_last
-    )
+    return _finish(full[:, :, : input_size[0], : input_size[1]], grad_output.dtype, channels_last)
 
 
 def backward_weight(
@@ -136,6 +134,4 @@ for _direction, _function in (
     ("backward_input", backward_input),
     ("backward_weight", backward_weight),
 ):
-    ops.LIBRARY.impl(
-        f"depthwise_conv2d_{_direction}_fft", _function, "CompositeExplicitAutograd"
-    )
+    ops.LIBRARY.impl(f"depthwise_conv2d_{_direction}_fft", _function, "CompositeExplicitAutograd")
