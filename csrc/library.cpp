@@ -53,8 +53,15 @@ PyMethodDef methods[] = {
 };
 
 PyModuleDef module = {
-    PyModuleDef_HEAD_INIT, "_C",    "Compiled kernels of lka_kernels.", -1, methods,
-    nullptr,               nullptr, nullptr,                            nullptr,
+    PyModuleDef_HEAD_INIT,
+    "_C",
+    "Compiled kernels of lka_kernels.",
+    -1,
+    methods,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
 };
 
 }  // namespace

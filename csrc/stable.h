@@ -23,8 +23,7 @@ inline Storage storage_of(const Tensor& t, const char* name) {
     case ScalarType::Double: return Storage::float64;
     case ScalarType::BFloat16: return Storage::bfloat16;
     case ScalarType::Half: return Storage::float16;
-    default:
-      STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16");
+    default: STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16");
   }
 }
 
@@ -39,8 +38,7 @@ inline Tensor empty_strided(const Tensor& like, std::initializer_list<int64_t> s
   int32_t device_type, device_index;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  const int32_t dtype_code =
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  const int32_t dtype_code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(),
                                                          strides, dtype_code, device_type,
                                                          device_index, &handle));

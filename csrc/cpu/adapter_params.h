@@ -45,8 +45,8 @@ struct AdapterGradients {
   const void* grad_output;  // (batch, tokens, dim) storage
   void* grad_x;             // likewise, or null if not needed
   bool need_down, need_conv, need_up;
-  const void* up_in;      // [rank block][dim][V], times scale
-  const void* down_out;   // [rank][dim padded]
+  const void* up_in;         // [rank block][dim][V], times scale
+  const void* down_out;      // [rank][dim padded]
   const void* conv_flipped;  // [rank block][kernel_h·kernel_w][V]
 
   // Weight gradients are summed per part of the batch: [part][part_elements] T, as

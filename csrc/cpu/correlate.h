@@ -50,7 +50,9 @@ template <class T, int V>
 struct Correlation {
   const T* source;
   int64_t source_columns;
-  const T* weight;  // [y.taps][x.taps][V], aligned
+  const T* weight;        // tap (0, 0); V lanes stand side by side
+  int64_t weight_row;     // elements from one row of taps to the next
+  int64_t weight_column;  // elements from one tap to the next
   Axis y, x;
   const T* bias;       // V values added to every output, or null
   bool accumulate;     // add to what `out` holds, in runs of rows; without, bias starts the sum
@@ -80,17 +82,17 @@ void correlate_tile(const Correlation<T, V>& c, int64_t i, int64_t j) {
     for (int r = 0; r < kRows; ++r)
       for (int t = 0; t < kColumns; ++t) sum[r][t] = start;
     for (int64_t m = run; m < run_end; ++m) {
-      const T* w = c.weight + (m * c.x.taps + columns.begin) * V;
-      const T* s = c.source +
-                   ((c.y.first + i * c.y.out_step + m * c.y.tap_step) * c.source_columns +
-                    c.x.first + j * c.x.out_step + columns.begin * c.x.tap_step) *
-                       V;
+      const T* w = c.weight + m * c.weight_row + columns.begin * c.weight_column;
+      const T* s =
+          c.source + ((c.y.first + i * c.y.out_step + m * c.y.tap_step) * c.source_columns +
+                      c.x.first + j * c.x.out_step + columns.begin * c.x.tap_step) *
+                         V;
       for (int64_t n = columns.begin; n < columns.end; ++n) {
-        const Vec<T, V> tap = load_aligned<V>(w);
+        const Vec<T, V> tap = load<T, V>(w);
         for (int r = 0; r < kRows; ++r)
           for (int t = 0; t < kColumns; ++t)
             sum[r][t] += tap * load_aligned<V>(s + r * out_step_y + t * out_step_x);
-        w += V;
+        w += c.weight_column;
         s += tap_step_x;
       }
     }

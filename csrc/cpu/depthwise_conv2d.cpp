@@ -5,7 +5,9 @@
 #include <cstring>
 
 #include "../stable.h"
+#include "aten.h"
 #include "depthwise_planner.h"
+#include "handover.h"
 #include "operators.h"
 #include "rounding.h"
 #include "scratch.h"
@@ -46,6 +48,50 @@ void check_weight(const Tensor& weight, const Tensor& map) {
   STD_TORCH_CHECK(weight.scalar_type() == map.scalar_type(), "weight must have input's dtype");
 }
 
+bool native_bfloat16() {
+#if defined(__x86_64__)
+  static const bool native = [] {
+    __builtin_cpu_init();
+    return bool(__builtin_cpu_supports("avx512bf16"));
+  }();
+  return native;
+#else
+  return false;
+#endif
+}
+
+// Whether a call may go to PyTorch at all: even padding, and a map that is dense in the layout
+// that the result gets.
+bool may_hand_over(const Tensor& map, const std::vector<int64_t>& padding, bool channels_last) {
+  if (padding[0] != padding[2] || padding[1] != padding[3]) return false;
+  const int64_t c = map.size(1), h = map.size(2), w = map.size(3);
+  if (map.numel() == 0 || c < 2 || h < 2 || w < 2) return false;
+  if (channels_last)
+    return map.stride(1) == 1 && map.stride(3) == c && map.stride(2) == c * w &&
+           map.stride(0) == c * w * h;
+  return map.is_contiguous();
+}
+
+HandoverCase handover_case(const ConvParams& p, bool channels_last, int64_t map_area) {
+  return {p.storage,
+          channels_last,
+          p.kernel_h * p.kernel_w,
+          map_area,
+          p.stride_h == 1 && p.stride_w == 1,
+          native_bfloat16()};
+}
+
+// `result` if it is laid out as the schema promises, else a copy that is.
+Tensor as_promised(const Tensor& result, bool channels_last) {
+  const int64_t c = result.size(1), h = result.size(2), w = result.size(3);
+  const bool kept = channels_last ? result.stride(1) == 1 && result.stride(3) == c &&
+                                        result.stride(2) == c * w && result.stride(0) == c * w * h
+                                  : result.is_contiguous();
+  if (kept) return result;
+  Tensor copy = empty_map(result, result.size(0), c, h, w, channels_last);
+  return torch::stable::copy_(copy, result);
+}
+
 // The kernels read weights as dense (C, kH, kW).
 Tensor dense_weight(const Tensor& weight) {
   const int64_t kh = weight.size(2), kw = weight.size(3);
@@ -71,12 +117,10 @@ void run(PlannedConvolution& planned, const Tensor& weight, const std::optional<
   plan.packed_bias = shared;
   plan.packed_weight = shared + bias_elements * size;
   torch::stable::parallel_for(
-      0, plan.lanes.num_patterns,
-      grain(double(plan.packed_taps * plan.lanes.lanes)),
+      0, plan.lanes.num_patterns, grain(double(plan.packed_taps * plan.lanes.lanes)),
       [&](int64_t begin, int64_t end) { planned.kernels->pack_weights(plan, begin, end); });
   torch::stable::parallel_for(
-      0, planned.num_tasks, grain(planned.multiply_adds_per_task),
-      [&](int64_t begin, int64_t end) {
+      0, planned.num_tasks, grain(planned.multiply_adds_per_task), [&](int64_t begin, int64_t end) {
         void* scratch = task_scratch().get(size_t(plan.scratch_elements * size));
         planned.kernels->convolve(plan, begin, end, scratch);
       });
@@ -84,8 +128,7 @@ void run(PlannedConvolution& planned, const Tensor& weight, const std::optional<
 
 // Sum the partial results of every channel in one fixed order.
 template <class T>
-void reduce(const WeightGradientPlan& plan, int64_t num_tasks, void* grad_weight,
-            void* grad_bias) {
+void reduce(const WeightGradientPlan& plan, int64_t num_tasks, void* grad_weight, void* grad_bias) {
   const int64_t taps = plan.kernel_h * plan.kernel_w, lanes = plan.lanes.lanes;
   const T* partial = static_cast<const T*>(plan.partial);
   const int64_t blocks = plan.lanes.cross_images ? num_tasks : plan.lanes.blocks_per_image;
@@ -98,8 +141,7 @@ void reduce(const WeightGradientPlan& plan, int64_t num_tasks, void* grad_weight
             for (int64_t term = 0; term < terms; ++term) {
               const int64_t plane =
                   plan.lanes.cross_images ? term * plan.channels + channel : channel;
-              const int64_t task =
-                  plane / lanes + (plan.lanes.cross_images ? 0 : term * blocks);
+              const int64_t task = plane / lanes + (plan.lanes.cross_images ? 0 : term * blocks);
               sum += partial[(task * (taps + 1) + tap) * lanes + plane % lanes];
             }
             if (tap < taps)
@@ -121,10 +163,15 @@ Tensor depthwise_conv2d_forward(const Tensor& input, const Tensor& weight,
   ConvParams p = geometry(input, stride, padding, dilation);
   p.kernel_h = weight.size(2);
   p.kernel_w = weight.size(3);
-  const int64_t height = output_extent(input.size(2), p.kernel_h, p.stride_h, padding[0],
-                                       padding[2], p.dilation_h);
-  const int64_t width = output_extent(input.size(3), p.kernel_w, p.stride_w, padding[1],
-                                      padding[3], p.dilation_w);
+  const int64_t height =
+      output_extent(input.size(2), p.kernel_h, p.stride_h, padding[0], padding[2], p.dilation_h);
+  const int64_t width =
+      output_extent(input.size(3), p.kernel_w, p.stride_w, padding[1], padding[3], p.dilation_w);
+  if (onednn_is_faster_forward(handover_case(p, channels_last, height * width)) &&
+      may_hand_over(input, padding, channels_last))
+    return as_promised(
+        aten_depthwise_forward(input, weight, bias, stride, {padding[0], padding[1]}, dilation),
+        channels_last);
   Tensor output = empty_map(input, p.batch, p.channels, height, width, channels_last);
   if (output.numel() == 0) return output;
   p.input = view_of(input);
@@ -146,6 +193,12 @@ Tensor depthwise_conv2d_backward_input(const Tensor& grad_output, const Tensor& 
   Tensor grad_input =
       empty_map(grad_output, p.batch, p.channels, input_size[0], input_size[1], channels_last);
   if (grad_input.numel() == 0) return grad_input;
+  const int64_t map_area = grad_output.size(2) * grad_output.size(3);
+  if (onednn_is_faster_backward_input(handover_case(p, channels_last, map_area)) &&
+      may_hand_over(grad_output, padding, channels_last))
+    return as_promised(aten_depthwise_backward_input(grad_output, grad_input, weight, stride,
+                                                     {padding[0], padding[1]}, dilation),
+                       channels_last);
   p.output = view_of(grad_output);
   p.input = view_of(grad_input);
   PlannedConvolution planned = plan_backward_input(p, int(torch::stable::get_num_threads()));
@@ -153,10 +206,12 @@ Tensor depthwise_conv2d_backward_input(const Tensor& grad_output, const Tensor& 
   return grad_input;
 }
 
-std::tuple<Tensor, Tensor> depthwise_conv2d_backward_weight(
-    const Tensor& grad_output, const Tensor& input, const std::vector<int64_t>& kernel_size,
-    const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-    const std::vector<int64_t>& dilation) {
+std::tuple<Tensor, Tensor> depthwise_conv2d_backward_weight(const Tensor& grad_output,
+                                                            const Tensor& input,
+                                                            const std::vector<int64_t>& kernel_size,
+                                                            const std::vector<int64_t>& stride,
+                                                            const std::vector<int64_t>& padding,
+                                                            const std::vector<int64_t>& dilation) {
   ConvParams p = geometry(input, stride, padding, dilation);
   STD_TORCH_CHECK(grad_output.scalar_type() == input.scalar_type(),
                   "grad_output must have input's dtype");
@@ -176,8 +231,7 @@ std::tuple<Tensor, Tensor> depthwise_conv2d_backward_weight(
   const int64_t size = p.storage == Storage::float64 ? 8 : 4;
   plan.partial = call_scratch().get(size_t(planned.partial_elements * size));
   torch::stable::parallel_for(
-      0, planned.num_tasks, grain(planned.multiply_adds_per_task),
-      [&](int64_t begin, int64_t end) {
+      0, planned.num_tasks, grain(planned.multiply_adds_per_task), [&](int64_t begin, int64_t end) {
         void* scratch = task_scratch().get(size_t(plan.scratch_elements * size));
         planned.kernels->weight_gradient(plan, begin, end, scratch);
       });

@@ -73,7 +73,8 @@ void pack_weights_as(const ConvolvePlan& plan, int64_t begin, int64_t end) {
       }
     if (bias) {
       T* to_bias = static_cast<T*>(plan.packed_bias) + pattern * V;
-      for (int l = 0; l < V; ++l) to_bias[l] = channel[l] < 0 ? T(0) : load_one<T>(bias + channel[l]);
+      for (int l = 0; l < V; ++l)
+        to_bias[l] = channel[l] < 0 ? T(0) : load_one<T>(bias + channel[l]);
     }
   }
 }
@@ -171,6 +172,8 @@ void convolve_as(const ConvolvePlan& plan, int64_t begin, int64_t end, void* scr
         const int64_t count = left < plan.band ? left : plan.band;
         c.y = axis_of(y, first_j, count, begin_y, plan.source.height);
         c.x = axis_of(x, 0, x.count, plan.origin_x, plan.source.width);
+        c.weight_row = x.taps * V;
+        c.weight_column = V;
         c.out = base + y.first_output * row + x.first_output * column;
         if (count > 0) correlate<T, V>(c);
         c.weight += y.taps * x.taps * V;
@@ -185,8 +188,8 @@ template <class T, int V, class S>
 void weight_gradient_as(const WeightGradientPlan& plan, int64_t begin, int64_t end, void* scratch) {
   const MapView& grad = plan.grad_output;
   const int64_t taps = plan.kernel_h * plan.kernel_w;
-  const int64_t buffer_rows = (plan.band - 1) * plan.y.tap_step +
-                              (plan.y.count - 1) * plan.y.out_step + 1;
+  const int64_t buffer_rows =
+      (plan.band - 1) * plan.y.tap_step + (plan.y.count - 1) * plan.y.out_step + 1;
   T* weights = static_cast<T*>(scratch);  // grad_output, [band][width][V]
   T* buffer = weights + plan.band * grad.width * V;
   for (int64_t task = begin; task < end; ++task) {
@@ -210,13 +213,23 @@ void weight_gradient_as(const WeightGradientPlan& plan, int64_t begin, int64_t e
         const int64_t row_begin = band * plan.band;
         const int64_t left = grad.height - row_begin;
         const int64_t rows = left < plan.band ? left : plan.band;
-        pack_rows<T, V, S>(static_cast<const S*>(grad.data), g_lanes, row_begin, row_begin + rows,
-                           grad.width, weights, grad.width);
+        // Where lanes are adjacent and need no widening, grad_output is read where it stands.
+        const T* taps_at = weights;
+        int64_t tap_row = grad.width * V, tap_column = V;
+        if (sizeof(S) == sizeof(T) && g_lanes.adjacent && g_lanes.count == V) {
+          taps_at =
+              static_cast<const T*>(grad.data) + g_lanes.offset[0] + row_begin * grad.stride_h;
+          tap_row = grad.stride_h;
+          tap_column = grad.stride_w;
+        } else {
+          pack_rows<T, V, S>(static_cast<const S*>(grad.data), g_lanes, row_begin, row_begin + rows,
+                             grad.width, weights, grad.width);
+        }
         Vec<T, V> bias_sum = load_aligned<V>(partial + taps * V);
         for (int64_t row = 0; row < rows; ++row) {  // row by row, for the rounding error's sake
           Vec<T, V> row_sum{};
-          for (int64_t p = row * grad.width; p < (row + 1) * grad.width; ++p)
-            row_sum += load_aligned<V>(weights + p * V);
+          const T* at = taps_at + row * tap_row;
+          for (int64_t x = 0; x < grad.width; ++x) row_sum += load<T, V>(at + x * tap_column);
           bias_sum += row_sum;
         }
         store_aligned<V>(partial + taps * V, bias_sum);
@@ -228,7 +241,9 @@ void weight_gradient_as(const WeightGradientPlan& plan, int64_t begin, int64_t e
         Correlation<T, V> c;
         c.source = buffer;
         c.source_columns = plan.buffer_columns;
-        c.weight = weights;
+        c.weight = taps_at;
+        c.weight_row = tap_row;
+        c.weight_column = tap_column;
         c.bias = nullptr;
         c.accumulate = true;
         Phase y = plan.y;

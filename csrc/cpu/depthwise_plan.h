@@ -18,11 +18,11 @@ struct Phase {
 // Which planes share a vector. Channels of one image where they fill the lanes; otherwise planes
 // are numbered b·C + c and V consecutive ones share a vector, across images.
 struct LanePlan {
-  int lanes;                // V
+  int lanes;  // V
   bool cross_images;
   int64_t blocks_per_image;  // if not cross_images
   int64_t num_blocks;
-  int64_t num_patterns;     // distinct sequences of channels over the lanes of a block
+  int64_t num_patterns;  // distinct sequences of channels over the lanes of a block
 };
 
 // Forward or backward-input. A task is one block of planes and one band of output rows.
@@ -34,17 +34,17 @@ struct ConvolvePlan {
   const Phase* phases_y;
   const Phase* phases_x;
   int64_t num_phases_y, num_phases_x;
-  int64_t origin_y, origin_x;          // smallest origins: where the source buffer begins
+  int64_t origin_y, origin_x;           // smallest origins: where the source buffer begins
   int64_t buffer_rows, buffer_columns;  // of the source buffer for one band
-  int64_t band, num_bands;             // outputs j of a phase per band
-  bool blocks_share_lines;             // channels are adjacent in memory: changes the task order
-  bool direct_store;                   // kernels may write the target themselves
-  const void* weight;                  // (C, kH, kW) dense
-  const void* bias;                    // (C,) or null
-  void* packed_weight;                 // [pattern][phase y][phase x][tap y][tap x][V]
-  void* packed_bias;                   // [pattern][V]
-  int64_t packed_taps;                 // taps of one pattern over all phases
-  int64_t scratch_elements;            // per thread
+  int64_t band, num_bands;              // outputs j of a phase per band
+  bool blocks_share_lines;              // channels are adjacent in memory: changes the task order
+  bool direct_store;                    // kernels may write the target themselves
+  const void* weight;                   // (C, kH, kW) dense
+  const void* bias;                     // (C,) or null
+  void* packed_weight;                  // [pattern][phase y][phase x][tap y][tap x][V]
+  void* packed_bias;                    // [pattern][V]
+  int64_t packed_taps;                  // taps of one pattern over all phases
+  int64_t scratch_elements;             // per thread
 };
 
 // Backward-weight. A task is one block of lanes over one part of the images.

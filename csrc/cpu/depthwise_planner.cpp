@@ -18,8 +18,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a 
 // Drop taps that meet no source element [0, size) for any output.
 void clip(Phase& phase, int64_t size) {
   const int64_t reach = (phase.count - 1) * phase.out_step;
-  const int64_t begin =
-      std::max<int64_t>(0, ceil_div(-phase.origin - reach, phase.tap_step));
+  const int64_t begin = std::max<int64_t>(0, ceil_div(-phase.origin - reach, phase.tap_step));
   const int64_t end = std::min(phase.taps, ceil_div(size - phase.origin, phase.tap_step));
   phase.taps = std::max<int64_t>(0, end - begin);
   phase.origin += begin * phase.tap_step;
@@ -143,9 +142,8 @@ PlannedConvolution plan_convolution(const ConvParams& p, const MapView& source,
       (plan.buffer_rows * plan.buffer_columns + result_rows * target.width) * plan.lanes.lanes;
   planned.packed_weight_elements = plan.lanes.num_patterns * plan.packed_taps * plan.lanes.lanes;
   planned.num_tasks = plan.lanes.num_blocks * plan.num_bands;
-  planned.multiply_adds_per_task =
-      taps_of_all_outputs / double(plan.num_bands) +
-      4.0 * double(plan.buffer_rows * plan.buffer_columns);
+  planned.multiply_adds_per_task = taps_of_all_outputs / double(plan.num_bands) +
+                                   4.0 * double(plan.buffer_rows * plan.buffer_columns);
   return planned;
 }
 
@@ -183,23 +181,21 @@ std::vector<Phase> backward_input_phases(int64_t input, int64_t output, int64_t 
 }
 
 PlannedConvolution plan_forward(const ConvParams& p, int num_threads) {
-  return plan_convolution(
-      p, p.input, p.output,
-      forward_phases(p.input.height, p.output.height, p.kernel_h, p.stride_h, p.dilation_h,
-                     p.pad_top),
-      forward_phases(p.input.width, p.output.width, p.kernel_w, p.stride_w, p.dilation_w,
-                     p.pad_left),
-      num_threads);
+  return plan_convolution(p, p.input, p.output,
+                          forward_phases(p.input.height, p.output.height, p.kernel_h, p.stride_h,
+                                         p.dilation_h, p.pad_top),
+                          forward_phases(p.input.width, p.output.width, p.kernel_w, p.stride_w,
+                                         p.dilation_w, p.pad_left),
+                          num_threads);
 }
 
 PlannedConvolution plan_backward_input(const ConvParams& p, int num_threads) {
-  return plan_convolution(
-      p, p.output, p.input,
-      backward_input_phases(p.input.height, p.output.height, p.kernel_h, p.stride_h, p.dilation_h,
-                            p.pad_top),
-      backward_input_phases(p.input.width, p.output.width, p.kernel_w, p.stride_w, p.dilation_w,
-                            p.pad_left),
-      num_threads);
+  return plan_convolution(p, p.output, p.input,
+                          backward_input_phases(p.input.height, p.output.height, p.kernel_h,
+                                                p.stride_h, p.dilation_h, p.pad_top),
+                          backward_input_phases(p.input.width, p.output.width, p.kernel_w,
+                                                p.stride_w, p.dilation_w, p.pad_left),
+                          num_threads);
 }
 
 PlannedWeightGradient plan_backward_weight(const ConvParams& p) {
@@ -241,16 +237,13 @@ PlannedWeightGradient plan_backward_weight(const ConvParams& p) {
 
   const int64_t blocks =
       plan.lanes.cross_images ? plan.lanes.num_blocks : plan.lanes.blocks_per_image;
-  plan.num_parts = plan.lanes.cross_images
-                       ? 1
-                       : std::min(p.batch, ceil_div(kWeightGradientTasks, blocks));
+  plan.num_parts =
+      plan.lanes.cross_images ? 1 : std::min(p.batch, ceil_div(kWeightGradientTasks, blocks));
   planned.num_tasks = blocks * plan.num_parts;
-  planned.partial_elements =
-      planned.num_tasks * (p.kernel_h * p.kernel_w + 1) * plan.lanes.lanes;
-  plan.scratch_elements =
-      (plan.band * p.output.width +
-       ((plan.band - 1) * plan.y.tap_step + span) * plan.buffer_columns) *
-      plan.lanes.lanes;
+  planned.partial_elements = planned.num_tasks * (p.kernel_h * p.kernel_w + 1) * plan.lanes.lanes;
+  plan.scratch_elements = (plan.band * p.output.width +
+                           ((plan.band - 1) * plan.y.tap_step + span) * plan.buffer_columns) *
+                          plan.lanes.lanes;
   const double images = plan.lanes.cross_images ? 1.0 : double(p.batch) / double(plan.num_parts);
   planned.multiply_adds_per_task =
       images * double(p.output.height * p.output.width) * double(plan.y.count * plan.x.count + 8);

@@ -180,16 +180,17 @@ void pack_forward(AdapterParams& p, const Weights& w, Packer<T>& packer) {
   const int64_t taps = p.kernel_h * p.kernel_w;
   p.down_in = packer.blocks(p, p.dim, [&](int64_t k, int64_t c) { return down(k * p.dim + c); });
   p.conv = packer.blocks(p, taps, [&](int64_t k, int64_t i) { return conv(k * taps + i); });
-  p.up_out = packer.rows(p.rank, p.dim, p.dim_padded, [&](int64_t k, int64_t c) {
-    return p.scale * up(c * p.rank + k);
-  });
+  p.up_out = packer.rows(p.rank, p.dim, p.dim_padded,
+                         [&](int64_t k, int64_t c) { return p.scale * up(c * p.rank + k); });
   const auto bias = [&](const Tensor& t, bool present, int64_t i) {
     return present ? load_rounded(s, t.data_ptr(), i) : 0.0;
   };
-  p.down_bias = packer.rows(1, p.rank, p.rank_padded,
-                            [&](int64_t, int64_t k) { return bias(w.down_bias, w.has_down_bias, k); });
-  p.conv_bias = packer.rows(1, p.rank, p.rank_padded,
-                            [&](int64_t, int64_t k) { return bias(w.conv_bias, w.has_conv_bias, k); });
+  p.down_bias = packer.rows(1, p.rank, p.rank_padded, [&](int64_t, int64_t k) {
+    return bias(w.down_bias, w.has_down_bias, k);
+  });
+  p.conv_bias = packer.rows(1, p.rank, p.rank_padded, [&](int64_t, int64_t k) {
+    return bias(w.conv_bias, w.has_conv_bias, k);
+  });
   p.up_bias = packer.rows(1, p.dim, p.dim_padded, [&](int64_t, int64_t c) {
     return p.scale * bias(w.up_bias, w.has_up_bias, c);
   });
@@ -201,12 +202,12 @@ void pack_backward(const AdapterParams& p, const Weights& w, Packer<T>& packer,
   const Storage s = p.storage;
   const Reader down(w.down, s), conv(w.conv, s), up(w.up, s);
   const int64_t taps = p.kernel_h * p.kernel_w;
-  g.up_in = packer.blocks(
-      p, p.dim, [&](int64_t k, int64_t c) { return p.scale * up(c * p.rank + k); });
+  g.up_in =
+      packer.blocks(p, p.dim, [&](int64_t k, int64_t c) { return p.scale * up(c * p.rank + k); });
   g.down_out = packer.rows(p.rank, p.dim, p.dim_padded,
                            [&](int64_t k, int64_t c) { return down(k * p.dim + c); });
-  g.conv_flipped = packer.blocks(
-      p, taps, [&](int64_t k, int64_t i) { return conv(k * taps + taps - 1 - i); });
+  g.conv_flipped =
+      packer.blocks(p, taps, [&](int64_t k, int64_t i) { return conv(k * taps + taps - 1 - i); });
 }
 
 void run_forward(const AdapterParams& p, const AdapterKernels& k, int64_t element) {
@@ -248,8 +249,8 @@ void run_forward(const AdapterParams& p, const AdapterKernels& k, int64_t elemen
 // Sum the parts in order and lay the result out as the parameter is.
 template <class T>
 void reduce_parts(const AdapterParams& p, const AdapterGradients& g, int64_t offset, int64_t rows,
-                  int64_t columns, double factor, Tensor& out, int64_t (*at)(const AdapterParams&,
-                                                                             int64_t, int64_t)) {
+                  int64_t columns, double factor, Tensor& out,
+                  int64_t (*at)(const AdapterParams&, int64_t, int64_t)) {
   const T* parts = static_cast<const T*>(g.parts);
   void* data = out.data_ptr();
   torch::stable::parallel_for(

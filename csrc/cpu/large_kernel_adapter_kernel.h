@@ -141,6 +141,8 @@ void adapter_convolve(const AdapterParams& p, int64_t image, T* scratch) {
     k.source = buffer;
     k.source_columns = p.buffer_columns;
     k.weight = static_cast<const T*>(p.conv) + block * taps * V;
+    k.weight_row = p.kernel_w * V;
+    k.weight_column = V;
     k.y = rank_axis(p.height, p.kernel_h, 1, p.dilation, p.pad_top, p.height);
     k.x = rank_axis(p.width, p.kernel_w, 1, p.dilation, p.pad_left, p.width);
     k.bias = static_cast<const T*>(p.conv_bias) + block * V;
@@ -154,10 +156,10 @@ void adapter_convolve(const AdapterParams& p, int64_t image, T* scratch) {
   for (int64_t t = 0; t < p.num_prefix_tokens; ++t)
     for (int64_t k = 0; k < p.rank; ++k) {
       const T value = a[t * p.rank + k];
-      c[t * p.rank + k] = p.prefix_mode == PrefixMode::center_tap
-                              ? value * center_weight<T, V>(p, k) +
-                                    static_cast<const T*>(p.conv_bias)[k]
-                              : value;
+      c[t * p.rank + k] =
+          p.prefix_mode == PrefixMode::center_tap
+              ? value * center_weight<T, V>(p, k) + static_cast<const T*>(p.conv_bias)[k]
+              : value;
     }
 }
 
@@ -184,8 +186,7 @@ void adapter_up(const AdapterParams& p, int64_t image, int64_t begin, int64_t en
     int64_t tokens = end - t < kStep ? end - t : kStep;
     const int64_t row = image * p.tokens + t;
     S* y = static_cast<S*>(p.y) + row * p.dim;
-    const S* residual =
-        p.residual ? static_cast<const S*>(p.residual) + row * p.dim : nullptr;
+    const S* residual = p.residual ? static_cast<const S*>(p.residual) + row * p.dim : nullptr;
     adapter_bottleneck_output<T, V>(p, image, t, tokens, factor, e);
     const T* from = e;
     if (p.prefix_mode == PrefixMode::zero && t < p.num_prefix_tokens) {
@@ -214,12 +215,11 @@ void adapter_backward_parts(const AdapterParams& p, const AdapterGradients& g, i
   const int64_t per_image = p.tokens * padded;
   Arena<T> arena(scratch);
   T* tile = arena.take(tokens_in_tile(p) * p.dim);
-  T* dense = arena.take(p.tokens * p.rank);    // a, or dropout(act(c)), rank apart
-  T* factor = arena.take(p.tokens * p.rank);   // dropout factors
-  T* wide = arena.take(per_image);             // dropout(act(c)), padded
-  T* grad = arena.take(per_image);             // de, then dc, then da, then dz; padded
+  T* dense = arena.take(p.tokens * p.rank);   // a, or dropout(act(c)), rank apart
+  T* factor = arena.take(p.tokens * p.rank);  // dropout factors
+  T* wide = arena.take(per_image);            // dropout(act(c)), padded
+  T* grad = arena.take(per_image);            // de, then dc, then da, then dz; padded
   T* buffer = arena.take(p.buffer_rows * p.buffer_columns * V);
-  T* weights = arena.take(p.height * p.width * V);
   const int64_t step = tokens_in_tile(p);
   const int64_t first_token = p.prefix_mode == PrefixMode::zero ? p.num_prefix_tokens : 0;
   const int64_t grid_tokens = p.height * p.width;
@@ -252,15 +252,13 @@ void adapter_backward_parts(const AdapterParams& p, const AdapterGradients& g, i
         const int64_t tokens = p.tokens - t < step ? p.tokens - t : step;
         const T* dy = widen<T, V, S>(grad_output + t * p.dim, tokens * p.dim, tile);
         for (int64_t block = 0; block < p.rank_blocks; ++block) {
-          project_in<T, V>(dy, tokens, p.dim,
-                           static_cast<const T*>(g.up_in) + block * p.dim * V,
+          project_in<T, V>(dy, tokens, p.dim, static_cast<const T*>(g.up_in) + block * p.dim * V,
                            static_cast<const T*>(nullptr), grad + t * padded + block * V, padded);
           if (g.need_up)
             outer<T, V>(dy, tokens, p.dim, wide + t * padded + block * V, padded,
                         up + block * p.dim * V);
         }
-        if (g.need_up)
-          add_column_sums<T, kWide>(dy, tokens, p.dim, p.dim, up_bias);
+        if (g.need_up) add_column_sums<T, kWide>(dy, tokens, p.dim, p.dim, up_bias);
       }
       if (!g.need_down && !g.need_conv && !g.grad_x) continue;
 
@@ -291,16 +289,17 @@ void adapter_backward_parts(const AdapterParams& p, const AdapterGradients& g, i
       T* grid_grad = grad + p.num_prefix_tokens * padded;
       for (int64_t block = 0; block < p.rank_blocks; ++block) {
         // The buffer is made before anything overwrites this block of `grad`.
-        const int64_t last_y = (p.kernel_h - 1) * p.dilation, last_x = (p.kernel_w - 1) * p.dilation;
+        const int64_t last_y = (p.kernel_h - 1) * p.dilation,
+                      last_x = (p.kernel_w - 1) * p.dilation;
         Correlation<T, V> k;
         k.source = buffer;
         k.source_columns = p.buffer_columns;
         k.bias = nullptr;
         if (g.need_conv) {
-          for (int64_t i = 0; i < grid_tokens; ++i)
-            store_aligned<V>(weights + i * V, load<T, V>(grid_grad + i * padded + block * V));
           pad_grid<T, V>(p, dense, p.rank, block, p.pad_top, p.pad_left, buffer);
-          k.weight = weights;
+          k.weight = grid_grad + block * V;
+          k.weight_row = p.width * padded;
+          k.weight_column = padded;
           k.y = rank_axis(p.kernel_h, p.height, p.dilation, 1, p.pad_top, p.height);
           k.x = rank_axis(p.kernel_w, p.width, p.dilation, 1, p.pad_left, p.width);
           k.accumulate = true;
@@ -310,13 +309,15 @@ void adapter_backward_parts(const AdapterParams& p, const AdapterGradients& g, i
           correlate<T, V>(k);
           for (int64_t i = 0; i < grid_tokens; i += p.width) {
             Vec<T, V> row_sum{};
-            for (int64_t j = i; j < i + p.width; ++j) row_sum += load_aligned<V>(weights + j * V);
+            for (int64_t j = i; j < i + p.width; ++j) row_sum += load<T, V>(k.weight + j * padded);
             store<T, V>(conv_bias + block * V, load<T, V>(conv_bias + block * V) + row_sum);
           }
         }
         if (g.need_down || g.grad_x) {
           pad_grid<T, V>(p, grad, padded, block, last_y - p.pad_top, last_x - p.pad_left, buffer);
           k.weight = static_cast<const T*>(g.conv_flipped) + block * taps * V;
+          k.weight_row = p.kernel_w * V;
+          k.weight_column = V;
           k.y = rank_axis(p.height, p.kernel_h, 1, p.dilation, last_y - p.pad_top, p.height);
           k.x = rank_axis(p.width, p.kernel_w, 1, p.dilation, last_x - p.pad_left, p.width);
           k.accumulate = false;

@@ -22,10 +22,12 @@ Tensor depthwise_conv2d_backward_input(const Tensor& grad_output, const Tensor& 
                                        const std::vector<int64_t>& padding,
                                        const std::vector<int64_t>& dilation, bool channels_last);
 
-std::tuple<Tensor, Tensor> depthwise_conv2d_backward_weight(
-    const Tensor& grad_output, const Tensor& input, const std::vector<int64_t>& kernel_size,
-    const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-    const std::vector<int64_t>& dilation);
+std::tuple<Tensor, Tensor> depthwise_conv2d_backward_weight(const Tensor& grad_output,
+                                                            const Tensor& input,
+                                                            const std::vector<int64_t>& kernel_size,
+                                                            const std::vector<int64_t>& stride,
+                                                            const std::vector<int64_t>& padding,
+                                                            const std::vector<int64_t>& dilation);
 
 std::tuple<Tensor, Tensor, Tensor> large_kernel_adapter_forward(
     const Tensor& x, const Tensor& down_weight, const std::optional<Tensor>& down_bias,

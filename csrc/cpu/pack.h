@@ -44,10 +44,10 @@ void pack_rows(const S* data, const Lanes& lanes, int64_t row_begin, int64_t row
         const int positions = run - p < V ? int(run - p) : V;
         Vec<T, V> square[V];
         for (int l = 0; l < V; ++l)
-          square[l] = l < lanes.count
-                          ? load_some<T, V, S>(
-                                data + lanes.offset[l] + y * lanes.stride_h + p, positions)
-                          : Vec<T, V>{};
+          square[l] =
+              l < lanes.count
+                  ? load_some<T, V, S>(data + lanes.offset[l] + y * lanes.stride_h + p, positions)
+                  : Vec<T, V>{};
         transpose<T, V>(square);
         for (int q = 0; q < positions; ++q) {
           store_aligned<V>(buffer + (to_row * buffer_columns + to_column) * V, square[q]);
@@ -61,7 +61,8 @@ void pack_rows(const S* data, const Lanes& lanes, int64_t row_begin, int64_t row
     for (int64_t x = 0; x < columns; ++x) {
       T* to = buffer + ((y - row_begin) * buffer_columns + x) * V;
       const S* from = data + y * lanes.stride_h + x * lanes.stride_w;
-      for (int l = 0; l < V; ++l) to[l] = l < lanes.count ? load_one<T>(from + lanes.offset[l]) : T(0);
+      for (int l = 0; l < V; ++l)
+        to[l] = l < lanes.count ? load_one<T>(from + lanes.offset[l]) : T(0);
     }
 }
 
@@ -73,9 +74,9 @@ void unpack_rows(const T* buffer, const Lanes& lanes, int64_t row_begin, int64_t
   if (lanes.adjacent) {
     for (int64_t y = row_begin; y < row_end; ++y)
       for (int64_t x = 0; x < columns; ++x)
-        store_some<T, V, S>(
-            data + lanes.offset[0] + y * lanes.stride_h + x * lanes.stride_w,
-            load_aligned<V>(buffer + ((y - row_begin) * columns + x) * V), lanes.count);
+        store_some<T, V, S>(data + lanes.offset[0] + y * lanes.stride_h + x * lanes.stride_w,
+                            load_aligned<V>(buffer + ((y - row_begin) * columns + x) * V),
+                            lanes.count);
     return;
   }
   if (lanes.stride_w != 1 || lanes.stride_h != columns) {

@@ -29,8 +29,7 @@ void project_in(const T* x, int64_t tokens, int64_t dim, const T* weight, const 
   if constexpr (kTokens > 0) {
     for (; tokens >= kTokens; tokens -= kTokens, x += kTokens * dim, out += kTokens * out_stride)
       project_in_tile<T, V, kTokens>(x, dim, weight, start, out, out_stride);
-    if (tokens > 0)
-      project_in<T, V, kTokens / 2>(x, tokens, dim, weight, start, out, out_stride);
+    if (tokens > 0) project_in<T, V, kTokens / 2>(x, tokens, dim, weight, start, out, out_stride);
   }
 }
 
@@ -76,7 +75,8 @@ void project_out_tile(const T* e, int64_t e_stride, int64_t rank, int64_t dim, i
     // Weights are padded to whole vectors; of the three, those beyond the end are skipped.
     const int vectors = dim_padded - c >= kVectors * V ? kVectors : int((dim_padded - c) / V);
     for (int v = 0; v < kVectors; ++v) {
-      const Vec<T, V> first = start && v < vectors ? load_aligned<V>(start + c + v * V) : Vec<T, V>{};
+      const Vec<T, V> first =
+          start && v < vectors ? load_aligned<V>(start + c + v * V) : Vec<T, V>{};
       for (int t = 0; t < kTokens; ++t) sum[t][v] = first;
     }
     if (vectors == kVectors) {

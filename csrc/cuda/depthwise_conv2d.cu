@@ -82,8 +82,8 @@ class DeviceGuard {
 
 void check_launch(const char* kernel) {
   const cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(error == cudaSuccess, "launch of ", kernel, " failed: ",
-                  cudaGetErrorString(error));
+  STD_TORCH_CHECK(error == cudaSuccess, "launch of ", kernel,
+                  " failed: ", cudaGetErrorString(error));
 }
 
 // Calls f with a value of the storage type and one of the accumulation type.
@@ -160,8 +160,7 @@ Tensor depthwise_conv2d_backward_input(const Tensor& grad_output, const Tensor& 
                                        const std::vector<int64_t>& stride,
                                        const std::vector<int64_t>& padding,
                                        const std::vector<int64_t>& dilation, bool channels_last) {
-  ConvParams p =
-      geometry(grad_output, {weight.size(2), weight.size(3)}, stride, padding, dilation);
+  ConvParams p = geometry(grad_output, {weight.size(2), weight.size(3)}, stride, padding, dilation);
   Tensor grad_input =
       empty_map(grad_output, p.batch, p.channels, input_size[0], input_size[1], channels_last);
   if (grad_input.numel() == 0) return grad_input;
@@ -171,10 +170,12 @@ Tensor depthwise_conv2d_backward_input(const Tensor& grad_output, const Tensor& 
   return grad_input;
 }
 
-std::tuple<Tensor, Tensor> depthwise_conv2d_backward_weight(
-    const Tensor& grad_output, const Tensor& input, const std::vector<int64_t>& kernel_size,
-    const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-    const std::vector<int64_t>& dilation) {
+std::tuple<Tensor, Tensor> depthwise_conv2d_backward_weight(const Tensor& grad_output,
+                                                            const Tensor& input,
+                                                            const std::vector<int64_t>& kernel_size,
+                                                            const std::vector<int64_t>& stride,
+                                                            const std::vector<int64_t>& padding,
+                                                            const std::vector<int64_t>& dilation) {
   ConvParams p = geometry(input, kernel_size, stride, padding, dilation);
   Tensor grad_weight = empty(input, {p.channels, 1, p.kernel_h, p.kernel_w}, input.scalar_type());
   Tensor grad_bias = empty(input, {p.channels}, input.scalar_type());

@@ -9,8 +9,8 @@ namespace lka::cuda {
 template <class S, class A>
 __device__ A direct_forward(const ConvParams& p, const S* weight, int64_t b, int64_t c, int64_t oy,
                             int64_t ox) {
-  const S* input = static_cast<const S*>(p.input.data) + b * p.input.stride_b +
-                   c * p.input.stride_c;
+  const S* input =
+      static_cast<const S*>(p.input.data) + b * p.input.stride_b + c * p.input.stride_c;
   A sum = 0;
   for (int64_t ky = 0; ky < p.kernel_h; ++ky) {
     const int64_t y = oy * p.stride_h - p.pad_top + ky * p.dilation_h;
@@ -28,8 +28,8 @@ __device__ A direct_forward(const ConvParams& p, const S* weight, int64_t b, int
 template <class S, class A>
 __device__ A direct_backward_input(const ConvParams& p, const S* weight, int64_t b, int64_t c,
                                    int64_t y, int64_t x) {
-  const S* grad = static_cast<const S*>(p.output.data) + b * p.output.stride_b +
-                  c * p.output.stride_c;
+  const S* grad =
+      static_cast<const S*>(p.output.data) + b * p.output.stride_b + c * p.output.stride_c;
   A sum = 0;
   for (int64_t ky = 0; ky < p.kernel_h; ++ky) {
     const int64_t from_y = y + p.pad_top - ky * p.dilation_h;
@@ -50,16 +50,15 @@ __device__ A direct_backward_input(const ConvParams& p, const S* weight, int64_t
 template <class S, class A>
 __device__ A direct_weight_term(const ConvParams& p, int64_t b, int64_t c, int64_t oy, int64_t ox,
                                 int64_t tap) {
-  const A grad = A(static_cast<const S*>(
-      p.output.data)[b * p.output.stride_b + c * p.output.stride_c + oy * p.output.stride_h +
-                     ox * p.output.stride_w]);
+  const A grad =
+      A(static_cast<const S*>(p.output.data)[b * p.output.stride_b + c * p.output.stride_c +
+                                             oy * p.output.stride_h + ox * p.output.stride_w]);
   if (tap == p.kernel_h * p.kernel_w) return grad;
   const int64_t y = oy * p.stride_h - p.pad_top + tap / p.kernel_w * p.dilation_h;
   const int64_t x = ox * p.stride_w - p.pad_left + tap % p.kernel_w * p.dilation_w;
   if (y < 0 || y >= p.input.height || x < 0 || x >= p.input.width) return A(0);
-  return grad * A(static_cast<const S*>(
-                    p.input.data)[b * p.input.stride_b + c * p.input.stride_c +
-                                  y * p.input.stride_h + x * p.input.stride_w]);
+  return grad * A(static_cast<const S*>(p.input.data)[b * p.input.stride_b + c * p.input.stride_c +
+                                                      y * p.input.stride_h + x * p.input.stride_w]);
 }
 
 }  // namespace lka::cuda
