@@ -31,7 +31,7 @@ class CellImages:
 
     size: int = 96
     pairs: int = 9
-    distance: float = 20.0
+    distance: float = 28.0
     jitter: float = 1.0
     radius: tuple[float, float] = (3.0, 4.5)
     gap: float = 9.0
