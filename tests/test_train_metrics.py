@@ -4,7 +4,7 @@ import torch
 
 from lka_kernels.train.batches import augment, epoch_order, in_order, normalise
 from lka_kernels.train.metrics import score
-from lka_kernels.train.synthetic import CLASSES, CellImages, generate
+from lka_kernels.train.synthetic import CLASSES, CellImages, _positions, generate
 
 
 def test_scores_by_hand():
@@ -73,24 +73,32 @@ def test_generated_classes_are_mirror_images_and_seeded():
     assert images.shape == (6, 96, 96, 3)
 
 
-def test_generated_classes_differ_in_the_relation_alone():
-    """Cell counts and mean positions agree between the classes; the directed distance does not."""
+@pytest.mark.parametrize("distance", [20.0, 28.0])
+def test_position_alone_does_not_tell_the_classes_apart(distance):
+    """Both kinds of cell lie evenly over the image; mirrored, neither leans to a side."""
+    options = CellImages(distance=distance)
+    columns = {False: [], True: []}
+    for index in range(3000):
+        for x, _, brown in _positions(np.random.default_rng([9, index]), options):
+            columns[brown].append(x)
+    for values in columns.values():
+        error = np.std(values) / len(values) ** 0.5
+        assert abs(np.mean(values) - options.size / 2) < 4 * error
+        counts, _ = np.histogram(values, 8, (options.radius[1] + 1, options.size - 5.5))
+        expected = len(values) / 8
+        assert np.abs(counts - expected).max() < 4.5 * expected**0.5
+    numbers = [len(values) for values in columns.values()]
+    assert abs(numbers[0] - numbers[1]) < 4 * sum(numbers) ** 0.5
+
+
+def test_classes_differ_in_the_directed_distance():
     options = CellImages()
     images, labels = generate(160, seed=0, options=options)
-    red, _green, blue = (images[..., channel].astype(int) for channel in range(3))
-    brown = ((red - blue) > 25).astype(float)
-    purple = ((blue - red) > 20).astype(float)
-    side = options.size
-    for mask in (brown, purple):
-        share = [mask[labels == label].mean() for label in (0, 1)]
-        assert abs(share[0] - share[1]) < 0.1 * sum(share)
-        columns = mask.sum(1)
-        centre = [(columns[labels == k] * np.arange(side)).sum() / columns[labels == k].sum()
-                  for k in (0, 1)]  # fmt: skip
-        assert abs(centre[0] - centre[1]) < 4
+    red, blue = images[..., 0].astype(int), images[..., 2].astype(int)
+    brown, purple = (red - blue) > 25, (blue - red) > 20
     step = round(options.distance)
     for label, sign in ((0, -1), (1, 1)):
         own = brown[labels == label], purple[labels == label]
-        ahead = (np.roll(own[1], sign * step, axis=2) * own[0]).sum()
-        behind = (np.roll(own[1], -sign * step, axis=2) * own[0]).sum()
+        ahead = (np.roll(own[1], sign * step, axis=2) & own[0]).sum()
+        behind = (np.roll(own[1], -sign * step, axis=2) & own[0]).sum()
         assert ahead > 3 * behind

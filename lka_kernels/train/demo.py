@@ -1,9 +1,9 @@
 """Shows what a large kernel adds: ``python -m lka_kernels.train.demo``.
 
 Trains a linear probe, an adapter without convolution, LKA 3x3 and LKA 7x7 on the generated
-images of :mod:`lka_kernels.train.synthetic`, on the frozen early stages of EfficientNet-Lite0 with
-ImageNet weights, and prints a table of what was measured. The exit status is 1 if something did not work: a variant
-that did not train, or an LKA 7x7 that did not beat all others.
+images of :mod:`lka_kernels.train.synthetic`, on the frozen early stages of EfficientNet-Lite0
+with ImageNet weights, and prints a table of what was measured. The exit status is 1 if something
+did not work: a variant that did not train, or an LKA 7x7 that did not beat all others.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
         f"{count} training and {len(test[1])} test images of {images.size} x {images.size} pixels; "
         f"classes {' and '.join(CLASSES)}: on which side, {images.distance:g} pixels away, the "
         f"brown cell of a pair lies\nEfficientNet-Lite0 up to stride 16, frozen; {epochs} epochs, "
-        f"batch {BATCH}, {torch.get_num_threads()} threads; fused backend: {available_backends()['cpu']}\n",
+        f"batch {BATCH}, {torch.get_num_threads()} threads; "
+        f"fused backend: {available_backends()['cpu']}\n",
         flush=True,
     )
     results: dict[str, Result] = {}

@@ -22,7 +22,7 @@ class CellImages:
 
     Attributes:
         size: side of the image.
-        pairs: pairs drawn for an image, of which the edges cut some.
+        pairs: pairs drawn on a ring that the image shows about two thirds of.
         distance: from a purple cell to its brown partner, centre to centre.
         jitter: standard deviation of the partner's position, along each axis.
         radius: smallest and largest radius of a cell.
@@ -30,7 +30,7 @@ class CellImages:
     """
 
     size: int = 96
-    pairs: int = 9
+    pairs: int = 11
     distance: float = 28.0
     jitter: float = 1.0
     radius: tuple[float, float] = (3.0, 4.5)
@@ -73,26 +73,33 @@ def _draw(rng: np.random.Generator, options: CellImages) -> np.ndarray:
 def _positions(rng: np.random.Generator, options: CellImages) -> list[tuple[float, float, bool]]:
     """Centres of the cells (x, y, brown), at least ``gap`` apart.
 
-    Pairs are drawn on a strip that reaches beyond the image by ``distance``, and cells outside
-    the image are left out, as if it were cut from a slide. Were whole pairs drawn inside, brown
-    cells of class "right" would lie further right in the image, and position would tell.
+    Pairs are drawn on a ring longer than the image, which is a window onto it: no place on a
+    ring differs from another, so both kinds of cell are equally dense everywhere in the window.
+    With pairs drawn inside the image, brown cells of class "right" would lie further right; on
+    an open strip the cells would be less crowded, and so denser, towards one end: seen as 10 %.
+    The ring is too long for a pair to show the wrong way round across its seam.
     """
     low, high = options.radius[1] + 1, options.size - options.radius[1] - 1
+    ring = options.size + options.distance + options.gap
     cells: list[tuple[float, float, bool]] = []
+
+    def free(x: float, y: float) -> bool:
+        for a, b, _ in cells:
+            across = abs(x - a)
+            across = min(across, ring - across)
+            if across**2 + (y - b) ** 2 < options.gap**2:
+                return False
+        return True
+
     for _ in range(200 * options.pairs):
         if len(cells) == 2 * options.pairs:
             break
-        x, y = rng.uniform(low - options.distance, high), rng.uniform(low, high)
-        partner = (
-            x + options.distance + rng.normal(0, options.jitter),
-            np.clip(y + rng.normal(0, options.jitter), low, high),
-        )
-        if all(
-            (here[0] - there[0]) ** 2 + (here[1] - there[1]) ** 2 >= options.gap**2
-            for here in ((x, y), partner)
-            for there in cells
-        ):
-            cells += [(x, y, False), (*partner, True)]
+        x, y = rng.uniform(0, ring), rng.uniform(low, high)
+        partner_x = (x + options.distance + rng.normal(0, options.jitter)) % ring
+        partner_y = y + rng.normal(0, options.jitter)
+        # Rejected, not clipped: clipping would heap brown cells on the upper and lower edge.
+        if low <= partner_y <= high and free(x, y) and free(partner_x, partner_y):
+            cells += [(x, y, False), (partner_x, partner_y, True)]
     if len(cells) < 2 * options.pairs:
         raise ValueError(
             f"{options.pairs} pairs do not fit an image of {options.size} pixels with a gap of "
