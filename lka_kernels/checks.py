@@ -6,6 +6,8 @@ given and what is accepted.
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,13 @@ def is_tensor(name: str, value) -> None:
 def is_int(value) -> bool:
     """True for int and SymInt, False for bool and everything else."""
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def is_number(name: str, value) -> None:
+    """Raise TypeError unless ``value`` is a real number, symbolic ones included."""
+    accepted = (numbers.Real, torch.SymInt, torch.SymFloat)
+    if not isinstance(value, accepted) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number; got {value!r}")
 
 
 def pair(name: str, value, *, minimum: int) -> tuple[int, int]:

@@ -197,6 +197,8 @@ def large_kernel_adapter(
         raise TypeError(f"dilation must be an int; got {dilation!r}")
     if dilation < 1:
         raise ValueError(f"dilation must be at least 1; got {dilation}")
+    checks.is_number("dropout_p", dropout_p)
+    checks.is_number("scale", scale)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be in [0, 1]; got {dropout_p}")
 

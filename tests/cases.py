@@ -14,7 +14,7 @@ LAYOUTS = ("contiguous", "channels_last", "sliced", "transposed", "expanded", "e
 # one way; so the gradient does not have them.
 INPUT_LAYOUTS = (*LAYOUTS, "expanded_columns")
 # Multiply-adds of one example: bounds the time of the float64 truth, not what shapes can occur.
-BUDGET = 1_000_000
+BUDGET = 4_000_000
 
 
 @dataclasses.dataclass(frozen=True)

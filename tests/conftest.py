@@ -1,5 +1,10 @@
 """What all tests share: bounded hypothesis profiles, few threads, outputs that start as junk."""
 
+import os
+
+# Threads that wait for each other by spinning make small operators crawl on busy cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import hypothesis
 import poison
 import pytest
@@ -11,6 +16,8 @@ hypothesis.settings.register_profile(
     deadline=None,
     database=None,
     max_examples=60,
+    # Shrinking a failure can take minutes; the message names the call as it was found.
+    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
     suppress_health_check=list(hypothesis.HealthCheck),
 )
 # `pytest --hypothesis-profile=thorough` looks further, at new examples every time.
@@ -19,6 +26,7 @@ hypothesis.settings.register_profile(
     parent=hypothesis.settings.get_profile("default"),
     derandomize=False,
     max_examples=2000,
+    phases=list(hypothesis.Phase),
 )
 hypothesis.settings.load_profile("default")
 

@@ -8,7 +8,6 @@ from cases import Case, depthwise_cases
 from closeness import assert_close_to_truth
 from hypothesis import example, given, settings
 
-from lka_kernels import use_backend
 from lka_kernels.functional import depthwise_conv2d
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -53,10 +52,15 @@ def check_case(case: Case, dtype: torch.dtype, method: str) -> None:
     """Forward and every gradient of one call, against the float64 truth and torch's error."""
     input, weight, bias = case.tensors(dtype)
     grad_output = case.grad_output(dtype)
-    with use_backend("torch"):
-        theirs = output_and_gradients(conv2d, case, input, weight, bias, grad_output)
     wide = (None if t is None else t.double() for t in (input, weight, bias, grad_output))
-    truth = output_and_gradients(conv2d, case, *wide) if dtype != torch.float64 else theirs
+    # Without oneDNN, which compiles code for every new shape, and which in torch 2.14.1 does not
+    # come back from the weight gradient of some single channels with kernels above the map's size.
+    with torch.backends.mkldnn.flags(enabled=False):
+        truth = output_and_gradients(conv2d, case, *wide)
+        if dtype == torch.float32:
+            theirs = output_and_gradients(conv2d, case, input, weight, bias, grad_output)
+        else:  # The best that torch can do in 16 bits is to round the truth.
+            theirs = {name: t.to(dtype) for name, t in truth.items()}
     poison.poison_scratch(dtype)
     ours = output_and_gradients(
         depthwise_conv2d, case, input, weight, bias, grad_output, method=method
@@ -67,11 +71,10 @@ def check_case(case: Case, dtype: torch.dtype, method: str) -> None:
             name,
             value,
             truth[name],
-            theirs[name] if dtype != torch.float64 else None,
+            theirs[name],
             magnitude=case.magnitudes[name],
             absolute=_absolute(dtype, method),
         )
-    assert_same_layout(ours["output"], theirs["output"])
 
 
 # Shapes that hypothesis would rarely meet together.
@@ -105,25 +108,25 @@ def with_examples(test):
 class TestDirect:
     """The compiled kernels."""
 
-    @settings(max_examples=120)
+    @settings(max_examples=2000)
     @with_examples
     @given(depthwise_cases())
     def test_float32(self, case):
         check_case(case, torch.float32, "direct")
 
-    @settings(max_examples=40)
+    @settings(max_examples=200)
     @with_examples
     @given(depthwise_cases())
     def test_float64(self, case):
         check_case(case, torch.float64, "direct")
 
-    @settings(max_examples=40)
+    @settings(max_examples=200)
     @with_examples
     @given(depthwise_cases())
     def test_bfloat16(self, case):
         check_case(case, torch.bfloat16, "direct")
 
-    @settings(max_examples=40)
+    @settings(max_examples=200)
     @with_examples
     @given(depthwise_cases())
     def test_float16(self, case):
@@ -133,25 +136,25 @@ class TestDirect:
 class TestFFT:
     """The transforms, which round differently: errors follow the whole map, not one output."""
 
-    @settings(max_examples=40)
+    @settings(max_examples=800)
     @with_examples
     @given(depthwise_cases())
     def test_float32(self, case):
         check_case(case, torch.float32, "fft")
 
-    @settings(max_examples=20)
+    @settings(max_examples=80)
     @with_examples
     @given(depthwise_cases())
     def test_float64(self, case):
         check_case(case, torch.float64, "fft")
 
-    @settings(max_examples=15)
+    @settings(max_examples=80)
     @with_examples
     @given(depthwise_cases())
     def test_bfloat16(self, case):
         check_case(case, torch.bfloat16, "fft")
 
-    @settings(max_examples=15)
+    @settings(max_examples=80)
     @with_examples
     @given(depthwise_cases())
     def test_float16(self, case):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lka_kernels import philox, use_backend
-from lka_kernels.checks import ACTIVATION_POSITIONS, ACTIVATIONS, PREFIX_MODES
+from lka_kernels.checks import ACTIVATION_POSITIONS, ACTIVATIONS, FLOAT_DTYPES, PREFIX_MODES
 from lka_kernels.functional import large_kernel_adapter
 
 NAMES = (
@@ -94,10 +94,19 @@ class AdapterCase:
 
     @property
     def magnitudes(self) -> dict[str, float]:
-        """How large the terms of each gradient of a weight make it."""
-        terms = math.sqrt(max(1, self.batch) * (self.prefix + math.prod(self.grid)))
-        return {name: 1.0 if name in ("x", "residual") else terms for name in NAMES} | {
-            "output": 1.0
+        """Root mean square of every result: sums over tokens, and over C in front of e."""
+        tokens = math.sqrt(max(1, self.batch) * (self.prefix + math.prod(self.grid)))
+        inner = tokens * max(1.0, math.sqrt(self.dim / self.r))
+        return {
+            "output": 1.0,
+            "x": 1.0,
+            "residual": 1.0,
+            "up_weight": tokens,
+            "up_bias": tokens,
+            "down_weight": inner,
+            "down_bias": inner,
+            "conv_weight": inner,
+            "conv_bias": inner,
         }
 
 
@@ -245,7 +254,8 @@ def check_fused(case: AdapterCase, dtype: torch.dtype) -> None:
     grad_output = torch.randn(tensors["x"].shape, generator=torch.Generator().manual_seed(3))
     grad_output = grad_output.to(dtype)
     wide = {name: None if t is None else t.double() for name, t in tensors.items()}
-    with use_backend("torch"):
+    # Without oneDNN: see test_depthwise_conv2d.
+    with use_backend("torch"), torch.backends.mkldnn.flags(enabled=False):
         theirs = with_gradients(call, case, tensors, grad_output)
         truth = with_gradients(call, case, wide, grad_output.double())
     poison.poison_scratch(dtype)
@@ -267,22 +277,257 @@ def check_fused(case: AdapterCase, dtype: torch.dtype) -> None:
 class TestFused:
     """The compiled kernels."""
 
-    @settings(max_examples=80)
+    @settings(max_examples=200)
     @given(adapter_cases())
     def test_float32(self, case):
         check_fused(case, torch.float32)
 
-    @settings(max_examples=40)
+    @settings(max_examples=100)
     @given(adapter_cases())
     def test_float64(self, case):
         check_fused(case, torch.float64)
 
-    @settings(max_examples=40)
+    @settings(max_examples=100)
     @given(adapter_cases())
     def test_bfloat16(self, case):
         check_fused(case, torch.bfloat16)
 
-    @settings(max_examples=40)
+    @settings(max_examples=100)
     @given(adapter_cases())
     def test_float16(self, case):
         check_fused(case, torch.float16)
+
+
+# --- dropout ----------------------------------------------------------------------------------
+
+
+def bare_dropout(x, p, **options):
+    """An adapter that does nothing but its dropout: identity projections, one tap of 1."""
+    r = x.shape[-1]
+    eye = torch.eye(r, dtype=x.dtype)
+    tap = torch.ones(r, 1, 1, 1, dtype=x.dtype)
+    options = {"activation": "none", "training": True, **options}
+    return large_kernel_adapter(x, eye, None, tap, None, eye, None, dropout_p=p, **options)
+
+
+BACKENDS = ("torch", "auto")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_backward_replays_the_mask_of_forward(backend, dtype):
+    x = torch.ones(3, 25, 7, dtype=dtype, requires_grad=True)
+    with use_backend(backend):
+        y = bare_dropout(x, 0.25)
+        (grad,) = torch.autograd.grad(y.sum(), x)
+    kept = y != 0
+    assert 0.5 < kept.double().mean() < 0.95
+    assert torch.equal(kept, grad != 0)
+    assert torch.equal(y[kept], torch.full_like(y[kept], 1 / 0.75))
+    assert torch.equal(grad[kept], y[kept])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropout_follows_manual_seed(backend):
+    x = torch.ones(2, 16, 33)
+    with use_backend(backend):
+        torch.manual_seed(5)
+        first, second = bare_dropout(x, 0.5), bare_dropout(x, 0.5)
+        torch.manual_seed(5)
+        again = bare_dropout(x, 0.5)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.usefixtures("compiled_cpu")
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 25, 7), (2, 16, 33), (5, 9, 64)])
+def test_dropout_is_the_same_on_every_backend(shape):
+    x = torch.ones(shape)
+    masks = []
+    for backend in ("torch", "cpu"):
+        torch.manual_seed(11)
+        with use_backend(backend):
+            masks.append(bare_dropout(x, 0.3))
+    assert torch.equal(*masks)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_keeps_the_mean(backend, p):
+    x = torch.ones(8, 256, 16)
+    with use_backend(backend):
+        y = bare_dropout(x, p)
+    n = y.numel()
+    kept = float((y != 0).double().mean())
+    assert abs(kept - (1 - p)) < 4 * math.sqrt(p * (1 - p) / n)
+    # No channel, token or image is preferred.
+    for dim in range(3):
+        others = [d for d in range(3) if d != dim]
+        share = (y != 0).double().mean(others)
+        assert (share - (1 - p)).abs().max() < 5 * math.sqrt(p * (1 - p) * y.shape[dim] / n)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_dropout_in_evaluation(backend):
+    x = torch.randn(2, 9, 4)
+    before = torch.get_rng_state()
+    with use_backend(backend):
+        assert torch.equal(bare_dropout(x, 0.9, training=False), x)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- derivatives ------------------------------------------------------------------------------
+
+SMALL = AdapterCase(
+    1, 3, 2, (3, 2), (2, 3), prefix=1, dilation=2, position="both", dropout=0.3, residual=True,
+    scale=0.5,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"activation": "gelu_tanh", "position": "pre", "prefix_mode": "skip"},
+        {"activation": "silu", "position": "post", "prefix_mode": "zero"},
+        {"activation": "none", "biases": False, "residual": False},
+    ],
+    ids=str,
+)
+def test_gradcheck_and_gradgradcheck(backend, changes):
+    case = dataclasses.replace(SMALL, **changes)
+    tensors = {k: t for k, t in case.tensors(torch.float64).items() if t is not None}
+    names = list(tensors)
+    leaves = [t.requires_grad_() for t in tensors.values()]
+
+    def function(*values):
+        given = dict.fromkeys(NAMES) | dict(zip(names, values, strict=True))
+        return call(case, given)
+
+    with use_backend(backend):
+        assert torch.autograd.gradcheck(function, leaves)
+        assert torch.autograd.gradgradcheck(function, leaves)
+
+
+@pytest.mark.usefixtures("compiled_cpu")
+def test_gradients_that_are_not_asked_for_are_not_computed(monkeypatch):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    masks = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "large_kernel_adapter_backward" in str(function):
+                masks.append(args[-1])
+            return function(*args, **(kwargs or {}))
+
+    tensors = SMALL.tensors(torch.float32)
+    asked = ("conv_weight", "up_bias")
+    for name in asked:
+        tensors[name].requires_grad_()
+    with Record():
+        call(SMALL, tensors).sum().backward()
+    assert masks == [[name in asked for name in NAMES[:7]]]
+    assert all((t.grad is not None) == (name in asked) for name, t in tensors.items())
+
+
+@pytest.mark.usefixtures("compiled_cpu")
+def test_same_bits_with_any_number_of_threads():
+    case = AdapterCase(4, 48, 8, (14, 14), (7, 7), prefix=1, dropout=0.1, residual=True)
+    tensors = case.tensors(torch.float32)
+    grad_output = torch.randn(tensors["x"].shape)
+    results = []
+    for threads in (1, 1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(with_gradients(call, case, tensors, grad_output))
+    for name, first in results[0].items():
+        for other in results[1:]:
+            assert torch.equal(first, other[name]), name
+
+
+# --- layouts, dtypes, errors ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_casts_as_linear(backend):
+    case = dataclasses.replace(SMALL, dropout=0.0)
+    tensors = case.tensors(torch.float32)
+    with use_backend(backend), torch.autocast("cpu", torch.bfloat16):
+        with_residual = call(case, tensors)
+        without = call(case, {**tensors, "residual": None})
+    assert without.dtype == torch.bfloat16
+    # A float32 residual is not rounded.
+    assert with_residual.dtype == torch.float32
+    assert torch.equal(with_residual, tensors["residual"] + without)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_gradients_have_the_dtype_of_their_leaves(backend):
+    tensors = {k: t.requires_grad_() for k, t in SMALL.tensors(torch.float32).items()}
+    with use_backend(backend), torch.autocast("cpu", torch.bfloat16):
+        output = call(SMALL, tensors)
+    output.sum().backward()
+    assert all(t.grad.dtype == torch.float32 for t in tensors.values())
+
+
+def test_square_grid_is_found():
+    case = AdapterCase(grid=(5, 5), prefix=1)
+    tensors = case.tensors(torch.float32)
+    *arguments, _ = tensors.values()
+    named = large_kernel_adapter(*arguments, grid_size=(5, 5), num_prefix_tokens=1)
+    assert torch.equal(named, large_kernel_adapter(*arguments, num_prefix_tokens=1))
+
+
+def test_prefix_tokens_do_not_reach_the_grid():
+    case = AdapterCase(prefix=2, kernel=(5, 5))
+    tensors = case.tensors(torch.float32)
+    before = call(case, tensors)
+    tensors["x"][:, :2] += 1
+    after = call(case, tensors)
+    assert torch.equal(before[:, 2:], after[:, 2:])
+    assert not torch.equal(before[:, :2], after[:, :2])
+
+
+BAD = [
+    ({"x": torch.zeros(2, 3)}, ValueError, r"x must be \(B, P\+N, C\).*got \(2, 3\)"),
+    ({"x": [1.0]}, TypeError, "x must be a Tensor; got list"),
+    ({"down_weight": torch.zeros(3, 7)}, ValueError, r"down_weight must be \(r, C=6\).*\(3, 7\)"),
+    ({"conv_weight": torch.zeros(2, 1, 3, 3)}, ValueError, r"conv_weight must be \(r=3, 1"),
+    ({"up_weight": torch.zeros(6, 4)}, ValueError, r"up_weight must be \(C=6, r=3\).*\(6, 4\)"),
+    ({"up_bias": torch.zeros(5)}, ValueError, r"up_bias must be \(6,\); got \(5,\)"),
+    ({"conv_bias": 1.0}, TypeError, "conv_bias must be a Tensor; got float"),
+    ({"residual": torch.zeros(1)}, ValueError, r"residual must have the shape of x.*got \(1,\)"),
+    ({"up_weight": torch.zeros(6, 3).double()}, TypeError, "up_weight must have the dtype of x"),
+    ({"grid_size": (3, 5)}, ValueError, r"grid_size \(3, 5\) needs 15 grid tokens.*has 20"),
+    ({"grid_size": None}, ValueError, "grid_size must be given.*20 grid tokens.*not a square"),
+    ({"grid_size": 4.5}, TypeError, "grid_size must be an int or a pair of ints; got 4.5"),
+    ({"grid_size": (4, 5, 1)}, TypeError, "grid_size must be an int or a pair"),
+    ({"num_prefix_tokens": -1}, ValueError, "num_prefix_tokens must not be negative; got -1"),
+    ({"num_prefix_tokens": 1.0}, TypeError, "num_prefix_tokens must be an int; got 1.0"),
+    ({"prefix_mode": "none"}, ValueError, "prefix_mode must be one of 'center_tap'.*got 'none'"),
+    ({"activation": "tanh"}, ValueError, "activation must be one of 'gelu'.*got 'tanh'"),
+    ({"activation_position": "mid"}, ValueError, "activation_position must be one of.*'mid'"),
+    ({"dilation": 0}, ValueError, "dilation must be at least 1; got 0"),
+    ({"dilation": (1, 1)}, TypeError, r"dilation must be an int; got \(1, 1\)"),
+    ({"dropout_p": 1.5}, ValueError, r"dropout_p must be in \[0, 1\]; got 1.5"),
+    ({"dropout_p": "a"}, TypeError, "dropout_p must be a number; got 'a'"),
+    ({"scale": "a"}, TypeError, "scale must be a number; got 'a'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), BAD, ids=lambda v: str(v)[:40])
+def test_bad_arguments(changes, error, message):
+    case = AdapterCase()
+    arguments = case.tensors(torch.float32) | {"grid_size": case.grid} | changes
+    with pytest.raises(error, match=message):
+        large_kernel_adapter(**arguments)
+
+
+def test_map_takes_no_prefix_and_only_its_own_grid():
+    case = AdapterCase(layout="map")
+    arguments = case.tensors(torch.float32)
+    with pytest.raises(ValueError, match="num_prefix_tokens must be 0"):
+        large_kernel_adapter(**arguments, num_prefix_tokens=1)
+    with pytest.raises(ValueError, match=r"grid_size must be \(4, 5\).*got \(5, 4\)"):
+        large_kernel_adapter(**arguments, grid_size=(5, 4))

@@ -67,6 +67,8 @@ class FusedLKA(nn.Module):
             raise TypeError(f"num_prefix_tokens must be an int; got {num_prefix_tokens!r}")
         if num_prefix_tokens < 0:
             raise ValueError(f"num_prefix_tokens must not be negative; got {num_prefix_tokens}")
+        checks.is_number("dropout", dropout)
+        checks.is_number("scale", scale)
         if not 0.0 <= dropout <= 1.0:
             raise ValueError(f"dropout must be in [0, 1]; got {dropout}")
         kernel_size = checks.pair("kernel_size", kernel_size, minimum=1)
