@@ -55,15 +55,15 @@ struct Correlation {
   int64_t weight_column;  // elements from one tap to the next
   Axis y, x;
   const T* bias;       // V values added to every output, or null
-  bool accumulate;     // add to what `out` holds, in runs of rows; without, bias starts the sum
+  bool accumulate;     // add to what `out` holds, without, bias starts the sum
   T* out;              // element of output (0, 0); V lanes stand side by side
   int64_t out_row;     // elements from one output row to the next
   int64_t out_column;  // elements from one output column to the next
 };
 
-// A weight gradient sums a term for every position of the map. Runs of about this many terms are
-// summed from zero before they join the total, which keeps the rounding error of a large map that
-// of a small one.
+// A sum can have thousands of terms, one for every tap or every position of a map. Runs of about
+// this many terms are summed from zero before they join the total, which keeps the rounding error
+// of a large sum that of a small one.
 constexpr int64_t kTermsPerRun = 64;
 
 template <class T, int V, int kRows, int kColumns, bool kUnitStep>
@@ -75,12 +75,13 @@ void correlate_tile(const Correlation<T, V>& c, int64_t i, int64_t j) {
   const int64_t out_step_x = kUnitStep ? V : c.x.out_step * V;
   const int64_t out_step_y = c.y.out_step * c.source_columns * V;
   const int64_t tap_step_x = c.x.tap_step * V;
-  const int64_t rows_per_run = c.accumulate ? kTermsPerRun / c.x.taps + 1 : c.y.taps + 1;
+  const int64_t rows_per_run = kTermsPerRun / (c.x.taps > 0 ? c.x.taps : 1) + 1;
   for (int64_t run = rows.begin;;) {
     const int64_t run_end = run + rows_per_run < rows.end ? run + rows_per_run : rows.end;
+    const bool first = run == rows.begin;
     Vec<T, V> sum[kRows][kColumns];
     for (int r = 0; r < kRows; ++r)
-      for (int t = 0; t < kColumns; ++t) sum[r][t] = start;
+      for (int t = 0; t < kColumns; ++t) sum[r][t] = first ? start : Vec<T, V>{};
     for (int64_t m = run; m < run_end; ++m) {
       const T* w = c.weight + m * c.weight_row + columns.begin * c.weight_column;
       const T* s =
@@ -99,7 +100,7 @@ void correlate_tile(const Correlation<T, V>& c, int64_t i, int64_t j) {
     for (int r = 0; r < kRows; ++r)
       for (int t = 0; t < kColumns; ++t) {
         T* to = out + r * c.out_row + t * c.out_column;
-        store<T, V>(to, c.accumulate ? sum[r][t] + load<T, V>(to) : sum[r][t]);
+        store<T, V>(to, c.accumulate || !first ? sum[r][t] + load<T, V>(to) : sum[r][t]);
       }
     run = run_end;
     if (run >= rows.end) break;

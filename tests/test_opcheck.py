@@ -1,0 +1,59 @@
+"""torch.library.opcheck of every registered operator: schema, fake with true strides, autograd."""
+
+import pytest
+import torch
+
+from lka_kernels import _extension, ops
+
+GEOMETRY = ([2, 1], [1, 2, 3, 2], [1, 2])
+BACKENDS = [
+    pytest.param(
+        "cpu", marks=pytest.mark.skipif(not _extension.loaded(), reason=_extension.STATUS)
+    ),
+    pytest.param(
+        "fft",
+        marks=pytest.mark.xfail(
+            reason="opcheck's test_aot_dispatch_dynamic finds other outputs than eager: not yet "
+            "understood"
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_depthwise(backend, dtype, channels_last):
+    layout = ops.memory_format(channels_last)
+    x = torch.randn(2, 5, 9, 8).to(dtype).contiguous(memory_format=layout)
+    w, b = torch.randn(5, 1, 3, 4).to(dtype), torch.randn(5).to(dtype)
+    operators = ops.DEPTHWISE[backend]
+    forward = (x, w, b, *GEOMETRY, channels_last)
+    y = operators.forward(*forward)
+    torch.library.opcheck(operators.forward, forward)
+    torch.library.opcheck(operators.backward_input, (y, w, [9, 8], *GEOMETRY, channels_last))
+    torch.library.opcheck(operators.backward_weight, (y, x, [3, 4], *GEOMETRY))
+
+
+@pytest.mark.skipif(not _extension.loaded(), reason=_extension.STATUS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_adapter(dtype):
+    def normal(*shape):
+        return torch.randn(shape).to(dtype)
+
+    weights = (
+        normal(3, 6),
+        normal(3),
+        normal(3, 1, 3, 2),
+        None,
+        normal(6, 3),
+        normal(6),
+    )
+    seed = torch.tensor([3])
+    options = (seed, 2, 4, 1, "center_tap", 1, "gelu", "both", 0.25, 0.5)
+    x = normal(2, 9, 6)
+    operators = ops.ADAPTER["cpu"]
+    y, z, c = operators.forward(x, *weights, x, *options)
+    torch.library.opcheck(operators.forward, (x, *weights, x, *options))
+    mask = [True, True, False, True, False, True, True]
+    torch.library.opcheck(operators.backward, (y, x, z, c, *weights, *options, mask))
