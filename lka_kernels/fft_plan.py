@@ -37,10 +37,11 @@ def good_size(minimum: int) -> int:
 def touching_taps(
     input_size: int, output_size: int, kernel: int, stride: int, padding: int, dilation: int
 ) -> tuple[int, int]:
-    """Range [first, last) of taps that meet at least one input element for some output.
+    """Range [first, last) outside of which no tap meets an input element for any output.
 
     Tap k of output m reads input m·stride + k·dilation - padding. The shifts that can reach
-    [0, R) run from -(output_size - 1)·stride to R - 1; (0, 0) if no tap can.
+    [0, R) run from -(output_size - 1)·stride to R - 1; (0, 0) if no tap can. With a stride, a tap
+    within the range may still step over the map.
     """
     lowest_shift = -(output_size - 1) * stride
     first = max(0, -((-(lowest_shift + padding)) // dilation))

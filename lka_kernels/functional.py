@@ -44,7 +44,7 @@ def depthwise_conv2d(
     stride, padding, dilation = _check_depthwise(
         input, weight, bias, stride, padding, dilation, method
     )
-    if torch.is_autocast_enabled(input.device.type):
+    if _autocast_enabled(input.device.type):
         input, weight, bias = _autocast(input.device.type, input, weight, bias)
     checks.dtypes_and_devices_agree("input", input, (("weight", weight), ("bias", bias)))
     choice = dispatch.choose_depthwise(input, weight, method)
@@ -96,6 +96,11 @@ def _check_depthwise(input, weight, bias, stride, padding, dilation, method):
                 f"dilated kernel: {name} + padding is {size + pad}, the kernel needs {extent}"
             )
     return stride, padding, dilation
+
+
+def _autocast_enabled(device_type: str) -> bool:
+    # is_autocast_enabled raises for a device that has no autocast, such as "meta".
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -203,7 +208,7 @@ def large_kernel_adapter(
         raise ValueError(f"dropout_p must be in [0, 1]; got {dropout_p}")
 
     weights = (down_weight, down_bias, conv_weight, conv_bias, up_weight, up_bias)
-    if torch.is_autocast_enabled(x.device.type):
+    if _autocast_enabled(x.device.type):
         x, *weights = _autocast(x.device.type, x, *weights)
     names = ("down_weight", "down_bias", "conv_weight", "conv_bias", "up_weight", "up_bias")
     checks.dtypes_and_devices_agree("x", x, zip(names, weights, strict=True))

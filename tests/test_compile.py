@@ -6,23 +6,75 @@ import torch._dynamo.testing
 
 from lka_kernels import DepthwiseConv2d, FusedLKA
 
+MODULES = {
+    "adapter": lambda: FusedLKA(16, 8, 7, init="paper"),
+    "adapter with class token": lambda: FusedLKA(16, 8, 7, init="paper", num_prefix_tokens=1),
+    "depthwise": lambda: DepthwiseConv2d(6, 7, padding=3),
+    "depthwise fft": lambda: DepthwiseConv2d(6, 7, padding=3, method="fft"),
+}
+SHAPES = {
+    "adapter": [(2, 4, 5, 16), (3, 6, 7, 16), (4, 9, 8, 16), (5, 11, 7, 16)],
+    "adapter with class token": [(2, 17, 16), (3, 26, 16), (4, 37, 16), (5, 50, 16)],
+    "depthwise": [(2, 6, 9, 10), (3, 6, 12, 11), (4, 6, 15, 14), (5, 6, 17, 11)],
+}
+SHAPES["depthwise fft"] = SHAPES["depthwise"]
+
+
+def gradients(function, module, x):
+    """The output, and the gradients of input and parameters."""
+    y = function(x)
+    return [y, *torch.autograd.grad(y.square().sum(), [x, *module.parameters()])]
+
+
+def assert_same(compiled, module, shape):
+    """Values and gradients, as in eager mode; strides too."""
+    x = torch.randn(shape, requires_grad=True)
+    expected, found = gradients(module, module, x), gradients(compiled, module, x)
+    for ours, eager in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, eager, check_stride=True)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kind", MODULES)
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_no_new_graph_for_another_batch_or_map(kind, dynamic):
+    """One graph with dynamic=True; by default the second size may make a dynamic one."""
+    module = MODULES[kind]()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, fullgraph=True, dynamic=dynamic, backend=counter)
+    first, second, *others = SHAPES[kind]
+    assert_same(compiled, module, first)
+    if not dynamic:
+        assert_same(compiled, module, second)
+    before = counter.frame_count
+    for shape in (second, *others):
+        assert_same(compiled, module, shape)
+    assert counter.frame_count == before
+
 
 @pytest.mark.parametrize("kind", ["adapter", "depthwise"])
-def test_one_graph_for_every_batch_and_map(kind):
-    torch._dynamo.reset()
-    if kind == "adapter":
-        module = FusedLKA(16, 8, 7, init="paper")
-        shapes = [(2, 4, 5, 16), (3, 6, 7, 16), (4, 9, 8, 16), (5, 11, 7, 16)]
-    else:
-        module = DepthwiseConv2d(6, 7, padding=3)
-        shapes = [(2, 6, 9, 10), (3, 6, 12, 11), (4, 6, 15, 14), (5, 6, 17, 11)]
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
-    for shape in shapes:
-        x = torch.randn(shape, requires_grad=True)
-        expected = torch.autograd.grad(module(x).square().sum(), [x, *module.parameters()])
-        found = torch.autograd.grad(compiled(x).square().sum(), [x, *module.parameters()])
-        for a, b in zip(found, expected, strict=True):
-            torch.testing.assert_close(a, b)
-    # The first call may be specialised; after it one graph serves every size.
-    assert counter.frame_count <= 2
+def test_default_compiler(kind):
+    module = MODULES[kind]()
+    compiled = torch.compile(module, fullgraph=True)
+    assert_same(compiled, module, SHAPES[kind][0])
+
+
+def test_compiled_training_with_dropout_and_autocast():
+    module = FusedLKA(16, 8, 5, init="paper", dropout=0.5)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 6, 6, 16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.manual_seed(3)
+        expected = module(x)
+        torch.manual_seed(3)
+        found = compiled(x)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected)
+    found.float().sum().backward()
+    assert module.up.weight.grad.dtype == torch.float32

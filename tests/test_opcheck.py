@@ -10,13 +10,7 @@ BACKENDS = [
     pytest.param(
         "cpu", marks=pytest.mark.skipif(not _extension.loaded(), reason=_extension.STATUS)
     ),
-    pytest.param(
-        "fft",
-        marks=pytest.mark.xfail(
-            reason="opcheck's test_aot_dispatch_dynamic finds other outputs than eager: not yet "
-            "understood"
-        ),
-    ),
+    "fft",
 ]
 
 

@@ -3,6 +3,9 @@
 Runs on every device that has torch.fft. The kernel is stored rolled by its padding, so that the
 wanted outputs start at index 0 and the crop is a slice. With X, W, Y the real transforms,
 Y = X·conj(W), dX = dY·W and dW = sum over the batch of X·conj(dY).
+
+Conjugates are taken at once (``conj_physical``): inside a graph of torch.compile the dispatch key
+that resolves the lazy ``conj()`` is excluded, and the operator would silently multiply by W.
 """
 
 from __future__ import annotations
@@ -82,7 +85,8 @@ def forward(input, weight, bias, stride, padding, dilation, channels_last) -> Te
     if _empty_batch(input):
         return _finish(input.new_zeros(0, input.shape[1], *output_size), input.dtype, channels_last)
     plan = _plan(input.shape[2:], output_size, weight.shape[2:], stride, padding, dilation)
-    product = _transform(input, plan) * _transform_weight(weight, plan, dilation).conj()
+    product = _transform(input, plan)
+    product *= _transform_weight(weight, plan, dilation).conj_physical_()
     full = torch.fft.irfft2(product, s=_fft_size(plan))
     last_row = (output_size[0] - 1) * stride[0] + 1
     last_column = (output_size[1] - 1) * stride[1] + 1
@@ -101,7 +105,8 @@ def backward_input(
         grad = grad_output.new_zeros(*grad_output.shape[:2], *input_size)
         return _finish(grad, grad_output.dtype, channels_last)
     plan = _plan(input_size, grad_output.shape[2:], weight.shape[2:], stride, padding, dilation)
-    product = _transform(grad_output, plan, stride) * _transform_weight(weight, plan, dilation)
+    product = _transform(grad_output, plan, stride)
+    product *= _transform_weight(weight, plan, dilation)
     full = torch.fft.irfft2(product, s=_fft_size(plan))
     return _finish(full[:, :, : input_size[0], : input_size[1]], grad_output.dtype, channels_last)
 
@@ -119,7 +124,8 @@ def backward_weight(
         return grad_weight, grad_bias
     plan = _plan(input.shape[2:], grad_output.shape[2:], kernel_size, stride, padding, dilation)
     rows, columns = plan
-    product = _transform(input, plan) * _transform(grad_output, plan, stride).conj()
+    product = _transform(grad_output, plan, stride).conj_physical_()
+    product *= _transform(input, plan)
     full = torch.fft.irfft2(product.sum(0), s=_fft_size(plan))
     at_rows = _tap_indices(rows, dilation[0], input.device)
     at_columns = _tap_indices(columns, dilation[1], input.device)

@@ -1,0 +1,151 @@
+"""Which backend serves a call: choices, reasons, use_backend and explain."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lka_kernels import FusedLKA, available_backends, dispatch, explain, use_backend
+from lka_kernels.functional import depthwise_conv2d
+
+READY = [name for name, status in available_backends().items() if status == "ready"]
+NOT_READY = [name for name, status in available_backends().items() if status != "ready"]
+
+
+def call(**changes):
+    """An input and a weight that every backend for CPU tensors serves, or what is changed."""
+    given = {"input": torch.zeros(2, 4, 9, 9), "weight": torch.zeros(4, 1, 3, 3)}
+    return {**given, **changes}
+
+
+class Served(TorchDispatchMode):
+    """Names of the operators that ran, the library's own and torch's convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "lka_kernels" or "conv" in function._opname:
+            self.names.append(function._opname)
+        return function(*args, **(kwargs or {}))
+
+
+def served_by(function) -> list[str]:
+    with Served() as served:
+        function()
+    return served.names
+
+
+def test_every_backend_has_a_state():
+    backends = available_backends()
+    assert tuple(backends) == dispatch.BACKENDS
+    assert all(isinstance(status, str) and status for status in backends.values())
+    assert backends["torch"] == "ready"
+
+
+@pytest.mark.usefixtures("compiled_cpu")
+def test_auto_takes_the_compiled_kernels():
+    assert served_by(lambda: depthwise_conv2d(**call())) == ["depthwise_conv2d_forward_cpu"]
+    assert served_by(lambda: FusedLKA(8)(torch.zeros(1, 16, 8))) == [
+        "large_kernel_adapter_forward_cpu"
+    ]
+
+
+@pytest.mark.usefixtures("compiled_cpu")
+def test_a_named_method_is_what_runs():
+    fft = served_by(lambda: depthwise_conv2d(**call(), method="fft"))
+    assert fft == ["depthwise_conv2d_forward_fft"]
+    direct = served_by(lambda: depthwise_conv2d(**call(), method="direct"))
+    assert direct == ["depthwise_conv2d_forward_cpu"]
+
+
+def test_torch_by_name_runs_torch():
+    with use_backend("torch"):
+        assert served_by(lambda: depthwise_conv2d(**call())) == ["convolution"]
+
+
+@pytest.mark.parametrize("name", READY)
+def test_use_backend_is_a_context_that_restores(name):
+    with use_backend(name):
+        assert dispatch._Requested.backend == name
+        with use_backend("auto"):
+            assert dispatch._Requested.backend == "auto"
+        assert dispatch._Requested.backend == name
+    assert dispatch._Requested.backend == "auto"
+
+
+def test_use_backend_restores_after_an_error():
+    with pytest.raises(KeyError), use_backend("torch"):
+        raise KeyError
+    assert dispatch._Requested.backend == "auto"
+
+
+def test_use_backend_as_a_function_lasts():
+    use_backend("torch")
+    assert served_by(lambda: depthwise_conv2d(**call())) == ["convolution"]
+    use_backend("auto")
+
+
+@pytest.mark.parametrize("name", NOT_READY)
+def test_a_backend_that_cannot_run_says_why(name):
+    with pytest.raises(RuntimeError) as raised:
+        use_backend(name)
+    assert str(raised.value) == f"backend {name!r} cannot run: {available_backends()[name]}"
+    assert dispatch._Requested.backend == "auto"
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="backend must be one of 'cpu', 'triton'.*got 'cudnn'"):
+        use_backend("cudnn")
+
+
+@pytest.mark.usefixtures("compiled_cpu")
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"input": torch.zeros(4, 9, 9)}, "has 3 dimensions"),
+        ({"weight": torch.zeros(8, 1, 3, 3)}, "8 filters for 4 channels"),
+        (
+            {"input": torch.zeros(2, 4, 9, 9).long(), "weight": torch.zeros(4, 1, 3, 3).long()},
+            "input is torch.int64",
+        ),
+    ],
+)
+def test_what_the_compiled_kernels_do_not_serve(changes, reason):
+    """By name it raises with the reason; "auto" takes torch, and explain says so."""
+    arguments = call(**changes)
+    with use_backend("cpu"), pytest.raises(RuntimeError, match=reason):
+        depthwise_conv2d(**arguments)
+    assert "cpu" not in "".join(served_by(lambda: depthwise_conv2d(**arguments)))
+    text = explain(**arguments)
+    assert text.startswith("backend=torch")
+    assert reason in text
+
+
+def test_explain_names_backend_method_and_what_is_missing():
+    text = explain(**call(), padding=1)
+    backend = "cpu" if "cpu" in READY else "torch"
+    assert text.startswith(f"backend={backend} method=direct: ")
+    assert "input (2, 4, 9, 9) torch.float32 contiguous on cpu, weight (4, 1, 3, 3)" in text
+    for name in NOT_READY:
+        assert f"not available: {name}: {available_backends()[name]}" in text
+
+
+def test_explain_tells_layout_method_and_refusals():
+    channels_last = torch.zeros(2, 4, 9, 9).contiguous(memory_format=torch.channels_last)
+    assert "channels_last" in explain(**call(input=channels_last))
+    assert explain(**call(), method="fft").startswith("backend=fft method=fft")
+    assert explain(**call(), method="implicit_gemm").startswith("no backend: method='implicit_gemm")
+
+
+def test_explain_raises_what_the_call_raises():
+    with pytest.raises(ValueError, match="stride must be at least 1"):
+        explain(**call(), stride=0)
+
+
+@pytest.mark.usefixtures("compiled_cpu")
+def test_other_devices_are_served_by_torch():
+    arguments = {name: t.to("meta") for name, t in call().items()}
+    assert served_by(lambda: depthwise_conv2d(**arguments)) == ["convolution"]
+    with use_backend("cpu"), pytest.raises(RuntimeError, match="input is on meta"):
+        depthwise_conv2d(**arguments)

@@ -1,0 +1,61 @@
+"""The kernels of every instruction set give the same results, chosen by LKA_CPU_CAPABILITY.
+
+The choice is made once per process, so each is tried in a process of its own.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lka_kernels import _extension
+
+LIMITS = ("avx512", "avx2", "baseline")
+
+# Each vector width meets full and half vectors, idle lanes, lanes of several images, every dtype.
+SCRIPT = """
+import sys
+import torch
+from closeness import assert_close_to_truth
+from test_depthwise_conv2d import Case, check_case
+from test_large_kernel_adapter import AdapterCase, check_fused
+from lka_kernels import _extension
+
+torch.set_num_threads(2)
+dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+for channels in (1, 3, 8, 20, 37):
+    for layout in ("contiguous", "channels_last", "sliced"):
+        for kernel, options in (
+            ((7, 7), {"padding": "same"}),
+            ((3, 3), {"padding": (1, 1)}),
+            ((4, 5), {"padding": (3, 1), "stride": (2, 1), "dilation": (1, 2)}),
+        ):
+            case = Case(2, channels, 15, 14, kernel, layout=layout, **options)
+            for dtype in dtypes:
+                check_case(case, dtype, "direct")
+for r in (3, 8, 17):
+    for activation in ("gelu", "gelu_tanh", "silu", "relu"):
+        case = AdapterCase(2, 29, r, (9, 8), (7, 5), prefix=1, activation=activation,
+                           position="both", dropout=0.2, residual=True)
+        for dtype in dtypes:
+            check_fused(case, dtype)
+print(_extension.instruction_set())
+"""
+
+
+@pytest.mark.usefixtures("compiled_cpu")
+@pytest.mark.parametrize("limit", LIMITS)
+def test_every_instruction_set(limit):
+    widest = LIMITS.index(_extension.instruction_set())
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        env={**os.environ, "LKA_CPU_CAPABILITY": limit},
+        cwd=os.path.dirname(__file__),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    # A limit never asks for more than the processor, or the limit of this very process, has.
+    expected = LIMITS[max(LIMITS.index(limit), widest)]
+    assert done.stdout.split()[-1] == expected
