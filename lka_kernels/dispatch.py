@@ -81,7 +81,12 @@ def _cuda_status() -> str:
     return "ready"
 
 
-def _transformed() -> bool:
+def requested_backend() -> str:
+    """The backend that ``use_backend`` asked for last, or "auto"."""
+    return _Requested.backend
+
+
+def transformed() -> bool:
     """Inside torch.func or forward-mode AD, which need rules that only PyTorch's operators have."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
@@ -102,13 +107,15 @@ def _cannot_run_depthwise(backend: str, input: Tensor, weight: Tensor) -> str | 
             f"it serves one filter per channel; weight has {weight.shape[0]} filters "
             f"for {input.shape[1]} channels"
         )
-    if _transformed():
+    if transformed():
         return "it does not run inside torch.func transforms or forward-mode differentiation"
     return None
 
 
-def choose_depthwise(input: Tensor, weight: Tensor, method: str) -> Choice:
+def choose_depthwise(input: Tensor, weight: Tensor, method: str, channels_last: bool) -> Choice:
     """Choose for one call of ``depthwise_conv2d`` with checked arguments.
+
+    ``channels_last`` is the memory format of the result.
 
     Raises:
         RuntimeError: a backend asked for by ``use_backend`` cannot serve the call.
@@ -127,6 +134,9 @@ def choose_depthwise(input: Tensor, weight: Tensor, method: str) -> Choice:
         if input.device.type == "cpu" and _extension.MODULE is not None:
             refusal = _cannot_run_depthwise("cpu", input, weight)
             if refusal is None:
+                small = weight.shape[2] <= 3 and weight.shape[3] <= 3
+                if small and channels_last and method == "auto" and input.dtype == torch.float32:
+                    return _ONEDNN
                 return _COMPILED_CPU
             return Choice("torch", "direct", f"the compiled CPU kernels cannot: {refusal}")
         return Choice("torch", "direct", _why_torch(input))
@@ -136,6 +146,10 @@ def choose_depthwise(input: Tensor, weight: Tensor, method: str) -> Choice:
     return Choice(requested, "direct", f"asked for by use_backend({requested!r})")
 
 
+# Measured on a Zen 4, docs/kernel-notes.md: there, in all three directions, and only there.
+_ONEDNN = Choice(
+    "torch", "direct", "up to 3×3 in channels_last float32, oneDNN behind torch is the faster"
+)
 _COMPILED_CPU = Choice("cpu", "direct", "compiled CPU kernels serve every size of this call")
 
 
@@ -194,6 +208,6 @@ def _cannot_run_adapter(backend: str, x: Tensor, activation: str) -> str | None:
         return f"it serves float32, float64, bfloat16 and float16; x is {x.dtype}"
     if activation not in ACTIVATIONS:
         return f"activation {activation!r}"
-    if _transformed():
+    if transformed():
         return "it does not run inside torch.func transforms or forward-mode differentiation"
     return None

@@ -1,5 +1,7 @@
 """depthwise_conv2d against F.conv2d: values, gradients, layouts, dtypes, errors."""
 
+import math
+
 import poison
 import pytest
 import torch
@@ -31,10 +33,15 @@ def output_and_gradients(function, case, input, weight, bias, grad_output, **opt
     return {"output": output.detach(), **dict(zip(names, grads, strict=False))}
 
 
-def _absolute(dtype: torch.dtype, method: str) -> float | None:
-    """In eps: more where torch's float64 is the truth, and for the log2(F) roundings of an FFT."""
+def _absolute(dtype: torch.dtype, method: str, terms: float) -> float | None:
+    """In eps: more where torch's float64 is the truth, and for the log2(F) roundings of an FFT.
+
+    torch adds the terms of a weight gradient one after the other, so that its float64 result is
+    off by some sqrt(terms) eps: 17 eps for 6000 terms were seen, where the kernels here, judged
+    by an 80-bit sum, were off by 1.3.
+    """
     if dtype == torch.float64:
-        return 16.0
+        return max(16.0, 0.5 * math.sqrt(terms))
     return 8.0 if method == "fft" and dtype == torch.float32 else None
 
 
@@ -71,7 +78,7 @@ def check_case(case: Case, dtype: torch.dtype, method: str) -> None:
     for name, value in ours.items():
         allowance = {
             "magnitude": case.magnitudes[name],
-            "absolute": _absolute(dtype, method),
+            "absolute": _absolute(dtype, method, case.batch * math.prod(case.output_size)),
         }
         try:
             assert_close_to_truth(name, value, truth[name], theirs[name], **allowance)

@@ -1,7 +1,7 @@
 // The microkernel behind forward, backward-input and backward-weight.
 //
-// Lanes hold V planes (channels, or channel-image pairs). On a zero-padded source buffer
-// [rows][columns][V] it computes, lane by lane,
+// Lanes hold V planes (channels, or channel-image pairs). On zero-padded source rows
+// [columns][V] it computes, lane by lane,
 //
 //   out[i][j] = sum over m, n of weight[m][n] * source[y.first + i·y.out_step + m·y.tap_step]
 //                                                     [x.first + j·x.out_step + n·x.tap_step]
@@ -11,9 +11,8 @@
 // positions of grad_output, out_step is the dilation and tap_step the stride. Backward-input is
 // forward on grad_output with a flipped kernel, one such sum per phase of the stride.
 //
-// A tile of kRows × kColumns outputs (at most 14 accumulators: with the weight they fill the 16
-// registers of AVX2) stays in registers over all taps: one weight load serves the whole tile, and
-// every multiply-add takes its other operand straight from memory.
+// A tile of kRows × kColumns outputs stays in registers over all taps; so do the weights of a few
+// taps, which each vector of the source meets as soon as it is loaded.
 #pragma once
 
 #include "simd.h"
@@ -30,7 +29,11 @@ struct Axis {
   int64_t live_end;
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
+// Steps are mostly 1, and a division would cost as much as ten multiply-adds.
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  if (b == 1) return a;
+  return a >= 0 ? (a + b - 1) / b : -(-a / b);
+}
 
 // Range of taps that meet a live source element for any of `count` outputs from `out` on.
 struct TapRange {
@@ -48,11 +51,10 @@ inline TapRange live_taps(const Axis& axis, int64_t out, int64_t count) {
 
 template <class T, int V>
 struct Correlation {
-  const T* source;
-  int64_t source_columns;
-  const T* weight;        // tap (0, 0); V lanes stand side by side
-  int64_t weight_row;     // elements from one row of taps to the next
-  int64_t weight_column;  // elements from one tap to the next
+  const T* const* source_rows;  // column 0 of each row; V lanes stand side by side
+  const T* weight;              // tap (0, 0); V lanes stand side by side
+  int64_t weight_row;           // elements from one row of taps to the next
+  int64_t weight_column;        // elements from one tap to the next
   Axis y, x;
   const T* bias;       // V values added to every output, or null
   bool accumulate;     // add to what `out` holds, without, bias starts the sum
@@ -64,88 +66,141 @@ struct Correlation {
 // A sum can have thousands of terms, one for every tap or every position of a map. Runs of about
 // this many terms are summed from zero before they join the total, which keeps the rounding error
 // of a large sum that of a small one.
-constexpr int64_t kTermsPerRun = 64;
+constexpr int32_t kTermsPerRun = 64;
 
-template <class T, int V, int kRows, int kColumns, bool kUnitStep>
-void correlate_tile(const Correlation<T, V>& c, int64_t i, int64_t j) {
-  T* out = c.out + i * c.out_row + j * c.out_column;
-  const Vec<T, V> start = c.bias ? load_aligned<V>(c.bias) : Vec<T, V>{};
-  const TapRange rows = live_taps(c.y, i, kRows);
-  const TapRange columns = live_taps(c.x, j, kColumns);
-  const int64_t out_step_x = kUnitStep ? V : c.x.out_step * V;
-  const int64_t out_step_y = c.y.out_step * c.source_columns * V;
-  const int64_t tap_step_x = c.x.tap_step * V;
-  const int64_t rows_per_run = kTermsPerRun / (c.x.taps > 0 ? c.x.taps : 1) + 1;
-  for (int64_t run = rows.begin;;) {
-    const int64_t run_end = run + rows_per_run < rows.end ? run + rows_per_run : rows.end;
-    const bool first = run == rows.begin;
-    Vec<T, V> sum[kRows][kColumns];
-    for (int r = 0; r < kRows; ++r)
-      for (int t = 0; t < kColumns; ++t) sum[r][t] = first ? start : Vec<T, V>{};
-    for (int64_t m = run; m < run_end; ++m) {
-      const T* w = c.weight + m * c.weight_row + columns.begin * c.weight_column;
-      const T* s =
-          c.source + ((c.y.first + i * c.y.out_step + m * c.y.tap_step) * c.source_columns +
-                      c.x.first + j * c.x.out_step + columns.begin * c.x.tap_step) *
-                         V;
-      for (int64_t n = columns.begin; n < columns.end; ++n) {
-        const Vec<T, V> tap = load<T, V>(w);
-        for (int r = 0; r < kRows; ++r)
-          for (int t = 0; t < kColumns; ++t)
-            sum[r][t] += tap * load_aligned<V>(s + r * out_step_y + t * out_step_x);
-        w += c.weight_column;
-        s += tap_step_x;
-      }
+// AVX-512 has 32 vector registers, the others 16: accumulators, the weights of a run of taps, and
+// one or two for the source must fit.
+#if LKA_VECTOR_BYTES == 64
+constexpr int kMaxAccumulators = 14, kMaxTaps = 7;
+#else
+constexpr int kMaxAccumulators = 10, kMaxTaps = 3;
+#endif
+constexpr int kMaxTileRows = 4;
+
+// kTaps neighbouring taps of one kernel row. With unit steps output t and tap n meet at source
+// column t + n: each vector of the source is loaded once and meets every tap that uses it.
+template <class T, int V, int kRows, int kColumns, int kTaps>
+__attribute__((always_inline)) inline void add_taps(Vec<T, V> (&sum)[kRows][kColumns], const T* w,
+                                                    int64_t weight_column,
+                                                    const T* const (&s)[kRows]) {
+  Vec<T, V> tap[kTaps];
+#pragma GCC unroll 8
+  for (int n = 0; n < kTaps; ++n) tap[n] = load<T, V>(w + n * weight_column);
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 32
+    for (int x = 0; x < kColumns + kTaps - 1; ++x) {
+      const Vec<T, V> value = load_aligned<V>(s[r] + x * V);
+#pragma GCC unroll 8
+      for (int n = 0; n < kTaps; ++n)
+        if (x - n >= 0 && x - n < kColumns) sum[r][x - n] += tap[n] * value;
     }
-    for (int r = 0; r < kRows; ++r)
-      for (int t = 0; t < kColumns; ++t) {
-        T* to = out + r * c.out_row + t * c.out_column;
-        store<T, V>(to, c.accumulate || !first ? sum[r][t] + load<T, V>(to) : sum[r][t]);
-      }
-    run = run_end;
-    if (run >= rows.end) break;
   }
 }
 
-constexpr int kMaxAccumulators = 14;
-constexpr int kMaxTileRows = 4;
+// A rectangle of outputs that tiles of kRows × kColumns cover exactly.
+template <class T, int V, int kRows, int kColumns, bool kUnitStep>
+void correlate_tiles(const Correlation<T, V>& correlation, int64_t i_begin, int64_t i_end,
+                     int64_t j_begin, int64_t j_end) {
+  // A copy of our own: a store of a vector might change what lies behind a reference.
+  const Correlation<T, V> c = correlation;
+  const int64_t tap_step_x = c.x.tap_step * V, out_step_x = c.x.out_step * V;
+  const int64_t rows_per_run = kTermsPerRun / int32_t(c.x.taps > 0 ? c.x.taps : 1) + 1;
+  const Vec<T, V> start = c.bias ? load_aligned<V>(c.bias) : Vec<T, V>{};
+  for (int64_t i = i_begin; i < i_end; i += kRows) {
+    const TapRange rows = live_taps(c.y, i, kRows);
+    const T* const* source = c.source_rows + c.y.first + i * c.y.out_step;
+    for (int64_t j = j_begin; j < j_end; j += kColumns) {
+      const TapRange columns = live_taps(c.x, j, kColumns);
+      const T* weight = c.weight + columns.begin * c.weight_column;
+      const int64_t offset = (c.x.first + columns.begin * c.x.tap_step) * V + j * out_step_x;
+      T* out = c.out + i * c.out_row + j * c.out_column;
+      for (int64_t run = rows.begin;;) {
+        const int64_t run_end = run + rows_per_run < rows.end ? run + rows_per_run : rows.end;
+        const bool first = run == rows.begin;
+        Vec<T, V> sum[kRows][kColumns];
+        for (int r = 0; r < kRows; ++r)
+          for (int t = 0; t < kColumns; ++t) sum[r][t] = first ? start : Vec<T, V>{};
+        for (int64_t m = run; m < run_end; ++m) {
+          const T* w = weight + m * c.weight_row;
+          const T* s[kRows];
+          for (int r = 0; r < kRows; ++r)
+            s[r] = source[m * c.y.tap_step + r * c.y.out_step] + offset;
+          int64_t left = columns.end - columns.begin;
+          const auto take = [&](int64_t taps) __attribute__((always_inline)) {
+            left -= taps;
+            w += taps * c.weight_column;
+            for (int r = 0; r < kRows; ++r) s[r] += taps * tap_step_x;
+          };
+          if constexpr (kUnitStep) {
+            for (; left >= kMaxTaps; take(kMaxTaps))
+              add_taps<T, V, kRows, kColumns, kMaxTaps>(sum, w, c.weight_column, s);
+            if constexpr (kMaxTaps > 3)
+              for (; left >= 3; take(3))
+                add_taps<T, V, kRows, kColumns, 3>(sum, w, c.weight_column, s);
+          }
+          for (; left > 0; take(1)) {
+            const Vec<T, V> tap = load<T, V>(w);
+            for (int r = 0; r < kRows; ++r)
+              for (int t = 0; t < kColumns; ++t)
+                sum[r][t] += tap * load_aligned<V>(s[r] + t * (kUnitStep ? V : out_step_x));
+          }
+        }
+        if (c.accumulate || !first) {
+          for (int r = 0; r < kRows; ++r)
+            for (int t = 0; t < kColumns; ++t)
+              sum[r][t] += load<T, V>(out + r * c.out_row + t * c.out_column);
+        }
+        for (int r = 0; r < kRows; ++r)
+          for (int t = 0; t < kColumns; ++t)
+            store<T, V>(out + r * c.out_row + t * c.out_column, sum[r][t]);
+        run = run_end;
+        if (run >= rows.end) break;
+      }
+    }
+  }
+}
 
 // The one place where run-time tile sizes become compile-time ones.
 template <class T, int V, int kRows, int kColumns = 1>
-void correlate_row_tile(const Correlation<T, V>& c, int64_t i, int64_t j, int columns) {
+void correlate_width(const Correlation<T, V>& c, int64_t i_begin, int64_t i_end, int64_t j_begin,
+                     int64_t j_end, int64_t columns) {
   if constexpr (kRows * kColumns <= kMaxAccumulators) {
-    if (columns != kColumns) return correlate_row_tile<T, V, kRows, kColumns + 1>(c, i, j, columns);
-    if (c.x.out_step == 1)
-      correlate_tile<T, V, kRows, kColumns, true>(c, i, j);
+    if (columns != kColumns)
+      return correlate_width<T, V, kRows, kColumns + 1>(c, i_begin, i_end, j_begin, j_end, columns);
+    if (c.x.out_step == 1 && c.x.tap_step == 1)
+      correlate_tiles<T, V, kRows, kColumns, true>(c, i_begin, i_end, j_begin, j_end);
     else
-      correlate_tile<T, V, kRows, kColumns, false>(c, i, j);
+      correlate_tiles<T, V, kRows, kColumns, false>(c, i_begin, i_end, j_begin, j_end);
   }
 }
 
 template <class T, int V>
 void correlate(const Correlation<T, V>& c) {
-  const int64_t width = c.x.out_count;
-  if (width <= 0) return;
-  // Tiles of almost equal width: 32 columns become 11 + 11 + 10 rather than 14 + 14 + 4.
+  const int64_t width = c.x.out_count, height = c.y.out_count;
+  if (width <= 0 || height <= 0) return;
+  // Tiles of two widths that differ by one: 32 columns become 11 + 11 + 10, not 14 + 14 + 4.
   const int64_t num_tiles = (width + kMaxAccumulators - 1) / kMaxAccumulators;
-  const int64_t widest = (width + num_tiles - 1) / num_tiles;
-  const int64_t fit = kMaxAccumulators / widest;
-  const int64_t tile_rows = fit < kMaxTileRows ? fit : kMaxTileRows;
-  for (int64_t i = 0; i < c.y.out_count;) {
-    const int64_t left = c.y.out_count - i;
-    const int64_t rows = left < tile_rows ? left : tile_rows;
-    for (int64_t tile = 0; tile < num_tiles; ++tile) {
-      const int64_t j = tile * width / num_tiles;
-      const int columns = int((tile + 1) * width / num_tiles - j);
-      switch (rows) {
-        case 1: correlate_row_tile<T, V, 1>(c, i, j, columns); break;
-        case 2: correlate_row_tile<T, V, 2>(c, i, j, columns); break;
-        case 3: correlate_row_tile<T, V, 3>(c, i, j, columns); break;
-        default: correlate_row_tile<T, V, 4>(c, i, j, columns);
+  const int64_t narrow = width / num_tiles, num_wide = width % num_tiles;
+  const int64_t fit = kMaxAccumulators / (num_wide ? narrow + 1 : narrow);
+  const int64_t tall = fit < kMaxTileRows ? fit : kMaxTileRows;
+  const auto rows = [&](int64_t begin, int64_t end, int64_t tile_rows) {
+    const auto columns = [&](int64_t first, int64_t last, int64_t tile_columns) {
+      if (first >= last) return;
+      switch (tile_rows) {
+        case 1: return correlate_width<T, V, 1>(c, begin, end, first, last, tile_columns);
+        case 2: return correlate_width<T, V, 2>(c, begin, end, first, last, tile_columns);
+        case 3: return correlate_width<T, V, 3>(c, begin, end, first, last, tile_columns);
+        default: return correlate_width<T, V, 4>(c, begin, end, first, last, tile_columns);
       }
-    }
-    i += rows;
-  }
+    };
+    if (begin >= end) return;
+    columns(0, num_wide * (narrow + 1), narrow + 1);
+    columns(num_wide * (narrow + 1), width, narrow);
+  };
+  const int64_t whole = height / tall * tall;
+  rows(0, whole, tall);
+  rows(whole, height, height - whole);
 }
 
 }  // namespace

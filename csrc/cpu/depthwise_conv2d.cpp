@@ -77,6 +77,7 @@ HandoverCase handover_case(const ConvParams& p, bool channels_last, int64_t map_
           channels_last,
           p.kernel_h * p.kernel_w,
           map_area,
+          p.batch * p.channels * map_area,
           p.stride_h == 1 && p.stride_w == 1,
           native_bfloat16()};
 }
@@ -128,10 +129,11 @@ void run(PlannedConvolution& planned, const Tensor& weight, const std::optional<
 
 // Sum the partial results of every channel in one fixed order.
 template <class T>
-void reduce(const WeightGradientPlan& plan, int64_t num_tasks, void* grad_weight, void* grad_bias) {
+void reduce(const WeightGradientPlan& plan, void* grad_weight, void* grad_bias) {
   const int64_t taps = plan.kernel_h * plan.kernel_w, lanes = plan.lanes.lanes;
   const T* partial = static_cast<const T*>(plan.partial);
-  const int64_t blocks = plan.lanes.cross_images ? num_tasks : plan.lanes.blocks_per_image;
+  const int64_t blocks =
+      plan.lanes.cross_images ? plan.lanes.num_blocks : plan.lanes.blocks_per_image;
   const int64_t terms = plan.lanes.cross_images ? plan.batch : plan.num_parts;
   torch::stable::parallel_for(
       0, plan.channels, grain(double(terms * taps)), [&](int64_t begin, int64_t end) {
@@ -236,9 +238,9 @@ std::tuple<Tensor, Tensor> depthwise_conv2d_backward_weight(const Tensor& grad_o
         planned.kernels->weight_gradient(plan, begin, end, scratch);
       });
   if (p.storage == Storage::float64)
-    reduce<double>(plan, planned.num_tasks, grad_weight.data_ptr(), grad_bias.data_ptr());
+    reduce<double>(plan, grad_weight.data_ptr(), grad_bias.data_ptr());
   else
-    reduce<float>(plan, planned.num_tasks, grad_weight.data_ptr(), grad_bias.data_ptr());
+    reduce<float>(plan, grad_weight.data_ptr(), grad_bias.data_ptr());
   return {grad_weight, grad_bias};
 }
 

@@ -1,5 +1,6 @@
-// Depthwise convolution for one instruction set: pack a block of planes into a zero-padded buffer,
-// run the microkernel, unpack. Sources of every layout and dtype share one arithmetic.
+// Depthwise convolution for one instruction set: unpack rows of the source into vectors of planes,
+// run the microkernel on them, pack the result. Sources of every layout and dtype share one
+// arithmetic.
 #pragma once
 
 #include "correlate.h"
@@ -12,6 +13,7 @@ using lka::MapView;
 using lka::cpu::ConvolvePlan;
 using lka::cpu::LanePlan;
 using lka::cpu::Phase;
+using lka::cpu::SourceBuffer;
 using lka::cpu::WeightGradientPlan;
 
 inline int64_t round_up(int64_t n, int64_t multiple) {
@@ -90,171 +92,289 @@ inline Axis axis_of(const Phase& phase, int64_t first_out, int64_t count, int64_
               live_size - buffer_begin};
 }
 
-// Copy the source rows that exist into the buffer and zero what lies around them. The buffer's
-// (0, 0) is source element (begin_y, begin_x).
-template <class T, int V, class S>
-void fill_buffer(const MapView& source, const Lanes& lanes, int64_t begin_y, int64_t begin_x,
-                 int64_t rows, int64_t columns, T* buffer) {
-  const int64_t first = begin_y > 0 ? begin_y : 0;
-  const int64_t last = begin_y + rows < source.height ? begin_y + rows : source.height;
-  // With padding larger than the kernel, or a stride that skips the edge, columns may be cut.
-  const int64_t skip = begin_x > 0 ? begin_x : 0;
-  const int64_t end = begin_x + columns < source.width ? begin_x + columns : source.width;
-  const auto zero = [&](int64_t row, int64_t column, int64_t count) {
-    memset(buffer + (row * columns + column) * V, 0, size_t(count * V) * sizeof(T));
-  };
-  if (first >= last || skip >= end) return zero(0, 0, rows * columns);
-  const int64_t top = first - begin_y, bottom = last - begin_y;
-  const int64_t left = skip - begin_x, right = end - begin_x;
-  zero(0, 0, top * columns);
-  for (int64_t row = top; row < bottom; ++row) {
-    if (left > 0) zero(row, 0, left);
-    if (right < columns) zero(row, right, columns - right);
+// The rows of a source that a band of outputs reads, as a SourceBuffer says, in scratch memory.
+template <class T, int V>
+class SourceRows {
+ public:
+  // Zeros are written here, once: rows are later overwritten between the same columns only.
+  SourceRows(const SourceBuffer& plan, T* memory)
+      : plan_(plan),
+        block_(plan.columns * V),
+        row_(plan.blocks * block_),
+        ring_(memory),
+        zeros_(memory + plan.ring_rows * row_),
+        table_(reinterpret_cast<const T**>(zeros_ + row_)) {
+    memset(static_cast<void*>(memory), 0, size_t((plan.ring_rows + 1) * row_) * sizeof(T));
   }
-  zero(bottom, 0, (rows - bottom) * columns);
-  const S* data = static_cast<const S*>(source.data) + skip * source.stride_w;
-  pack_rows<T, V, S>(data, lanes, first, last, end - skip, buffer + (top * columns + left) * V,
-                     columns);
+
+  T* end() const { return reinterpret_cast<T*>(table_ + plan_.table_size()); }
+  const T* const* table() const { return table_; }
+
+  // A band whose row 0 and column 0 are source element (begin_y, begin_x); `count` lanes from
+  // `lanes` on.
+  void begin(const MapView& source, const Lanes& lanes, int64_t count, int64_t begin_y,
+             int64_t begin_x) {
+    source_ = source;
+    lanes_ = lanes;
+    count_ = count;
+    begin_y_ = begin_y;
+    // With padding larger than the kernel, or a stride that skips the edge, columns may be cut.
+    first_column_ = begin_x > 0 ? begin_x : 0;
+    const int64_t end = begin_x + plan_.columns;
+    columns_ = (end < source.width ? end : source.width) - first_column_;
+    left_ = first_column_ - begin_x;
+    next_ = begin_y < 0 ? -begin_y : 0;
+    for (int64_t row = 0, slot = 0; row < plan_.rows; ++row) {
+      const bool exists = row >= next_ && begin_y + row < source.height && columns_ > 0;
+      table_[row] = exists ? ring_ + slot * row_ : zeros_;
+      if (++slot == plan_.ring_rows) slot = 0;
+    }
+  }
+
+  // Make rows up to `end` of the band ready; of those, the last ring_rows stay so.
+  template <class S>
+  void fill_until(int64_t end) {
+    if (end > source_.height - begin_y_) end = source_.height - begin_y_;
+    if (columns_ <= 0) return;
+    const S* data = static_cast<const S*>(source_.data) + first_column_ * source_.stride_w;
+    while (next_ < end) {
+      const int64_t slot = next_ % plan_.ring_rows;
+      int64_t rows = end - next_;
+      if (rows > plan_.ring_rows - slot) rows = plan_.ring_rows - slot;
+      T* to = ring_ + slot * row_ + left_ * V;
+      const int64_t y = begin_y_ + next_;
+      if (plan_.blocks == 1) {
+        pack_rows<T, V, S>(data, lanes_, y, y + rows, columns_, to, row_);
+      } else {
+        for (int64_t row = 0; row < rows; ++row)
+          pack_channels<T, V, S>(data + lanes_.offset[0] + (y + row) * source_.stride_h,
+                                 source_.stride_w, count_, columns_, to + row * row_, block_);
+      }
+      next_ += rows;
+    }
+  }
+
+ private:
+  const SourceBuffer plan_;
+  const int64_t block_, row_;  // elements
+  T* const ring_;
+  T* const zeros_;
+  const T** const table_;
+  MapView source_;
+  Lanes lanes_;
+  int64_t count_ = 0, begin_y_ = 0, first_column_ = 0, columns_ = 0, left_ = 0, next_ = 0;
+};
+
+// The same columns, in block `block` of a row of blocks.
+inline Axis in_block(Axis axis, int64_t block, int64_t columns) {
+  axis.first += block * columns;
+  axis.live_begin += block * columns;
+  axis.live_end += block * columns;
+  return axis;
+}
+
+// Outputs j in [first_j, first_j + count) of every phase, of one block of planes. `begin_y` is the
+// source row at the beginning of `rows`, `place` the block's place in them.
+template <class T, int V, class S>
+void convolve_block(const ConvolvePlan& plan, int64_t block, int64_t first_j, int64_t count,
+                    const SourceRows<T, V>& rows, int64_t begin_y, int64_t place, T* result) {
+  const MapView& target = plan.target;
+  const int64_t output_stride_y = plan.phases_y[0].output_stride;
+  const int64_t output_stride_x = plan.phases_x[0].output_stride;
+  const Lanes to = lanes_of<V>(plan.lanes, block, target, plan.batch, plan.channels);
+  const int64_t row_begin = first_j * output_stride_y;
+  int64_t row_end = (first_j + count) * output_stride_y;
+  if (row_end > target.height) row_end = target.height;
+  const bool direct = plan.direct_store && to.adjacent && to.count == V;
+  Correlation<T, V> c;
+  c.source_rows = rows.table();
+  c.accumulate = false;
+  const int64_t pattern = block % plan.lanes.num_patterns;
+  c.bias = plan.bias ? static_cast<const T*>(plan.packed_bias) + pattern * V : nullptr;
+  c.weight = static_cast<const T*>(plan.packed_weight) + pattern * plan.packed_taps * V;
+  T* base;
+  int64_t row, column;
+  if (direct) {
+    base = static_cast<T*>(target.data) + to.offset[0] + row_begin * target.stride_h;
+    row = target.stride_h;
+    column = target.stride_w;
+  } else {
+    base = result;
+    row = target.width * V;
+    column = V;
+  }
+  c.out_row = row * output_stride_y;
+  c.out_column = column * output_stride_x;
+  for (int64_t py = 0; py < plan.num_phases_y; ++py)
+    for (int64_t px = 0; px < plan.num_phases_x; ++px) {
+      const Phase &y = plan.phases_y[py], &x = plan.phases_x[px];
+      const int64_t left = y.count - first_j;
+      c.y = axis_of(y, first_j, left < count ? left : count, begin_y, plan.source.height);
+      c.x = in_block(axis_of(x, 0, x.count, plan.origin_x, plan.source.width), place,
+                     plan.buffer.columns);
+      c.weight_row = x.taps * V;
+      c.weight_column = V;
+      c.out = base + y.first_output * row + x.first_output * column;
+      if (c.y.out_count > 0) correlate<T, V>(c);
+      c.weight += y.taps * x.taps * V;
+    }
+  if (!direct)
+    unpack_rows<T, V, S>(result, to, row_begin, row_end, target.width,
+                         static_cast<S*>(target.data));
+}
+
+// Start loading rows of channels that stand side by side, in the order of memory: a block of lanes
+// at a time is too sparse for the processor to foresee. Rows beyond the map are left out.
+template <class S, int kForWriting>
+void prefetch_channels(const MapView& map, int64_t offset, int64_t count, int64_t row_begin,
+                       int64_t row_end) {
+  if (row_end > map.height) row_end = map.height;
+  constexpr int64_t kLine = 64 / sizeof(S);
+  for (int64_t y = row_begin; y < row_end; ++y) {
+    const S* at = static_cast<const S*>(map.data) + offset + y * map.stride_h;
+    for (int64_t x = 0; x < map.width; ++x, at += map.stride_w)
+      for (int64_t c = 0; c < count; c += kLine) __builtin_prefetch(at + c, kForWriting);
+  }
 }
 
 template <class T, int V, class S>
 void convolve_as(const ConvolvePlan& plan, int64_t begin, int64_t end, void* scratch) {
-  T* buffer = static_cast<T*>(scratch);
-  T* result = buffer + plan.buffer_rows * plan.buffer_columns * V;
-  const MapView& target = plan.target;
-  const int64_t output_stride_y = plan.phases_y[0].output_stride;
-  const int64_t output_stride_x = plan.phases_x[0].output_stride;
+  SourceRows<T, V> rows(plan.buffer, static_cast<T*>(scratch));
+  T* result = rows.end();
+  const int64_t step = plan.phases_y[0].out_step, longest = plan.phases_y[0].count;
+  const int64_t output_stride = plan.phases_y[0].output_stride;
   for (int64_t task = begin; task < end; ++task) {
-    int64_t block = task / plan.num_bands, band = task % plan.num_bands;
-    if (plan.blocks_share_lines) {
-      // Neighbouring blocks lie side by side in memory: take them one after the other, band by
-      // band, while their cache lines and pages are near.
+    int64_t block = task / plan.num_bands, band = task % plan.num_bands, num_blocks = 1;
+    if (plan.groups_per_image > 0) {
+      // Neighbouring groups of channels one after the other, while their pages are near.
       const int64_t per_image = plan.lanes.blocks_per_image;
-      const int64_t image = task / (per_image * plan.num_bands);
-      band = task / per_image % plan.num_bands;
-      block = image * per_image + task % per_image;
+      const int64_t group = task % plan.groups_per_image, rest = task / plan.groups_per_image;
+      const int64_t first = group * plan.buffer.blocks;
+      num_blocks = per_image - first < plan.buffer.blocks ? per_image - first : plan.buffer.blocks;
+      block = rest / plan.num_bands * per_image + first;
+      band = rest % plan.num_bands;
+    }
+    const Lanes from = lanes_of<V>(plan.lanes, block, plan.source, plan.batch, plan.channels);
+    const Lanes to = lanes_of<V>(plan.lanes, block, plan.target, plan.batch, plan.channels);
+    int64_t count = from.count;
+    if (num_blocks > 1) {
+      const int64_t first = block % plan.lanes.blocks_per_image * V;
+      count = plan.channels - first < num_blocks * V ? plan.channels - first : num_blocks * V;
     }
     const int64_t first_j = band * plan.band;
-    const Lanes from = lanes_of<V>(plan.lanes, block, plan.source, plan.batch, plan.channels);
-    const Lanes to = lanes_of<V>(plan.lanes, block, target, plan.batch, plan.channels);
-    const int64_t begin_y = plan.origin_y + first_j * plan.phases_y[0].out_step;
-    fill_buffer<T, V, S>(plan.source, from, begin_y, plan.origin_x, plan.buffer_rows,
-                         plan.buffer_columns, buffer);
-
-    const int64_t row_begin = first_j * output_stride_y;
-    int64_t row_end = (first_j + plan.band) * output_stride_y;
-    if (row_end > target.height) row_end = target.height;
-    const bool direct = plan.direct_store && to.adjacent && to.count == V;
-    Correlation<T, V> c;
-    c.source = buffer;
-    c.source_columns = plan.buffer_columns;
-    c.accumulate = false;
-    const int64_t pattern = block % plan.lanes.num_patterns;
-    c.bias = plan.bias ? static_cast<const T*>(plan.packed_bias) + pattern * V : nullptr;
-    c.weight = static_cast<const T*>(plan.packed_weight) + pattern * plan.packed_taps * V;
-    T* base;
-    int64_t row, column;
-    if (direct) {
-      base = static_cast<T*>(target.data) + to.offset[0] + row_begin * target.stride_h;
-      row = target.stride_h;
-      column = target.stride_w;
-    } else {
-      base = result;
-      row = target.width * V;
-      column = V;
+    const int64_t last_j = first_j + plan.band < longest ? first_j + plan.band : longest;
+    const int64_t begin_y = plan.origin_y + first_j * step;
+    rows.begin(plan.source, from, count, begin_y, plan.origin_x);
+    for (int64_t j = first_j; j < last_j; j += plan.chunk) {
+      const int64_t outputs = last_j - j < plan.chunk ? last_j - j : plan.chunk;
+      if (num_blocks > 1 && plan.target.stride_c == 1)
+        prefetch_channels<S, 1>(plan.target, to.offset[0], count, j * output_stride,
+                                (j + outputs) * output_stride);
+      rows.template fill_until<S>((j + outputs - 1 - first_j) * step + plan.span_y);
+      const int64_t next = (j + outputs - 1) * step + plan.span_y + plan.origin_y;
+      if (num_blocks > 1 && next >= 0)
+        prefetch_channels<S, 0>(plan.source, from.offset[0], count, next, next + step);
+      for (int64_t place = 0; place < num_blocks; ++place)
+        convolve_block<T, V, S>(plan, block + place, j, outputs, rows, begin_y, place, result);
     }
-    c.out_row = row * output_stride_y;
-    c.out_column = column * output_stride_x;
-    for (int64_t py = 0; py < plan.num_phases_y; ++py)
-      for (int64_t px = 0; px < plan.num_phases_x; ++px) {
-        const Phase &y = plan.phases_y[py], &x = plan.phases_x[px];
-        const int64_t left = y.count - first_j;
-        const int64_t count = left < plan.band ? left : plan.band;
-        c.y = axis_of(y, first_j, count, begin_y, plan.source.height);
-        c.x = axis_of(x, 0, x.count, plan.origin_x, plan.source.width);
-        c.weight_row = x.taps * V;
-        c.weight_column = V;
-        c.out = base + y.first_output * row + x.first_output * column;
-        if (count > 0) correlate<T, V>(c);
-        c.weight += y.taps * x.taps * V;
-      }
-    if (!direct)
-      unpack_rows<T, V, S>(result, to, row_begin, row_end, target.width,
-                           static_cast<S*>(target.data));
   }
+}
+
+// Rows [row_begin, row_begin + num_rows) of grad_output against the input, for one block of lanes:
+// adds to the gradients in `partial`. `begin_y` is the input row at the beginning of `rows`,
+// `place` the block's place in them.
+template <class T, int V, class S>
+void weight_gradient_block(const WeightGradientPlan& plan, int64_t block, int64_t row_begin,
+                           int64_t num_rows, const SourceRows<T, V>& rows, int64_t begin_y,
+                           int64_t place, T* widened, T* partial) {
+  const MapView& grad = plan.grad_output;
+  const int64_t taps = plan.kernel_h * plan.kernel_w;
+  const Lanes lanes = lanes_of<V>(plan.lanes, block, grad, plan.batch, plan.channels);
+  Correlation<T, V> c;
+  // Where lanes are adjacent and need no widening, grad_output is read where it stands.
+  if (sizeof(S) == sizeof(T) && lanes.adjacent && lanes.count == V) {
+    c.weight = static_cast<const T*>(grad.data) + lanes.offset[0] + row_begin * grad.stride_h;
+    c.weight_row = grad.stride_h;
+    c.weight_column = grad.stride_w;
+  } else {
+    pack_rows<T, V, S>(static_cast<const S*>(grad.data), lanes, row_begin, row_begin + num_rows,
+                       grad.width, widened, grad.width * V);
+    c.weight = widened;
+    c.weight_row = grad.width * V;
+    c.weight_column = V;
+  }
+  Vec<T, V> bias_sum = load_aligned<V>(partial + taps * V);
+  for (int64_t row = 0; row < num_rows; ++row) {  // row by row, for the rounding error's sake
+    Vec<T, V> row_sum{};
+    const T* at = c.weight + row * c.weight_row;
+    for (int64_t x = 0; x < grad.width; ++x) row_sum += load<T, V>(at + x * c.weight_column);
+    bias_sum += row_sum;
+  }
+  store_aligned<V>(partial + taps * V, bias_sum);
+  if (plan.y.count <= 0 || plan.x.count <= 0) return;
+
+  Phase y = plan.y;
+  y.taps = num_rows;
+  y.origin += row_begin * plan.y.tap_step;
+  c.source_rows = rows.table();
+  c.bias = nullptr;
+  c.accumulate = true;
+  c.y = axis_of(y, 0, y.count, begin_y, plan.input.height);
+  c.x = in_block(axis_of(plan.x, 0, plan.x.count, plan.x.origin, plan.input.width), place,
+                 plan.buffer.columns);
+  c.out = partial + (y.first_output * plan.kernel_w + plan.x.first_output) * V;
+  c.out_row = plan.kernel_w * V;
+  c.out_column = V;
+  correlate<T, V>(c);
 }
 
 template <class T, int V, class S>
 void weight_gradient_as(const WeightGradientPlan& plan, int64_t begin, int64_t end, void* scratch) {
-  const MapView& grad = plan.grad_output;
-  const int64_t taps = plan.kernel_h * plan.kernel_w;
-  const int64_t buffer_rows =
-      (plan.band - 1) * plan.y.tap_step + (plan.y.count - 1) * plan.y.out_step + 1;
-  T* weights = static_cast<T*>(scratch);  // grad_output, [band][width][V]
-  T* buffer = weights + plan.band * grad.width * V;
+  SourceRows<T, V> rows(plan.buffer, static_cast<T*>(scratch));
+  T* widened = rows.end();
+  const int64_t elements = (plan.kernel_h * plan.kernel_w + 1) * V;
+  const bool cross_images = plan.lanes.cross_images;
+  const int64_t blocks = cross_images ? plan.lanes.num_blocks : plan.lanes.blocks_per_image;
+  const int64_t height = plan.grad_output.height, step = plan.y.tap_step;
+  const int64_t span = plan.y.count > 0 ? (plan.y.count - 1) * plan.y.out_step + 1 : 0;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t blocks =
-        plan.lanes.cross_images ? plan.lanes.num_blocks : plan.lanes.blocks_per_image;
-    const int64_t part = task / blocks, block_in_part = task % blocks;
-    T* partial = static_cast<T*>(plan.partial) + task * (taps + 1) * V;
-    memset(partial, 0, (taps + 1) * V * sizeof(T));
-    int64_t first_image = 0, last_image = 1;
-    if (!plan.lanes.cross_images) {
-      first_image = part * plan.batch / plan.num_parts;
-      last_image = (part + 1) * plan.batch / plan.num_parts;
-    }
-    for (int64_t image = first_image; image < last_image; ++image) {
-      const int64_t block = plan.lanes.cross_images
-                                ? block_in_part
-                                : image * plan.lanes.blocks_per_image + block_in_part;
-      const Lanes x_lanes = lanes_of<V>(plan.lanes, block, plan.input, plan.batch, plan.channels);
-      const Lanes g_lanes = lanes_of<V>(plan.lanes, block, grad, plan.batch, plan.channels);
-      for (int64_t band = 0; band < plan.num_bands; ++band) {
-        const int64_t row_begin = band * plan.band;
-        const int64_t left = grad.height - row_begin;
-        const int64_t rows = left < plan.band ? left : plan.band;
-        // Where lanes are adjacent and need no widening, grad_output is read where it stands.
-        const T* taps_at = weights;
-        int64_t tap_row = grad.width * V, tap_column = V;
-        if (sizeof(S) == sizeof(T) && g_lanes.adjacent && g_lanes.count == V) {
-          taps_at =
-              static_cast<const T*>(grad.data) + g_lanes.offset[0] + row_begin * grad.stride_h;
-          tap_row = grad.stride_h;
-          tap_column = grad.stride_w;
-        } else {
-          pack_rows<T, V, S>(static_cast<const S*>(grad.data), g_lanes, row_begin, row_begin + rows,
-                             grad.width, weights, grad.width);
+    const int64_t part = task / plan.num_groups, group = task % plan.num_groups;
+    const int64_t last_block = (group + 1) * blocks / plan.num_groups;
+    T* partial = static_cast<T*>(plan.partial) + part * blocks * elements;
+    // A part is a range of the rows of all images.
+    const int64_t all_rows = (cross_images ? 1 : plan.batch) * height;
+    const int64_t first_row = part * all_rows / plan.num_parts;
+    const int64_t last_row = (part + 1) * all_rows / plan.num_parts;
+    for (int64_t first = group * blocks / plan.num_groups; first < last_block;
+         first += plan.buffer.blocks) {
+      const int64_t left = last_block - first;
+      const int64_t num_blocks = left < plan.buffer.blocks ? left : plan.buffer.blocks;
+      memset(static_cast<void*>(partial + first * elements), 0,
+             size_t(num_blocks * elements) * sizeof(T));
+      for (int64_t at = first_row; at < last_row;) {
+        const int64_t image = at / height, row_begin = at % height;
+        const int64_t rest = last_row - at;
+        const int64_t row_end = height - row_begin < rest ? height : row_begin + rest;
+        at += row_end - row_begin;
+        const int64_t block = cross_images ? first : image * blocks + first;
+        const Lanes from = lanes_of<V>(plan.lanes, block, plan.input, plan.batch, plan.channels);
+        const int64_t channels = plan.channels - first * V;
+        const int64_t count = num_blocks == 1             ? from.count
+                              : channels < num_blocks * V ? channels
+                                                          : num_blocks * V;
+        const int64_t begin_y = plan.y.origin + row_begin * step;
+        const int64_t grad_offset =
+            image * plan.grad_output.stride_b + first * V * plan.grad_output.stride_c;
+        rows.begin(plan.input, from, count, begin_y, plan.x.origin);
+        for (int64_t row = row_begin; row < row_end; row += plan.chunk) {
+          const int64_t num_rows = row_end - row < plan.chunk ? row_end - row : plan.chunk;
+          if (num_blocks > 1)
+            prefetch_channels<S, 0>(plan.grad_output, grad_offset, count, row, row + num_rows);
+          rows.template fill_until<S>((row + num_rows - 1 - row_begin) * step + span);
+          for (int64_t place = 0; place < num_blocks; ++place)
+            weight_gradient_block<T, V, S>(plan, block + place, row, num_rows, rows, begin_y, place,
+                                           widened, partial + (first + place) * elements);
         }
-        Vec<T, V> bias_sum = load_aligned<V>(partial + taps * V);
-        for (int64_t row = 0; row < rows; ++row) {  // row by row, for the rounding error's sake
-          Vec<T, V> row_sum{};
-          const T* at = taps_at + row * tap_row;
-          for (int64_t x = 0; x < grad.width; ++x) row_sum += load<T, V>(at + x * tap_column);
-          bias_sum += row_sum;
-        }
-        store_aligned<V>(partial + taps * V, bias_sum);
-        if (plan.y.count <= 0 || plan.x.count <= 0) continue;
-
-        const int64_t begin_y = plan.y.origin + row_begin * plan.y.tap_step;
-        fill_buffer<T, V, S>(plan.input, x_lanes, begin_y, plan.x.origin, buffer_rows,
-                             plan.buffer_columns, buffer);
-        Correlation<T, V> c;
-        c.source = buffer;
-        c.source_columns = plan.buffer_columns;
-        c.weight = taps_at;
-        c.weight_row = tap_row;
-        c.weight_column = tap_column;
-        c.bias = nullptr;
-        c.accumulate = true;
-        Phase y = plan.y;
-        y.taps = rows;
-        y.origin = begin_y;
-        c.y = axis_of(y, 0, y.count, begin_y, plan.input.height);
-        c.x = axis_of(plan.x, 0, plan.x.count, plan.x.origin, plan.input.width);
-        c.out = partial + (y.first_output * plan.kernel_w + plan.x.first_output) * V;
-        c.out_row = plan.kernel_w * V;
-        c.out_column = V;
-        correlate<T, V>(c);
       }
     }
   }

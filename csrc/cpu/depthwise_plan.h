@@ -25,7 +25,24 @@ struct LanePlan {
   int64_t num_patterns;  // distinct sequences of channels over the lanes of a block
 };
 
-// Forward or backward-input. A task is one block of planes and one band of output rows.
+// How a kernel keeps the rows of its source: unpacked into vectors, with zeros to the left and
+// right, as many at a time as the outputs in hand need. Rows that lie outside the source are one
+// shared row of zeros.
+struct SourceBuffer {
+  int64_t columns;    // of a row, zeros included
+  int64_t blocks;     // blocks of lanes in a row, [block][column][V]
+  int64_t ring_rows;  // rows kept at a time
+  int64_t rows;       // rows of one band
+
+  // Elements of `size` bytes that it takes: the ring, a row of zeros, a table of pointers to rows.
+  int64_t elements(int64_t lanes, int64_t size) const {
+    return (ring_rows + 1) * blocks * columns * lanes +
+           table_size() * int64_t(sizeof(void*)) / size;
+  }
+  int64_t table_size() const { return (rows + 7) / 8 * 8; }
+};
+
+// Forward or backward-input. A task is one band of output rows of source.blocks blocks of planes.
 struct ConvolvePlan {
   Storage storage;
   int64_t batch, channels, kernel_h, kernel_w;
@@ -34,30 +51,33 @@ struct ConvolvePlan {
   const Phase* phases_y;
   const Phase* phases_x;
   int64_t num_phases_y, num_phases_x;
-  int64_t origin_y, origin_x;           // smallest origins: where the source buffer begins
-  int64_t buffer_rows, buffer_columns;  // of the source buffer for one band
-  int64_t band, num_bands;              // outputs j of a phase per band
-  bool blocks_share_lines;              // channels are adjacent in memory: changes the task order
-  bool direct_store;                    // kernels may write the target themselves
-  const void* weight;                   // (C, kH, kW) dense
-  const void* bias;                     // (C,) or null
-  void* packed_weight;                  // [pattern][phase y][phase x][tap y][tap x][V]
-  void* packed_bias;                    // [pattern][V]
-  int64_t packed_taps;                  // taps of one pattern over all phases
-  int64_t scratch_elements;             // per thread
+  int64_t origin_y, origin_x;  // smallest origins: where the source buffer begins
+  int64_t span_y;              // source rows that one output of every phase reads
+  int64_t band, num_bands;     // outputs j of a phase per band
+  int64_t chunk;               // outputs j of a phase for which the source is unpacked at a time
+  SourceBuffer buffer;
+  int64_t groups_per_image;  // groups of buffer.blocks blocks; 0 if lanes cross images
+  bool direct_store;         // kernels may write the target themselves
+  const void* weight;        // (C, kH, kW) dense
+  const void* bias;          // (C,) or null
+  void* packed_weight;       // [pattern][phase y][phase x][tap y][tap x][V]
+  void* packed_bias;         // [pattern][V]
+  int64_t packed_taps;       // taps of one pattern over all phases
+  int64_t scratch_elements;  // per thread
 };
 
-// Backward-weight. A task is one block of lanes over one part of the images.
+// Backward-weight. A task is one group of blocks of lanes over one part of the images.
 struct WeightGradientPlan {
   Storage storage;
   int64_t batch, channels, kernel_h, kernel_w;
   MapView input, grad_output;
   LanePlan lanes;
-  Phase y, x;  // outputs are kernel elements, taps are positions of grad_output
-  int64_t buffer_columns;
-  int64_t band, num_bands;  // rows of grad_output at a time
-  int64_t num_parts;        // parts of the batch (1 if cross_images)
-  void* partial;            // [part][block][kH·kW + 1][V]; the last is the bias's gradient
+  Phase y, x;           // outputs are kernel elements, taps are positions of grad_output
+  int64_t chunk;        // rows of grad_output at a time
+  SourceBuffer buffer;  // of the input
+  int64_t num_parts;    // parts of the rows of all images (1 if cross_images)
+  int64_t num_groups;   // groups of blocks
+  void* partial;        // [part][block][kH·kW + 1][V]; the last is the bias's gradient
   int64_t scratch_elements;
 };
 

@@ -6,12 +6,20 @@
 namespace lka::cpu {
 namespace {
 
-// A band's buffers should stay in a second-level cache of one megabyte, beside the weights.
-constexpr int64_t kBufferBytes = 384 * 1024;
-constexpr int64_t kWeightGradientBytes = 512 * 1024;
+// Unpacked rows of the source, and the outputs in hand, should leave room in the second-level
+// cache.
+constexpr int64_t kBufferBytes = 128 * 1024;
+// Blocks of channels that are unpacked together, so that memory is read in its order.
+constexpr int64_t kBlocksTogether = 16;
+// Positions of outputs for which the source is unpacked at a time, where it is transposed in
+// registers: enough that few of these squares are only partly full.
+constexpr int64_t kTransposedPositions = 96;
+constexpr int64_t kTogetherPositions = 28;  // where it is not: two tiles
 // Weight gradients are summed in at least this many pieces where the batch allows: a constant, so
 // that the bits of the result do not depend on the number of threads.
 constexpr int64_t kWeightGradientTasks = 16;
+// A part of the batch has at least this many positions: its partial sums are added up at the end.
+constexpr int64_t kPositionsPerPart = 384;
 
 int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
 
@@ -80,6 +88,22 @@ void choose_kernels(Storage storage, const DepthwiseKernels*& full, const Depthw
 
 int64_t arithmetic_bytes(Storage storage) { return storage == Storage::float64 ? 8 : 4; }
 
+// Blocks of lanes to unpack together and outputs to unpack for at a time: as many as fit the
+// buffer. `least` outputs come first, then blocks, then more outputs.
+int64_t choose_chunk(SourceBuffer& buffer, int64_t most_blocks, int64_t vector_bytes, int64_t span,
+                     int64_t step, int64_t result_row, int64_t outputs, int64_t least) {
+  least = std::min(least, outputs);
+  const int64_t row = buffer.columns * vector_bytes;
+  const int64_t rows = span + (least - 1) * step;
+  const int64_t fit = (kBufferBytes - least * result_row) / (rows * row);
+  const int64_t groups =
+      ceil_div(most_blocks, std::max<int64_t>(1, std::min({fit, most_blocks, kBlocksTogether})));
+  buffer.blocks = ceil_div(most_blocks, groups);
+  const int64_t more = (kBufferBytes - least * result_row - rows * row * buffer.blocks) /
+                       (step * row * buffer.blocks + result_row);
+  return std::min(outputs, least + std::max<int64_t>(0, more));
+}
+
 PlannedConvolution plan_convolution(const ConvParams& p, const MapView& source,
                                     const MapView& target, std::vector<Phase> phases_y,
                                     std::vector<Phase> phases_x, int num_threads) {
@@ -103,8 +127,8 @@ PlannedConvolution plan_convolution(const ConvParams& p, const MapView& source,
   choose_kernels(p.storage, full, half);
   plan.lanes = plan_lanes(p.batch, p.channels, source.stride_c == 1 && target.stride_c == 1, *full,
                           *half, planned.kernels);
-  plan.blocks_share_lines = source.stride_c == 1 && !plan.lanes.cross_images;
   plan.direct_store = p.storage == Storage::float32 || p.storage == Storage::float64;
+  const bool together = source.stride_c == 1 && !plan.lanes.cross_images;
 
   const Extent y = extent_of(planned.phases_y), x = extent_of(planned.phases_x);
   const int64_t longest = planned.phases_y[0].count;  // phase 0 has the most outputs
@@ -112,22 +136,25 @@ PlannedConvolution plan_convolution(const ConvParams& p, const MapView& source,
   const int64_t step = planned.phases_y[0].out_step;
   plan.origin_y = y.origin;
   plan.origin_x = x.origin;
-  plan.buffer_columns = x.span + (widest - 1) * planned.phases_x[0].out_step;
+  plan.span_y = y.span;
+  plan.buffer.columns = x.span + (widest - 1) * planned.phases_x[0].out_step;
 
   const int64_t bytes = plan.lanes.lanes * arithmetic_bytes(p.storage);
-  const int64_t result_row = planned.phases_y[0].output_stride * target.width * bytes;
-  const int64_t source_row = step * plan.buffer_columns * bytes;
-  const int64_t fixed = (y.span - step) * plan.buffer_columns * bytes;
-  int64_t band = (kBufferBytes - fixed) / (result_row + source_row);
-  // Rows shared by neighbouring bands are packed twice: keep a band at least as high as that.
-  band = std::max({band, std::min<int64_t>(y.span / step, 16), int64_t(1)});
-  int64_t num_bands = ceil_div(longest, band);
-  if (num_threads > 1 && plan.lanes.num_blocks * num_bands < 2 * num_threads)
-    num_bands = std::max(num_bands, std::min(ceil_div(longest, 4),
-                                             ceil_div(2 * num_threads, plan.lanes.num_blocks)));
+  const int64_t positions = together ? kTogetherPositions : kTransposedPositions;
+  const int64_t result_row =
+      together && plan.direct_store ? 0 : planned.phases_y[0].output_stride * target.width * bytes;
+  plan.chunk = choose_chunk(plan.buffer, together ? plan.lanes.blocks_per_image : 1, bytes, y.span,
+                            step, result_row, longest, ceil_div(positions, target.width));
+  plan.groups_per_image = together ? ceil_div(plan.lanes.blocks_per_image, plan.buffer.blocks) : 0;
+  const int64_t groups = together ? plan.batch * plan.groups_per_image : plan.lanes.num_blocks;
+  int64_t num_bands = 1;
+  if (num_threads > 1 && groups < 2 * num_threads)
+    num_bands = std::min(ceil_div(longest, 4), ceil_div(2 * num_threads, groups));
   plan.band = ceil_div(longest, num_bands);
   plan.num_bands = ceil_div(longest, plan.band);
-  plan.buffer_rows = y.span + (plan.band - 1) * step;
+  plan.chunk = std::min(plan.chunk, plan.band);
+  plan.buffer.ring_rows = y.span + (plan.chunk - 1) * step;
+  plan.buffer.rows = y.span + (plan.band - 1) * step;
 
   plan.packed_taps = 0;
   double taps_of_all_outputs = 0;
@@ -137,13 +164,14 @@ PlannedConvolution plan_convolution(const ConvParams& p, const MapView& source,
       taps_of_all_outputs += double(py.taps * px.taps) * double(py.count * px.count);
     }
   const int64_t result_rows =
-      std::min(plan.band * planned.phases_y[0].output_stride, target.height);
-  plan.scratch_elements =
-      (plan.buffer_rows * plan.buffer_columns + result_rows * target.width) * plan.lanes.lanes;
+      std::min(plan.chunk * planned.phases_y[0].output_stride, target.height);
+  plan.scratch_elements = plan.buffer.elements(plan.lanes.lanes, arithmetic_bytes(p.storage)) +
+                          result_rows * target.width * plan.lanes.lanes;
   planned.packed_weight_elements = plan.lanes.num_patterns * plan.packed_taps * plan.lanes.lanes;
-  planned.num_tasks = plan.lanes.num_blocks * plan.num_bands;
-  planned.multiply_adds_per_task = taps_of_all_outputs / double(plan.num_bands) +
-                                   4.0 * double(plan.buffer_rows * plan.buffer_columns);
+  planned.num_tasks = groups * plan.num_bands;
+  planned.multiply_adds_per_task = (taps_of_all_outputs / double(plan.num_bands) +
+                                    4.0 * double(plan.buffer.rows * plan.buffer.columns)) *
+                                   double(plan.lanes.num_blocks) / double(groups);
   return planned;
 }
 
@@ -223,30 +251,36 @@ PlannedWeightGradient plan_backward_weight(const ConvParams& p) {
   plan.x = axis(forward_phases(p.input.width, p.output.width, p.kernel_w, p.stride_w, p.dilation_w,
                                p.pad_left)[0],
                 p.output.width, p.stride_w, p.dilation_w);
-  plan.buffer_columns = std::max<int64_t>(
+  plan.buffer.columns = std::max<int64_t>(
       1, (plan.x.count - 1) * plan.x.out_step + (plan.x.taps - 1) * plan.x.tap_step + 1);
+
+  const int64_t positions = p.output.height * p.output.width;
+  const int64_t blocks =
+      plan.lanes.cross_images ? plan.lanes.num_blocks : plan.lanes.blocks_per_image;
+  plan.num_parts = plan.lanes.cross_images
+                       ? 1
+                       : std::min({p.batch * p.output.height, kWeightGradientTasks,
+                                   ceil_div(p.batch * positions, kPositionsPerPart)});
+  plan.num_groups = std::min(blocks, ceil_div(kWeightGradientTasks, plan.num_parts));
 
   const int64_t bytes = plan.lanes.lanes * arithmetic_bytes(p.storage);
   const int64_t span = std::max<int64_t>(1, (plan.y.count - 1) * plan.y.out_step + 1);
-  const int64_t per_row = (plan.y.tap_step * plan.buffer_columns + p.output.width) * bytes;
-  int64_t band = (kWeightGradientBytes - span * plan.buffer_columns * bytes) / per_row;
-  band = std::max({band, std::min<int64_t>(span, 16), int64_t(1)});
-  plan.num_bands = ceil_div(p.output.height, band);
-  plan.band = ceil_div(p.output.height, plan.num_bands);
-  plan.num_bands = ceil_div(p.output.height, plan.band);
-
-  const int64_t blocks =
-      plan.lanes.cross_images ? plan.lanes.num_blocks : plan.lanes.blocks_per_image;
-  plan.num_parts =
-      plan.lanes.cross_images ? 1 : std::min(p.batch, ceil_div(kWeightGradientTasks, blocks));
-  planned.num_tasks = blocks * plan.num_parts;
-  planned.partial_elements = planned.num_tasks * (p.kernel_h * p.kernel_w + 1) * plan.lanes.lanes;
-  plan.scratch_elements = (plan.band * p.output.width +
-                           ((plan.band - 1) * plan.y.tap_step + span) * plan.buffer_columns) *
-                          plan.lanes.lanes;
+  const int64_t step = plan.y.tap_step;
+  const bool together = p.input.stride_c == 1 && p.output.stride_c == 1 && !plan.lanes.cross_images;
+  plan.chunk = choose_chunk(plan.buffer, together ? ceil_div(blocks, plan.num_groups) : 1, bytes,
+                            span, step, together ? 0 : p.output.width * bytes, p.output.height,
+                            ceil_div(kTransposedPositions, p.output.width));
+  plan.buffer.ring_rows = span + (plan.chunk - 1) * step;
+  plan.buffer.rows = span + (p.output.height - 1) * step;
+  planned.num_tasks = plan.num_groups * plan.num_parts;
+  planned.partial_elements =
+      blocks * plan.num_parts * (p.kernel_h * p.kernel_w + 1) * plan.lanes.lanes;
+  plan.scratch_elements = plan.buffer.elements(plan.lanes.lanes, arithmetic_bytes(p.storage)) +
+                          plan.chunk * p.output.width * plan.lanes.lanes;
   const double images = plan.lanes.cross_images ? 1.0 : double(p.batch) / double(plan.num_parts);
-  planned.multiply_adds_per_task =
-      images * double(p.output.height * p.output.width) * double(plan.y.count * plan.x.count + 8);
+  planned.multiply_adds_per_task = images * double(positions) *
+                                   double(plan.y.count * plan.x.count + 8) * double(blocks) /
+                                   double(plan.num_groups);
   return planned;
 }
 

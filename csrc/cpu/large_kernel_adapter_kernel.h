@@ -68,11 +68,15 @@ inline Axis rank_axis(int64_t out, int64_t taps, int64_t out_step, int64_t tap_s
   return Axis{out, taps, out_step, tap_step, 0, pad, pad + live};
 }
 
-// One block of the bottleneck: the grid part of `tokens` (stride elements apart) into a buffer with
-// `pad_top` zero rows above and `pad_left` zero columns to the left.
+inline SourceBuffer grid_buffer(const AdapterParams& p) {
+  return {p.buffer_columns, 1, p.height, p.buffer_rows};
+}
+
+// One block of the bottleneck: the grid part of `tokens` (stride elements apart) into `rows`, with
+// `pad_top` rows of zeros above and `pad_left` columns of zeros to the left.
 template <class T, int V>
-void pad_grid(const AdapterParams& p, const T* tokens, int64_t stride, int64_t block,
-              int64_t pad_top, int64_t pad_left, T* buffer) {
+void load_grid(const AdapterParams& p, const T* tokens, int64_t stride, int64_t block,
+               int64_t pad_top, int64_t pad_left, SourceRows<T, V>& rows) {
   MapView map;
   map.data = const_cast<T*>(tokens + p.num_prefix_tokens * stride);
   map.height = p.height;
@@ -80,7 +84,8 @@ void pad_grid(const AdapterParams& p, const T* tokens, int64_t stride, int64_t b
   const Lanes lanes = rank_lanes(p, block, stride);
   map.stride_h = lanes.stride_h;
   map.stride_w = lanes.stride_w;
-  fill_buffer<T, V, T>(map, lanes, -pad_top, -pad_left, p.buffer_rows, p.buffer_columns, buffer);
+  rows.begin(map, lanes, lanes.count, -pad_top, -pad_left);
+  rows.template fill_until<T>(p.buffer_rows);
 }
 
 // The tap that a 1×1 image meets under "same" padding; -1 if the padding falls between two taps.
@@ -122,7 +127,7 @@ template <class T, int V>
 void adapter_convolve(const AdapterParams& p, int64_t image, T* scratch) {
   Arena<T> arena(scratch);
   T* a = arena.take(p.tokens * p.rank);
-  T* buffer = arena.take(p.buffer_rows * p.buffer_columns * V);
+  SourceRows<T, V> rows(grid_buffer(p), arena.take(grid_buffer(p).elements(V, sizeof(T))));
   T* result = arena.take(p.height * p.width * V);
   const T* z = static_cast<const T*>(p.z) + image * p.tokens * p.rank;
   T* c = static_cast<T*>(p.c) + image * p.tokens * p.rank;
@@ -134,12 +139,11 @@ void adapter_convolve(const AdapterParams& p, int64_t image, T* scratch) {
   const int64_t taps = p.kernel_h * p.kernel_w;
   T* grid = c + p.num_prefix_tokens * p.rank;
   for (int64_t block = 0; block < p.rank_blocks; ++block) {
-    pad_grid<T, V>(p, a, p.rank, block, p.pad_top, p.pad_left, buffer);
+    load_grid<T, V>(p, a, p.rank, block, p.pad_top, p.pad_left, rows);
     const Lanes lanes = rank_lanes(p, block, p.rank);
     const bool direct = lanes.count == V;
     Correlation<T, V> k;
-    k.source = buffer;
-    k.source_columns = p.buffer_columns;
+    k.source_rows = rows.table();
     k.weight = static_cast<const T*>(p.conv) + block * taps * V;
     k.weight_row = p.kernel_w * V;
     k.weight_column = V;
@@ -219,7 +223,10 @@ void adapter_backward_parts(const AdapterParams& p, const AdapterGradients& g, i
   T* factor = arena.take(p.tokens * p.rank);  // dropout factors
   T* wide = arena.take(per_image);            // dropout(act(c)), padded
   T* grad = arena.take(per_image);            // de, then dc, then da, then dz; padded
-  T* buffer = arena.take(p.buffer_rows * p.buffer_columns * V);
+  // Even kernels pad more on one side, so what is padding to one pass holds values in the other.
+  const SourceBuffer buffer = grid_buffer(p);
+  SourceRows<T, V> input_rows(buffer, arena.take(buffer.elements(V, sizeof(T))));
+  SourceRows<T, V> grad_rows(buffer, arena.take(buffer.elements(V, sizeof(T))));
   const int64_t step = tokens_in_tile(p);
   const int64_t first_token = p.prefix_mode == PrefixMode::zero ? p.num_prefix_tokens : 0;
   const int64_t grid_tokens = p.height * p.width;
@@ -292,11 +299,10 @@ void adapter_backward_parts(const AdapterParams& p, const AdapterGradients& g, i
         const int64_t last_y = (p.kernel_h - 1) * p.dilation,
                       last_x = (p.kernel_w - 1) * p.dilation;
         Correlation<T, V> k;
-        k.source = buffer;
-        k.source_columns = p.buffer_columns;
         k.bias = nullptr;
         if (g.need_conv) {
-          pad_grid<T, V>(p, dense, p.rank, block, p.pad_top, p.pad_left, buffer);
+          load_grid<T, V>(p, dense, p.rank, block, p.pad_top, p.pad_left, input_rows);
+          k.source_rows = input_rows.table();
           k.weight = grid_grad + block * V;
           k.weight_row = p.width * padded;
           k.weight_column = padded;
@@ -314,7 +320,9 @@ void adapter_backward_parts(const AdapterParams& p, const AdapterGradients& g, i
           }
         }
         if (g.need_down || g.grad_x) {
-          pad_grid<T, V>(p, grad, padded, block, last_y - p.pad_top, last_x - p.pad_left, buffer);
+          load_grid<T, V>(p, grad, padded, block, last_y - p.pad_top, last_x - p.pad_left,
+                          grad_rows);
+          k.source_rows = grad_rows.table();
           k.weight = static_cast<const T*>(g.conv_flipped) + block * taps * V;
           k.weight_row = p.kernel_w * V;
           k.weight_column = V;
@@ -365,7 +373,7 @@ template <class T>
 int64_t adapter_scratch(const AdapterParams& p) {
   const int64_t tile = round_up(kTileTokens > 64 ? kTileTokens : 64, 64) * p.dim;
   return tile + 6 * (p.tokens + 64) * p.rank_padded +
-         (p.buffer_rows * p.buffer_columns + p.height * p.width) * p.lanes + 16 * 16;
+         2 * grid_buffer(p).elements(p.lanes, sizeof(T)) + p.height * p.width * p.lanes + 16 * 16;
 }
 
 template <class T, int V>

@@ -14,15 +14,21 @@ struct Lanes {
   int64_t stride_h, stride_w;
 };
 
-// Copy rows [row_begin, row_end) of the planes into the interior of a zeroed-border buffer:
-// source (y, x) goes to buffer ((y - row_begin) * buffer_columns + x).
+// Where the vector of positions from `at` on begins: the last one of a run ends with it, so that it
+// is full too and overlaps the one before.
+inline int64_t last_full(int64_t at, int64_t run, int64_t full) {
+  return run - at < full && run >= full ? run - full : at;
+}
+
+// Copy rows [row_begin, row_end) of the planes into buffer rows `buffer_row` elements apart, with V
+// lanes side by side; column 0 of source row row_begin goes to `buffer`.
 template <class T, int V, class S>
 void pack_rows(const S* data, const Lanes& lanes, int64_t row_begin, int64_t row_end,
-               int64_t columns, T* buffer, int64_t buffer_columns) {
+               int64_t columns, T* buffer, int64_t buffer_row) {
   if (lanes.adjacent) {
     for (int64_t y = row_begin; y < row_end; ++y) {
       const S* from = data + lanes.offset[0] + y * lanes.stride_h;
-      T* to = buffer + (y - row_begin) * buffer_columns * V;
+      T* to = buffer + (y - row_begin) * buffer_row;
       if (lanes.count == V) {
         for (int64_t x = 0; x < columns; ++x, from += lanes.stride_w, to += V)
           store_aligned<V>(to, load<T, V>(from));
@@ -39,9 +45,10 @@ void pack_rows(const S* data, const Lanes& lanes, int64_t row_begin, int64_t row
     const bool joined = lanes.stride_h == columns;
     const int64_t run = joined ? (row_end - row_begin) * columns : columns;
     for (int64_t y = row_begin; y < row_end; y += joined ? row_end - row_begin : 1) {
-      int64_t to_row = y - row_begin, to_column = 0;
-      for (int64_t p = 0; p < run; p += V) {
+      for (int64_t at = 0; at < run; at += V) {
+        const int64_t p = last_full(at, run, V);
         const int positions = run - p < V ? int(run - p) : V;
+        int64_t to_row = y - row_begin + p / columns, to_column = p % columns;
         Vec<T, V> square[V];
         for (int l = 0; l < V; ++l)
           square[l] =
@@ -50,7 +57,7 @@ void pack_rows(const S* data, const Lanes& lanes, int64_t row_begin, int64_t row
                   : Vec<T, V>{};
         transpose<T, V>(square);
         for (int q = 0; q < positions; ++q) {
-          store_aligned<V>(buffer + (to_row * buffer_columns + to_column) * V, square[q]);
+          store_aligned<V>(buffer + to_row * buffer_row + to_column * V, square[q]);
           if (++to_column == columns) to_column = 0, ++to_row;
         }
       }
@@ -59,11 +66,27 @@ void pack_rows(const S* data, const Lanes& lanes, int64_t row_begin, int64_t row
   }
   for (int64_t y = row_begin; y < row_end; ++y)
     for (int64_t x = 0; x < columns; ++x) {
-      T* to = buffer + ((y - row_begin) * buffer_columns + x) * V;
+      T* to = buffer + (y - row_begin) * buffer_row + x * V;
       const S* from = data + y * lanes.stride_h + x * lanes.stride_w;
       for (int l = 0; l < V; ++l)
         to[l] = l < lanes.count ? load_one<T>(from + lanes.offset[l]) : T(0);
     }
+}
+
+// One row of `count` channels that stand side by side, as blocks of V lanes `buffer_block` elements
+// apart. Reading in the order of memory hides its latency: with K = 3, 384 channels on 56×56 took
+// 5.7 ms this way and 12.4 ms one block of channels after the other (Zen 4, one thread).
+template <class T, int V, class S>
+void pack_channels(const S* row, int64_t stride_w, int64_t count, int64_t columns, T* buffer,
+                   int64_t buffer_block) {
+  const int64_t full = count / V;
+  const int rest = int(count % V);
+  for (int64_t x = 0; x < columns; ++x, row += stride_w, buffer += V) {
+    for (int64_t block = 0; block < full; ++block)
+      store_aligned<V>(buffer + block * buffer_block, load<T, V>(row + block * V));
+    if (rest)
+      store_aligned<V>(buffer + full * buffer_block, load_some<T, V, S>(row + full * V, rest));
+  }
 }
 
 // The reverse: a dense buffer [rows][columns][V] to rows [row_begin, row_end) of the planes.
@@ -89,7 +112,8 @@ void unpack_rows(const T* buffer, const Lanes& lanes, int64_t row_begin, int64_t
       }
     return;
   }
-  for (int64_t p = 0; p < positions; p += V) {
+  for (int64_t at = 0; at < positions; at += V) {
+    const int64_t p = last_full(at, positions, V);
     const int count = positions - p < V ? int(positions - p) : V;
     Vec<T, V> square[V];
     for (int q = 0; q < V; ++q)
