@@ -17,10 +17,10 @@ def add_adapters(model: nn.Module, config: LKAConfig, *, train_head: bool = True
     Each residual block becomes an instance of a subclass of its class, with the adapters as new
     children ``lka_attn`` and ``lka_mlp`` (``lka_block`` in EfficientNet's blocks). Keys of the
     ``state_dict`` that were there stay; ``copy.deepcopy``, pickling, gradient checkpointing,
-    ``set_input_size`` and dynamic image sizes work as before. With ``config.init="zero"`` the
-    model's outputs are bit-identical to those it gave before: always in evaluation, and in
-    training for the same random seed if ``config.dropout`` is 0 (an adapter's dropout draws from
-    the generator that the base model draws from).
+    ``set_input_size`` and dynamic image sizes work as before. With ``config.init`` "zero" or
+    "identity" the model's outputs are bit-identical to those it gave before: always in evaluation,
+    and in training for the same random seed if ``config.dropout`` is 0 (an adapter's dropout draws
+    from the generator that the base model draws from).
 
     Supported are VisionTransformer, SwinTransformer, ConvNeXt (V1, V2) and the EfficientNet and
     MobileNet families of timm; ``lka_kernels.integrations`` says where an adapter goes in each.

@@ -15,6 +15,7 @@ METHODS = ("auto", "direct", "implicit_gemm", "fft")
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "none")
 ACTIVATION_POSITIONS = ("pre", "post", "both")
 PREFIX_MODES = ("center_tap", "skip", "zero")
+INITS = ("zero", "identity", "paper")
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 

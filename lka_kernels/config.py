@@ -13,7 +13,6 @@ from lka_kernels import checks
 CONVS = ("depthwise", "dilated", "stacked", "none")
 PLACEMENTS = ("parallel", "before_residual", "after_residual")
 SITES = ("attn", "mlp")
-INITS = ("zero", "paper")
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,8 @@ class LKAConfig:
         activation_position: "pre", "post" or "both", relative to the convolution.
         dropout: probability in [0, 1] of dropping an element before the up-projection.
         scale: finite factor of the adapter's output.
-        init: "zero" (a fresh adapter changes nothing) or "paper" (truncated normal, 0.02).
+        init: "zero" (a fresh adapter changes nothing), "identity" (neither does it, and its
+            convolution passes everything through) or "paper" (truncated normal, 0.02).
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or value; the message names it.
@@ -68,7 +68,7 @@ class LKAConfig:
             ("placement", PLACEMENTS),
             ("activation", checks.ACTIVATIONS),
             ("activation_position", checks.ACTIVATION_POSITIONS),
-            ("init", INITS),
+            ("init", checks.INITS),
         ):
             checks.one_of(name, getattr(self, name), accepted)
         if self.dilation > 1 and self.conv not in ("dilated", "stacked"):

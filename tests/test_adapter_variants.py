@@ -102,7 +102,7 @@ def test_layouts_agree(conv):
 
 
 @pytest.mark.parametrize("conv", ["depthwise", "dilated", "stacked", "none"])
-@pytest.mark.parametrize("init", ["zero", "paper"])
+@pytest.mark.parametrize("init", ["zero", "identity", "paper"])
 def test_initialisation_and_dropout(conv, init):
     config = LKAConfig(
         bottleneck_dim=32,
@@ -116,9 +116,9 @@ def test_initialisation_and_dropout(conv, init):
     for linear in (adapter.down, adapter.up):
         assert torch.equal(linear.bias, torch.zeros_like(linear.bias))
     assert 0.015 < adapter.down.weight.std() < 0.025
-    assert bool((adapter.up.weight == 0).all()) == (init == "zero")
+    assert bool((adapter.up.weight == 0).all()) == (init != "paper")
     x = torch.randn(2, 49, 64)
-    if init == "zero":
+    if init != "paper":
         assert torch.equal(adapter(x, residual=x), x)
     nn.init.normal_(adapter.up.weight)
     torch.manual_seed(0)
@@ -128,6 +128,27 @@ def test_initialisation_and_dropout(conv, init):
     assert not torch.allclose(adapter(x), first)
     adapter.eval()
     assert torch.equal(adapter(x), adapter(x))
+
+
+@pytest.mark.parametrize("conv", ["depthwise", "dilated", "stacked"])
+@pytest.mark.parametrize("kernel_size", [7, (3, 5), (4, 2)])
+def test_identity_starts_as_the_adapter_without_convolution(conv, kernel_size):
+    config = LKAConfig(
+        conv=conv,
+        kernel_size=kernel_size,
+        # A dilated even kernel has no tap at the output's own position.
+        dilation=1 if conv == "depthwise" or kernel_size == (4, 2) else 3,
+        num_stacked=2 if conv == "stacked" else 1,
+        init="identity",
+        dropout=0.0,
+    )
+    adapter = build_adapter(config, 24, num_prefix_tokens=1)
+    vanilla = VanillaAdapter(24, num_prefix_tokens=1)
+    nn.init.normal_(adapter.up.weight)
+    vanilla.load_state_dict(adapter.state_dict(), strict=False)
+    x = torch.randn(2, 1 + 5 * 6, 24)
+    torch.testing.assert_close(adapter(x, (5, 6)), vanilla(x, (5, 6)))
+    assert all(p.requires_grad for p in adapter.parameters())
 
 
 def test_parameter_counts():

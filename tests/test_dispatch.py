@@ -95,7 +95,7 @@ def test_a_backend_that_cannot_run_says_why(name):
 
 
 def test_an_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match="backend must be one of 'cpu', 'triton'.*got 'cudnn'"):
+    with pytest.raises(ValueError, match=r"backend must be one of 'cpu', 'triton'.*got 'cudnn'"):
         use_backend("cudnn")
 
 

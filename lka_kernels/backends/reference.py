@@ -40,7 +40,7 @@ def activate(x: Tensor, activation: str) -> Tensor:
 def center_tap(conv_weight: Tensor, dilation: int) -> Tensor | None:
     """The weights (r,) that a 1×1 image meets under "same" padding, or None if none does.
 
-    With an even kernel and an even dilation the padding falls between two taps.
+    With an even kernel and a dilation above 1 the padding falls between two taps.
     """
     index = []
     for size in conv_weight.shape[2:]:

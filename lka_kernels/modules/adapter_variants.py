@@ -10,7 +10,7 @@ from lka_kernels.backends.reference import activate, center_tap
 from lka_kernels.config import LKAConfig
 from lka_kernels.functional import _check_grid
 from lka_kernels.modules.depthwise_conv import DepthwiseConv2d
-from lka_kernels.modules.large_kernel_adapter import DATA_FORMATS, INITS, FusedLKA
+from lka_kernels.modules.large_kernel_adapter import DATA_FORMATS, FusedLKA, identity_convolution_
 
 
 class _Adapter(nn.Module):
@@ -45,7 +45,7 @@ class _Adapter(nn.Module):
             raise ValueError(f"dropout must be in [0, 1]; got {dropout}")
         checks.one_of("activation", activation, checks.ACTIVATIONS)
         checks.one_of("prefix_mode", prefix_mode, checks.PREFIX_MODES)
-        checks.one_of("init", init, INITS)
+        checks.one_of("init", init, checks.INITS)
         checks.one_of("data_format", data_format, DATA_FORMATS)
         if data_format == "channels_first" and num_prefix_tokens:
             raise ValueError(
@@ -67,7 +67,7 @@ class _Adapter(nn.Module):
             nn.init.trunc_normal_(linear.weight, std=0.02)
             if bias:
                 nn.init.zeros_(linear.bias)
-        if init == "zero":
+        if init != "paper":
             nn.init.zeros_(self.up.weight)
 
     def bottleneck(self, z: Tensor, grid_size: tuple[int, int]) -> Tensor:
@@ -226,6 +226,9 @@ class StackedLKA(_Adapter):
             )
             for _ in range(num_stacked)
         )
+        if init == "identity":
+            for conv in self.convs:
+                identity_convolution_(conv)
 
     def bottleneck(self, z: Tensor, grid_size) -> Tensor:
         """Activation and convolutions, on tokens (B, P+N, r) or a map (B, H, W, r)."""

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from lka_kernels import checks
 from lka_kernels.functional import large_kernel_adapter
 
-INITS = ("zero", "paper")
 DATA_FORMATS = ("channels_last", "channels_first")
+
+
+@torch.no_grad()
+def identity_convolution_(conv: nn.Conv2d) -> None:
+    """Make a depthwise "same" convolution pass its input through, in place.
+
+    With an even kernel and a dilation above 1 the padding falls between two taps; the one before
+    is taken, which shifts by less than the dilation.
+    """
+    height, width = (
+        checks.same_padding(size, dilation)[0] // dilation
+        for size, dilation in zip(conv.kernel_size, conv.dilation, strict=True)
+    )
+    nn.init.zeros_(conv.weight)
+    conv.weight[:, :, height, width] = 1.0
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
 
 
 class FusedLKA(nn.Module):
@@ -28,9 +45,13 @@ class FusedLKA(nn.Module):
         bias: whether the three layers have biases.
         num_prefix_tokens, prefix_mode: P and how the convolution treats class and register tokens.
         scale: factor of the adapter's output.
-        init: "zero" zeroes ``up``, so that a fresh adapter changes nothing; "paper" draws the
-            linear weights from a truncated normal distribution of deviation 0.02 and zeroes
-            the biases, as the released code does.
+        init: linear weights are drawn from a truncated normal distribution of deviation 0.02 and
+            their biases are 0; the convolution is drawn as ``nn.Conv2d`` draws it. That is
+            "paper", as the released code does. "zero" zeroes ``up``, so that a fresh adapter
+            changes nothing. "identity" does so too, and sets the tap that meets the output's own
+            position to 1 and everything else of the convolution to 0: training begins with the
+            adapter without convolution, as in Convpass (arXiv 2207.07039), instead of a random
+            K×K filter.
         data_format: "channels_last" takes (B, P+N, C) or (B, H, W, C), "channels_first" takes
             (B, C, H, W).
     """
@@ -75,7 +96,7 @@ class FusedLKA(nn.Module):
         checks.one_of("activation", activation, checks.ACTIVATIONS)
         checks.one_of("activation_position", activation_position, checks.ACTIVATION_POSITIONS)
         checks.one_of("prefix_mode", prefix_mode, checks.PREFIX_MODES)
-        checks.one_of("init", init, INITS)
+        checks.one_of("init", init, checks.INITS)
         checks.one_of("data_format", data_format, DATA_FORMATS)
         if data_format == "channels_first" and num_prefix_tokens:
             raise ValueError(
@@ -114,8 +135,10 @@ class FusedLKA(nn.Module):
             nn.init.trunc_normal_(linear.weight, std=0.02)
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
-        if self.init == "zero":
+        if self.init != "paper":
             nn.init.zeros_(self.up.weight)
+        if self.init == "identity":
+            identity_convolution_(self.conv)
 
     def forward(
         self,
