@@ -134,8 +134,7 @@ def choose_depthwise(input: Tensor, weight: Tensor, method: str, channels_last: 
         if input.device.type == "cpu" and _extension.MODULE is not None:
             refusal = _cannot_run_depthwise("cpu", input, weight)
             if refusal is None:
-                small = weight.shape[2] <= 3 and weight.shape[3] <= 3
-                if small and channels_last and method == "auto" and input.dtype == torch.float32:
+                if method == "auto" and _onednn_is_faster(input, weight, channels_last):
                     return _ONEDNN
                 return _COMPILED_CPU
             return Choice("torch", "direct", f"the compiled CPU kernels cannot: {refusal}")
@@ -146,10 +145,29 @@ def choose_depthwise(input: Tensor, weight: Tensor, method: str, channels_last: 
     return Choice(requested, "direct", f"asked for by use_backend({requested!r})")
 
 
-# Measured on a Zen 4, docs/kernel-notes.md: there, in all three directions, and only there.
 _ONEDNN = Choice(
-    "torch", "direct", "up to 3×3 in channels_last float32, oneDNN behind torch is the faster"
+    "torch",
+    "direct",
+    "in channels_last float32, oneDNN behind torch is faster up to 3×3, without gradients to 5×5",
 )
+
+
+def _onednn_is_faster(input: Tensor, weight: Tensor, channels_last: bool) -> bool:
+    """Measured on a Zen 4 (docs/kernel-notes.md); its weight gradient falls behind above 3×3.
+
+    Larger kernels of which this depends on the size of the map are handed over in the operator.
+    """
+    if not channels_last or input.dtype != torch.float32:
+        return False
+    most = 3 if needs_gradients(input, weight) else 5
+    return weight.shape[2] <= most and weight.shape[3] <= most
+
+
+def needs_gradients(input: Tensor, weight: Tensor) -> bool:
+    """Whether autograd will ask for the gradient of either."""
+    return torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
+
+
 _COMPILED_CPU = Choice("cpu", "direct", "compiled CPU kernels serve every size of this call")
 
 

@@ -97,6 +97,7 @@ def _call_key(input, weight, bias, stride, padding, dilation, method) -> tuple |
         weight.dtype,
         None if bias is None else (bias.shape, bias.dtype),
         (stride, padding, dilation, method, dispatch.requested_backend()),
+        dispatch.needs_gradients(input, weight),
         # True and 1.0 equal 1, but are not accepted.
         (type(stride), type(padding), type(dilation)),
     )

@@ -52,6 +52,45 @@ def test_auto_takes_the_compiled_kernels():
 
 
 @pytest.mark.usefixtures("compiled_cpu")
+@pytest.mark.parametrize(
+    ("kernel", "gradients", "by_torch"),
+    [(3, False, True), (3, True, True), (5, False, True), (5, True, False), (7, False, False)],
+)
+def test_small_kernels_in_channels_last_are_left_to_onednn(kernel, gradients, by_torch):
+    x = torch.zeros(2, 4, 9, 9).contiguous(memory_format=torch.channels_last)
+    weight = torch.zeros(4, 1, kernel, kernel, requires_grad=gradients)
+    for _ in range(2):  # checked, then remembered
+        names = served_by(lambda: depthwise_conv2d(x, weight, padding="same"))
+        assert names == ["convolution" if by_torch else "depthwise_conv2d_forward_cpu"]
+    assert ("oneDNN" in explain(x, weight, padding="same")) == by_torch
+    direct = served_by(lambda: depthwise_conv2d(x, weight, padding="same", method="direct"))
+    assert direct == ["depthwise_conv2d_forward_cpu"]
+
+
+def test_remembered_calls_are_told_apart():
+    """What the checks refuse is refused also after a like call was accepted."""
+    arguments = call()
+    for _ in range(2):
+        depthwise_conv2d(**arguments, stride=1, padding=0)
+        for changes, error in (
+            ({"stride": True}, TypeError),
+            ({"stride": 1.0}, TypeError),
+            ({"padding": False}, TypeError),
+            ({"stride": 0}, ValueError),
+            ({"bias": torch.zeros(3)}, ValueError),
+            ({"bias": torch.zeros(4, dtype=torch.float64)}, TypeError),
+            ({"method": "nothing"}, ValueError),
+        ):
+            with pytest.raises(error):
+                depthwise_conv2d(**arguments, **changes)
+        with pytest.raises(ValueError, match="the kernel needs 3"):
+            depthwise_conv2d(torch.zeros(2, 4, 2, 9), arguments["weight"])
+        with torch.autocast("cpu", torch.bfloat16):
+            assert depthwise_conv2d(**arguments).dtype == torch.bfloat16
+        assert depthwise_conv2d(**arguments).dtype == torch.float32
+
+
+@pytest.mark.usefixtures("compiled_cpu")
 def test_a_named_method_is_what_runs():
     fft = served_by(lambda: depthwise_conv2d(**call(), method="fft"))
     assert fft == ["depthwise_conv2d_forward_fft"]
