@@ -1,16 +1,20 @@
-"""Is ``depthwise_conv2d`` ever slower than ``F.conv2d`` in the layout that it is given?
+"""Where is ``depthwise_conv2d`` slower than ``F.conv2d`` in the layout that it is given?
 
     python benchmarks/paired.py [--dtype float32] [--threads 1] [--rounds 15] [--match TEXT]
 
 Prints, for each shape, memory format and direction, the median over the rounds of torch's time
 divided by ours: below 1 we are slower. The two take turns within a round, so that a change in the
-machine's load meets both; what is timed is the whole public call, or its backward alone.
+machine's load meets both; what is timed is the whole public call, without gradients, or its
+backward alone. Stride is 1 throughout. glibc returns large freed outputs to the system, and a fresh
+page costs as much as the arithmetic at K = 3: raise MALLOC_TRIM_THRESHOLD_ and
+MALLOC_MMAP_THRESHOLD_ to measure the convolution rather than the pages.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import statistics
 import sys
 import time
@@ -50,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         f"{info.processor_name()}, {info._extension.instruction_set()}, torch {torch.__version__}, "
         f"{options.threads} thread(s), {options.dtype}: torch's time / ours"
     )
+    print(" ".join(f"{k}={v}" for k, v in os.environ.items() if k.startswith("MALLOC_")))
     print(f"{'shape':34}{'layout':>15}" + "".join(f"{d:>24}" for d in DIRECTIONS), flush=True)
     worst: dict[str, list[float]] = {direction: [] for direction in DIRECTIONS}
     for shape in SMALL + shapes.DEPTHWISE:

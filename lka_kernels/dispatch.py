@@ -1,7 +1,8 @@
 """Which backend and method serve a call, and why.
 
-A choice looks at dtype, device, kernel and weight shape only: all known while tracing, so that
-dynamic batch or map sizes grow no guards. Thresholds on those sizes belong inside the operators.
+A choice looks at dtype, device, memory format, geometry and weight shape only: all known while
+tracing, so that dynamic batch or map sizes grow no guards. Thresholds on those sizes belong inside
+the operators.
 """
 
 from __future__ import annotations
@@ -112,10 +113,10 @@ def _cannot_run_depthwise(backend: str, input: Tensor, weight: Tensor) -> str | 
     return None
 
 
-def choose_depthwise(input: Tensor, weight: Tensor, method: str, channels_last: bool) -> Choice:
+def choose_depthwise(input: Tensor, weight: Tensor, method: str, small: bool) -> Choice:
     """Choose for one call of ``depthwise_conv2d`` with checked arguments.
 
-    ``channels_last`` is the memory format of the result.
+    ``small`` says that kernel, geometry and memory format are among those that oneDNN is good at.
 
     Raises:
         RuntimeError: a backend asked for by ``use_backend`` cannot serve the call.
@@ -134,7 +135,7 @@ def choose_depthwise(input: Tensor, weight: Tensor, method: str, channels_last: 
         if input.device.type == "cpu" and _extension.MODULE is not None:
             refusal = _cannot_run_depthwise("cpu", input, weight)
             if refusal is None:
-                if method == "auto" and _onednn_is_faster(input, weight, channels_last):
+                if small and method == "auto" and _onednn_serves(input):
                     return _ONEDNN
                 return _COMPILED_CPU
             return Choice("torch", "direct", f"the compiled CPU kernels cannot: {refusal}")
@@ -148,26 +149,20 @@ def choose_depthwise(input: Tensor, weight: Tensor, method: str, channels_last: 
 _ONEDNN = Choice(
     "torch",
     "direct",
-    "in channels_last float32, oneDNN behind torch is faster up to 3×3, without gradients to 5×5",
+    "up to 3×3 in channels_last float32, oneDNN behind torch is faster",
 )
 
 
-def _onednn_is_faster(input: Tensor, weight: Tensor, channels_last: bool) -> bool:
-    """Measured on a Zen 4 (docs/kernel-notes.md); its weight gradient falls behind above 3×3.
+def _onednn_serves(input: Tensor) -> bool:
+    """Whether PyTorch hands this call to oneDNN.
 
-    Larger kernels of which this depends on the size of the map are handed over in the operator.
+    Measured on a Zen 4 (docs/kernel-notes.md). Larger kernels, for which the size of the map
+    decides, are handed over inside the operator; its weight gradient falls behind above 3×3.
     """
-    if not channels_last or input.dtype != torch.float32:
-        return False
-    most = 3 if needs_gradients(input, weight) else 5
-    return weight.shape[2] <= most and weight.shape[3] <= most
+    return input.dtype == torch.float32 and torch.backends.mkldnn.enabled and _HAS_ONEDNN
 
 
-def needs_gradients(input: Tensor, weight: Tensor) -> bool:
-    """Whether autograd will ask for the gradient of either."""
-    return torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
-
-
+_HAS_ONEDNN = torch.backends.mkldnn.is_available()
 _COMPILED_CPU = Choice("cpu", "direct", "compiled CPU kernels serve every size of this call")
 
 

@@ -54,7 +54,7 @@ def test_auto_takes_the_compiled_kernels():
 @pytest.mark.usefixtures("compiled_cpu")
 @pytest.mark.parametrize(
     ("kernel", "gradients", "by_torch"),
-    [(3, False, True), (3, True, True), (5, False, True), (5, True, False), (7, False, False)],
+    [(3, False, True), (3, True, True), (2, False, False), (5, False, False), (7, True, False)],
 )
 def test_small_kernels_in_channels_last_are_left_to_onednn(kernel, gradients, by_torch):
     x = torch.zeros(2, 4, 9, 9).contiguous(memory_format=torch.channels_last)
@@ -72,9 +72,13 @@ def test_remembered_calls_are_told_apart():
     arguments = call()
     for _ in range(2):
         depthwise_conv2d(**arguments, stride=1, padding=0)
+        depthwise_conv2d(**arguments, stride=(1, 1), padding=(0, 0), dilation=(1, 1))
         for changes, error in (
             ({"stride": True}, TypeError),
             ({"stride": 1.0}, TypeError),
+            ({"stride": (True, 1)}, TypeError),
+            ({"dilation": (1.0, 1)}, TypeError),
+            ({"padding": (0, False)}, TypeError),
             ({"padding": False}, TypeError),
             ({"stride": 0}, ValueError),
             ({"bias": torch.zeros(3)}, ValueError),
@@ -165,7 +169,7 @@ def test_explain_names_backend_method_and_what_is_missing():
     text = explain(**call(), padding=1)
     backend = "cpu" if "cpu" in READY else "torch"
     assert text.startswith(f"backend={backend} method=direct: ")
-    assert "input (2, 4, 9, 9) torch.float32 contiguous on cpu, weight (4, 1, 3, 3)" in text
+    assert "input (2, 4, 9, 9) torch.float32 on cpu, weight (4, 1, 3, 3), contiguous result" in text
     for name in NOT_READY:
         assert f"not available: {name}: {available_backends()[name]}" in text
 

@@ -74,7 +74,6 @@ def test_no_wanted_read_wraps_onto_the_map(dimension):
             # convolution reads one.
             wrapped = index % plan.fft_size
             assert (wrapped < size) == (0 <= index < size)
-            assert wrapped == index or wrapped >= size
     # Kept taps stand in different places of the rolled kernel.
     places = {
         (k * dilation - padding) % plan.fft_size for k in range(plan.first_tap, plan.last_tap)

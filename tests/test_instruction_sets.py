@@ -48,6 +48,8 @@ print(_extension.instruction_set())
 @pytest.mark.parametrize("limit", LIMITS)
 def test_every_instruction_set(limit):
     widest = LIMITS.index(_extension.instruction_set())
+    if os.environ.get("LKA_CPU_CAPABILITY") and LIMITS.index(limit) < widest:
+        pytest.skip("this run is limited by LKA_CPU_CAPABILITY itself")
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
         env={**os.environ, "LKA_CPU_CAPABILITY": limit},
@@ -56,6 +58,6 @@ def test_every_instruction_set(limit):
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    # A limit never asks for more than the processor, or the limit of this very process, has.
+    # A limit never asks for more than the processor has.
     expected = LIMITS[max(LIMITS.index(limit), widest)]
     assert done.stdout.split()[-1] == expected

@@ -143,8 +143,8 @@ void reduce(const WeightGradientPlan& plan, void* grad_weight, void* grad_bias) 
             for (int64_t term = 0; term < terms; ++term) {
               const int64_t plane =
                   plan.lanes.cross_images ? term * plan.channels + channel : channel;
-              const int64_t task = plane / lanes + (plan.lanes.cross_images ? 0 : term * blocks);
-              sum += partial[(task * (taps + 1) + tap) * lanes + plane % lanes];
+              const int64_t block = plane / lanes + (plan.lanes.cross_images ? 0 : term * blocks);
+              sum += partial[(block * (taps + 1) + tap) * lanes + plane % lanes];
             }
             if (tap < taps)
               store_rounded(sum, plan.storage, grad_weight, channel * taps + tap);

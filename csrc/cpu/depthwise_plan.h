@@ -1,5 +1,5 @@
 // What the CPU kernels of depthwise convolution are told: plain data, no code, so that every
-// instruction set can include it safely. Made by depthwise_plan.cpp.
+// instruction set can include it safely. Made by depthwise_planner.cpp.
 #pragma once
 
 #include "../conv_params.h"
@@ -42,7 +42,7 @@ struct SourceBuffer {
   int64_t table_size() const { return (rows + 7) / 8 * 8; }
 };
 
-// Forward or backward-input. A task is one band of output rows of source.blocks blocks of planes.
+// Forward or backward-input. A task is one band of output rows of buffer.blocks blocks of planes.
 struct ConvolvePlan {
   Storage storage;
   int64_t batch, channels, kernel_h, kernel_w;
@@ -56,7 +56,7 @@ struct ConvolvePlan {
   int64_t band, num_bands;     // outputs j of a phase per band
   int64_t chunk;               // outputs j of a phase for which the source is unpacked at a time
   SourceBuffer buffer;
-  int64_t groups_per_image;  // groups of buffer.blocks blocks; 0 if lanes cross images
+  int64_t groups_per_image;  // groups of buffer.blocks blocks; 0 where blocks go one by one
   bool direct_store;         // kernels may write the target themselves
   const void* weight;        // (C, kH, kW) dense
   const void* bias;          // (C,) or null

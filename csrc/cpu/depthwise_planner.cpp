@@ -15,8 +15,8 @@ constexpr int64_t kBlocksTogether = 16;
 // registers: enough that few of these squares are only partly full.
 constexpr int64_t kTransposedPositions = 96;
 constexpr int64_t kTogetherPositions = 28;  // where it is not: two tiles
-// Weight gradients are summed in at least this many pieces where the batch allows: a constant, so
-// that the bits of the result do not depend on the number of threads.
+// Weight gradients are computed in about this many tasks, groups of channels times parts of the
+// rows: a constant, so that the bits of the result do not depend on the number of threads.
 constexpr int64_t kWeightGradientTasks = 16;
 // A part of the batch has at least this many positions: its partial sums are added up at the end.
 constexpr int64_t kPositionsPerPart = 384;
@@ -260,7 +260,7 @@ PlannedWeightGradient plan_backward_weight(const ConvParams& p) {
   plan.num_parts = plan.lanes.cross_images
                        ? 1
                        : std::min({p.batch * p.output.height, kWeightGradientTasks,
-                                   ceil_div(p.batch * positions, kPositionsPerPart)});
+                                   std::max<int64_t>(1, p.batch * positions / kPositionsPerPart)});
   plan.num_groups = std::min(blocks, ceil_div(kWeightGradientTasks, plan.num_parts));
 
   const int64_t bytes = plan.lanes.lanes * arithmetic_bytes(p.storage);

@@ -15,6 +15,7 @@ struct HandoverCase {
   bool native_bfloat16;  // the processor multiplies bfloat16
 };
 
+// What does not depend on the size of the map, dispatch.py leaves to PyTorch as a whole.
 // A call of PyTorch's convolution costs 30 microseconds before it begins, one of the kernels here
 // five: with fewer outputs than this, nothing is handed over.
 constexpr int64_t kFewestElements = 200 * 1024;

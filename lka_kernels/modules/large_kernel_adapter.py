@@ -51,7 +51,8 @@ class FusedLKA(nn.Module):
             changes nothing. "identity" does so too, and sets the tap that meets the output's own
             position to 1 and everything else of the convolution to 0: training begins with the
             adapter without convolution, as in Convpass (arXiv 2207.07039), instead of a random
-            K×K filter.
+            K×K filter. (An even kernel with a dilation above 1 has no such tap: the nearest one
+            shifts the grid by less than the dilation, and prefix tokens meet no tap.)
         data_format: "channels_last" takes (B, P+N, C) or (B, H, W, C), "channels_first" takes
             (B, C, H, W).
     """
