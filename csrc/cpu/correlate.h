@@ -70,7 +70,9 @@ constexpr int32_t kTermsPerRun = 64;
 
 // AVX-512 has 32 vector registers, the others 16: accumulators, the weights of a run of taps, and
 // one or two for the source must fit.
-#if LKA_VECTOR_BYTES == 64
+#if defined(__SANITIZE_ADDRESS__)  // whose checks in every unrolled line take minutes to compile
+constexpr int kMaxAccumulators = 6, kMaxTaps = 3;
+#elif LKA_VECTOR_BYTES == 64
 constexpr int kMaxAccumulators = 14, kMaxTaps = 7;
 #else
 constexpr int kMaxAccumulators = 10, kMaxTaps = 3;
