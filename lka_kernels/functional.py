@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lka_kernels import autograd, checks, dispatch, philox
+from lka_kernels import autograd, checks, dispatch, philox, remembered_calls
 from lka_kernels.backends import fft as _fft  # noqa: F401  (registers the FFT operators)
 from lka_kernels.backends import reference
 
@@ -43,16 +43,13 @@ def depthwise_conv2d(
         TypeError: an argument has the wrong type, or dtypes differ.
         RuntimeError: the backend asked for by ``use_backend`` cannot serve the call.
     """
-    # A call like an earlier one has passed the checks below. They touch much of Python's memory,
-    # which a large convolution has just pushed out of the caches: seen to cost 0.1 ms there.
-    key = _call_key(input, weight, bias, stride, padding, dilation, method)
-    known = _CALLS.get(key) if key is not None else None
-    if known is not None and not torch.is_autocast_enabled("cpu"):
+    key = remembered_calls.key(input, weight, bias, stride, padding, dilation, method)
+    known = remembered_calls.find(key)
+    if known is not None:
         stride, padding, dilation, channels_last, backend = known
     else:
         geometry = _check_depthwise(input, weight, bias, stride, padding, dilation, method)
-        autocast = _autocast_enabled(input.device.type)
-        if autocast:
+        if _autocast_enabled(input.device.type):
             input, weight, bias = _autocast(input.device.type, input, weight, bias)
         checks.dtypes_and_devices_agree("input", input, (("weight", weight), ("bias", bias)))
         stride, padding, dilation = geometry
@@ -60,10 +57,7 @@ def depthwise_conv2d(
         channels_last = batched and (_like_channels_last(input) or _like_channels_last(weight))
         small = channels_last and _is_small(weight, *geometry)
         backend = dispatch.choose_depthwise(input, weight, method, small).backend
-        if key is not None and not autocast:
-            if len(_CALLS) >= _MOST_CALLS:
-                _CALLS.clear()
-            _CALLS[key] = (*geometry, channels_last, backend)
+        remembered_calls.remember(key, (*geometry, channels_last, backend))
     if backend == "torch":
         if input.dim() == 3:
             return reference.depthwise_conv2d(input[None], weight, bias, stride, padding, dilation)[
@@ -85,47 +79,6 @@ def _is_small(weight, stride, padding, dilation) -> bool:
         and dilation == (1, 1)
         and padding[:2] == padding[2:]
     )
-
-
-# Calls that passed the checks: key -> (stride, padding, dilation, channels_last, backend).
-_CALLS: dict[tuple, tuple] = {}
-_MOST_CALLS = 1024
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def _call_key(input, weight, bias, stride, padding, dilation, method) -> tuple | None:
-    """Everything that the checks and the choice of a backend look at, or None if they must run."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return None
-    if type(input) not in _PLAIN or type(weight) not in _PLAIN:
-        return None
-    if bias is not None and type(bias) not in _PLAIN:
-        return None
-    if dispatch.transformed():
-        return None
-    if not (input.is_cpu and weight.is_cpu and (bias is None or bias.is_cpu)):
-        return None
-    key = (
-        input.shape,
-        input.stride(),
-        input.dtype,
-        weight.shape,
-        weight.stride(),
-        weight.dtype,
-        None if bias is None else (bias.shape, bias.dtype),
-        (stride, padding, dilation, method, dispatch.requested_backend()),
-        # True and 1.0 equal 1, but are not accepted.
-        (_types(stride), _types(padding), _types(dilation)),
-    )
-    try:
-        hash(key)
-    except TypeError:  # a list
-        return None
-    return key
-
-
-def _types(value) -> tuple[type, ...]:
-    return tuple(map(type, value)) if isinstance(value, tuple) else (type(value),)
 
 
 def _check_depthwise(input, weight, bias, stride, padding, dilation, method):

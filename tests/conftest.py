@@ -41,14 +41,14 @@ def outputs_start_as_junk():
 @pytest.fixture(autouse=True)
 def same_state_for_every_test():
     """Seeds, threads and the chosen backend do not leak from one test to the next."""
-    from lka_kernels import dispatch, functional
+    from lka_kernels import dispatch, remembered_calls
 
     threads = torch.get_num_threads()
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
     dispatch._Requested.backend = "auto"
-    functional._CALLS.clear()
+    remembered_calls.forget_all()
 
 
 @pytest.fixture
