@@ -69,7 +69,10 @@ def test_lka_options_mirror_the_configuration():
     from lka_kernels import LKAConfig
 
     mine = {f.name: f.default for f in dataclasses.fields(LKAOptions)}
-    assert mine == {f.name: f.default for f in dataclasses.fields(LKAConfig)}
+    library = {f.name: f.default for f in dataclasses.fields(LKAConfig)}
+    # The trainer begins where its trials went best; the library keeps its documented default.
+    assert (mine.pop("init"), library.pop("init")) == ("identity", "zero")
+    assert mine == library
 
 
 @pytest.mark.parametrize(
