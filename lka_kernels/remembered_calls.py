@@ -1,8 +1,8 @@
 """Calls of ``depthwise_conv2d`` that have passed the checks, so that a like call need not.
 
 The checks and the choice of a backend touch much of Python's memory, which a large convolution has
-just pushed out of the caches: there they were seen to take 0.1 ms, ten times what they take in a
-tight loop. Looking a call up touches little.
+just pushed out of the caches: there they were seen to take 0.1 ms, where they take 0.02 in a tight
+loop. Looking a call up touches little.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def key(input, weight, bias, stride, padding, dilation, method) -> tuple | None:
         weight.dtype,
         None if bias is None else (bias.shape, bias.dtype),
         (stride, padding, dilation, method, dispatch.requested_backend()),
+        torch.backends.mkldnn.enabled,
         # True and 1.0 equal 1, but are not accepted.
         (_types(stride), _types(padding), _types(dilation)),
     )

@@ -67,6 +67,16 @@ def test_small_kernels_in_channels_last_are_left_to_onednn(kernel, gradients, by
     assert direct == ["depthwise_conv2d_forward_cpu"]
 
 
+@pytest.mark.usefixtures("compiled_cpu")
+def test_without_onednn_the_compiled_kernels_serve():
+    x = torch.zeros(2, 4, 9, 9).contiguous(memory_format=torch.channels_last)
+    weight = torch.zeros(4, 1, 3, 3)
+    assert served_by(lambda: depthwise_conv2d(x, weight)) == ["convolution"]
+    with torch.backends.mkldnn.flags(enabled=False):
+        names = served_by(lambda: depthwise_conv2d(x, weight))
+    assert names == ["depthwise_conv2d_forward_cpu"]
+
+
 def test_remembered_calls_are_told_apart():
     """What the checks refuse is refused also after a like call was accepted."""
     arguments = call()
@@ -190,5 +200,7 @@ def test_explain_raises_what_the_call_raises():
 def test_other_devices_are_served_by_torch():
     arguments = {name: t.to("meta") for name, t in call().items()}
     assert served_by(lambda: depthwise_conv2d(**arguments)) == ["convolution"]
+    tokens = torch.zeros(2, 16, 8, device="meta")
+    assert FusedLKA(8, device="meta")(tokens).shape == tokens.shape
     with use_backend("cpu"), pytest.raises(RuntimeError, match="input is on meta"):
         depthwise_conv2d(**arguments)

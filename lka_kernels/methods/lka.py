@@ -43,7 +43,7 @@ class LKAOptions:
     activation_position: Literal["pre", "post", "both"] = "pre"
     dropout: float = 0.1
     scale: float = 1.0
-    # Not LKAConfig's "zero": a random 7x7 filter cost 3 to 5 points (docs/results.md).
+    # Not LKAConfig's "zero": a random 7x7 filter cost 2.6 to 4.5 points (docs/results.md).
     init: Literal["zero", "identity", "paper"] = "identity"
 
 
