@@ -12,6 +12,7 @@
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(lka_kernels, CPU, m) {
+  m.impl("depthwise_conv2d_hands_over_cpu", TORCH_BOX(&lka::cpu::depthwise_conv2d_hands_over));
   m.impl("depthwise_conv2d_forward_cpu", TORCH_BOX(&lka::cpu::depthwise_conv2d_forward));
   m.impl("depthwise_conv2d_backward_input_cpu",
          TORCH_BOX(&lka::cpu::depthwise_conv2d_backward_input));

@@ -15,7 +15,7 @@ from lka_kernels import ops
 from lka_kernels.backends import reference
 
 
-def _records(*tensors: Tensor | None) -> bool:
+def records(*tensors: Tensor | None) -> bool:
     """Whether autograd must record a call: in the backward pass only with create_graph=True."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
@@ -23,7 +23,7 @@ def _records(*tensors: Tensor | None) -> bool:
 def depthwise_conv2d(input, weight, bias, stride, padding, dilation, channels_last, backend):
     """conv(input, weight) + bias."""
     arguments = (input, weight, bias, stride, padding, dilation, channels_last)
-    if _records(input, weight, bias):
+    if records(input, weight, bias):
         return DepthwiseConv2d.apply(*arguments, backend)
     return ops.DEPTHWISE[backend].forward(*arguments)
 
@@ -33,7 +33,7 @@ def backward_input(
 ):
     """grad_input from grad_output and weight."""
     arguments = (grad_output, weight, input_size, stride, padding, dilation, channels_last)
-    if _records(grad_output, weight):
+    if records(grad_output, weight):
         return BackwardInput.apply(*arguments, backend)
     return ops.DEPTHWISE[backend].backward_input(*arguments)
 
@@ -43,7 +43,7 @@ def backward_weight(
 ):
     """(grad_weight, grad_bias) from grad_output and input."""
     arguments = (grad_output, input, kernel_size, stride, padding, dilation)
-    if _records(grad_output, input):
+    if records(grad_output, input):
         return BackwardWeight.apply(*arguments, channels_last, backend)
     return ops.DEPTHWISE[backend].backward_weight(*arguments)
 
@@ -235,6 +235,6 @@ def _adapter_forward(*arguments):
 
 def large_kernel_adapter(*arguments) -> Tensor:
     """Apply the fused adapter and return its output alone."""
-    if _records(*arguments[:_NUM_ADAPTER_TENSORS]):
+    if records(*arguments[:_NUM_ADAPTER_TENSORS]):
         return LargeKernelAdapter.apply(*arguments)[0]
     return _adapter_forward(*arguments)[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lka_kernels import autograd, checks, dispatch, philox, remembered_calls
+from lka_kernels import autograd, checks, dispatch, ops, philox, remembered_calls
 from lka_kernels.backends import fft as _fft  # noqa: F401  (registers the FFT operators)
 from lka_kernels.backends import reference
 
@@ -46,7 +46,11 @@ def depthwise_conv2d(
     key = remembered_calls.key(input, weight, bias, stride, padding, dilation, method)
     known = remembered_calls.find(key)
     if known is not None:
-        stride, padding, dilation, channels_last, backend = known
+        stride, padding, dilation, channels_last, backend, handed_over = known
+        # The operator would make the very same call: without a graph to record, its wrapping, a
+        # tenth of a small convolution, can be left out.
+        if handed_over and not autograd.records(input, weight, bias):
+            backend = "torch"
     else:
         geometry = _check_depthwise(input, weight, bias, stride, padding, dilation, method)
         if _autocast_enabled(input.device.type):
@@ -57,7 +61,9 @@ def depthwise_conv2d(
         channels_last = batched and (_like_channels_last(input) or _like_channels_last(weight))
         small = channels_last and _is_small(weight, *geometry)
         backend = dispatch.choose_depthwise(input, weight, method, small).backend
-        remembered_calls.remember(key, (*geometry, channels_last, backend))
+        if key is not None:
+            handed_over = ops.hands_over(input, weight, *geometry, channels_last, backend)
+            remembered_calls.remember(key, (*geometry, channels_last, backend, handed_over))
     if backend == "torch":
         if input.dim() == 3:
             return reference.depthwise_conv2d(input[None], weight, bias, stride, padding, dilation)[

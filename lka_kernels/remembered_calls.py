@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lka_kernels import dispatch
 
-# key -> (stride, padding, dilation, channels_last, backend)
+# key -> (stride, padding, dilation, channels_last, backend, handed_over)
 _CALLS: dict[tuple, tuple] = {}
 _MOST_CALLS = 1024
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -53,14 +53,12 @@ def key(input, weight, bias, stride, padding, dilation, method) -> tuple | None:
 
 
 def find(key: tuple | None) -> tuple | None:
-    """(stride, padding, dilation, channels_last, backend) of a remembered call."""
+    """(stride, padding, dilation, channels_last, backend, handed_over) of a remembered call."""
     return None if key is None else _CALLS.get(key)
 
 
-def remember(key: tuple | None, call: tuple) -> None:
+def remember(key: tuple, call: tuple) -> None:
     """Keep a call that passed the checks; the memory starts afresh when it is full."""
-    if key is None:
-        return
     if len(_CALLS) >= _MOST_CALLS:
         _CALLS.clear()
     _CALLS[key] = call

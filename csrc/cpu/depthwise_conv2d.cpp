@@ -82,6 +82,26 @@ HandoverCase handover_case(const ConvParams& p, bool channels_last, int64_t map_
           native_bfloat16()};
 }
 
+int64_t output_height(const ConvParams& p, const Tensor& input,
+                      const std::vector<int64_t>& padding) {
+  return output_extent(input.size(2), p.kernel_h, p.stride_h, padding[0], padding[2], p.dilation_h);
+}
+
+int64_t output_width(const ConvParams& p, const Tensor& input,
+                     const std::vector<int64_t>& padding) {
+  return output_extent(input.size(3), p.kernel_w, p.stride_w, padding[1], padding[3], p.dilation_w);
+}
+
+ConvParams forward_geometry(const Tensor& input, const Tensor& weight,
+                            const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                            const std::vector<int64_t>& dilation) {
+  check_weight(weight, input);
+  ConvParams p = geometry(input, stride, padding, dilation);
+  p.kernel_h = weight.size(2);
+  p.kernel_w = weight.size(3);
+  return p;
+}
+
 // `result` if it is laid out as the schema promises, else a copy that is.
 Tensor as_promised(const Tensor& result, bool channels_last) {
   const int64_t c = result.size(1), h = result.size(2), w = result.size(3);
@@ -156,25 +176,28 @@ void reduce(const WeightGradientPlan& plan, void* grad_weight, void* grad_bias) 
 
 }  // namespace
 
+bool depthwise_conv2d_hands_over(const Tensor& input, const Tensor& weight,
+                                 const std::vector<int64_t>& stride,
+                                 const std::vector<int64_t>& padding,
+                                 const std::vector<int64_t>& dilation, bool channels_last) {
+  const ConvParams p = forward_geometry(input, weight, stride, padding, dilation);
+  const int64_t map_area = output_height(p, input, padding) * output_width(p, input, padding);
+  return onednn_is_faster_forward(handover_case(p, channels_last, map_area)) &&
+         may_hand_over(input, padding, channels_last);
+}
+
 Tensor depthwise_conv2d_forward(const Tensor& input, const Tensor& weight,
                                 const std::optional<Tensor>& bias,
                                 const std::vector<int64_t>& stride,
                                 const std::vector<int64_t>& padding,
                                 const std::vector<int64_t>& dilation, bool channels_last) {
-  check_weight(weight, input);
-  ConvParams p = geometry(input, stride, padding, dilation);
-  p.kernel_h = weight.size(2);
-  p.kernel_w = weight.size(3);
-  const int64_t height =
-      output_extent(input.size(2), p.kernel_h, p.stride_h, padding[0], padding[2], p.dilation_h);
-  const int64_t width =
-      output_extent(input.size(3), p.kernel_w, p.stride_w, padding[1], padding[3], p.dilation_w);
-  if (onednn_is_faster_forward(handover_case(p, channels_last, height * width)) &&
-      may_hand_over(input, padding, channels_last))
+  if (depthwise_conv2d_hands_over(input, weight, stride, padding, dilation, channels_last))
     return as_promised(
         aten_depthwise_forward(input, weight, bias, stride, {padding[0], padding[1]}, dilation),
         channels_last);
-  Tensor output = empty_map(input, p.batch, p.channels, height, width, channels_last);
+  ConvParams p = forward_geometry(input, weight, stride, padding, dilation);
+  Tensor output = empty_map(input, p.batch, p.channels, output_height(p, input, padding),
+                            output_width(p, input, padding), channels_last);
   if (output.numel() == 0) return output;
   p.input = view_of(input);
   p.output = view_of(output);

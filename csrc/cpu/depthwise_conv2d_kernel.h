@@ -4,15 +4,14 @@
 #pragma once
 
 #include "correlate.h"
+#include "dense_conv2d_kernel.h"
 #include "depthwise_plan.h"
 #include "pack.h"
+#include "storage_dispatch.h"
 
 namespace {
 
-using lka::MapView;
-using lka::cpu::ConvolvePlan;
 using lka::cpu::LanePlan;
-using lka::cpu::Phase;
 using lka::cpu::SourceBuffer;
 using lka::cpu::WeightGradientPlan;
 
@@ -20,42 +19,51 @@ inline int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
-template <int V>
-Lanes lanes_of(const LanePlan& plan, int64_t block, const MapView& map, int64_t batch,
-               int64_t channels) {
-  Lanes lanes;
-  lanes.stride_h = map.stride_h;
-  lanes.stride_w = map.stride_w;
-  int64_t first_plane, planes;
-  if (plan.cross_images) {
-    first_plane = block * V;
-    planes = batch * channels - first_plane;
-  } else {
-    const int64_t channel = block % plan.blocks_per_image * V;
-    first_plane = block / plan.blocks_per_image * channels + channel;
-    planes = channels - channel;
-  }
-  lanes.count = planes < V ? int(planes) : V;
-  lanes.adjacent = true;
-  for (int l = 0; l < lanes.count; ++l) {
-    const int64_t plane = first_plane + l;
-    lanes.offset[l] = plane / channels * map.stride_b + plane % channels * map.stride_c;
-    lanes.adjacent = lanes.adjacent && lanes.offset[l] == lanes.offset[0] + l;
-  }
-  // One plane of a dense map is better read along its rows than one element at a time.
-  if (lanes.count == 1 && map.stride_w == 1) lanes.adjacent = false;
-  return lanes;
-}
-
 inline int64_t channel_of_lane(const LanePlan& plan, int64_t pattern, int lane, int64_t channels) {
   const int64_t plane = pattern * plan.lanes + lane;
   return plan.cross_images ? plane % channels : (plane < channels ? plane : -1);
 }
 
+// A run of `count` weights of V channels, transposed to [count][V], backwards if `reversed`. A lane
+// without a channel has a null pointer and gets zeros.
+template <class T, int V, class S>
+void pack_weight_run(const S* const (&from)[V], int64_t count, bool reversed, T* to) {
+  for (int64_t at = 0; at < count; at += V) {
+    const int some = count - at < V ? int(count - at) : V;
+    Vec<T, V> square[V];
+    for (int l = 0; l < V; ++l)
+      square[l] = from[l] ? load_some<T, V, S>(from[l] + at, some) : Vec<T, V>{};
+    transpose<T, V>(square);
+    for (int q = 0; q < some; ++q)
+      store_aligned<V>(to + (reversed ? count - 1 - at - q : at + q) * V, square[q]);
+  }
+}
+
+// Weights of one pattern's channels for one phase.
+template <class T, int V, class S>
+void pack_phase_weights(const ConvolvePlan& plan, const Phase& y, const Phase& x,
+                        const int64_t (&channel)[V], T* to) {
+  const S* weight = static_cast<const S*>(plan.weight);
+  const int64_t step_y = y.kernel_index_step * plan.kernel_w, step_x = x.kernel_index_step;
+  const bool reversed = step_x == -1;
+  // All taps stand side by side, or those of a row do, or none.
+  const bool whole = x.taps == plan.kernel_w && y.kernel_index_step == step_x;
+  const int64_t run = step_x != 1 && step_x != -1 ? 1 : whole ? y.taps * x.taps : x.taps;
+  if (run == 0) return;
+  const int64_t first = y.first_kernel_index * plan.kernel_w + x.first_kernel_index;
+  for (int64_t tap = 0; tap < y.taps * x.taps; tap += run) {
+    const int64_t m = tap / x.taps, n = tap % x.taps;
+    const int64_t at = first + m * step_y + n * step_x - (reversed ? run - 1 : 0);
+    const S* from[V];
+    for (int l = 0; l < V; ++l)
+      from[l] = channel[l] < 0 ? nullptr : weight + channel[l] * plan.kernel_h * plan.kernel_w + at;
+    pack_weight_run<T, V, S>(from, run, reversed, to + tap * V);
+  }
+}
+
 // Weights of patterns [begin, end), every phase, flipped or not as the phases say.
 template <class T, int V, class S>
 void pack_weights_as(const ConvolvePlan& plan, int64_t begin, int64_t end) {
-  const S* weight = static_cast<const S*>(plan.weight);
   const S* bias = static_cast<const S*>(plan.bias);
   for (int64_t pattern = begin; pattern < end; ++pattern) {
     T* to = static_cast<T*>(plan.packed_weight) + pattern * plan.packed_taps * V;
@@ -64,14 +72,8 @@ void pack_weights_as(const ConvolvePlan& plan, int64_t begin, int64_t end) {
     for (int64_t py = 0; py < plan.num_phases_y; ++py)
       for (int64_t px = 0; px < plan.num_phases_x; ++px) {
         const Phase &y = plan.phases_y[py], &x = plan.phases_x[px];
-        for (int64_t m = 0; m < y.taps; ++m)
-          for (int64_t n = 0; n < x.taps; ++n, to += V) {
-            const int64_t at = (y.first_kernel_index + m * y.kernel_index_step) * plan.kernel_w +
-                               x.first_kernel_index + n * x.kernel_index_step;
-            const int64_t taps = plan.kernel_h * plan.kernel_w;
-            for (int l = 0; l < V; ++l)
-              to[l] = channel[l] < 0 ? T(0) : load_one<T>(weight + channel[l] * taps + at);
-          }
+        pack_phase_weights<T, V, S>(plan, y, x, channel, to);
+        to += y.taps * x.taps * V;
       }
     if (bias) {
       T* to_bias = static_cast<T*>(plan.packed_bias) + pattern * V;
@@ -380,46 +382,28 @@ void weight_gradient_as(const WeightGradientPlan& plan, int64_t begin, int64_t e
   }
 }
 
-// float64 keeps its own arithmetic; narrower types widen to float.
 template <class T, int V>
 void pack_weights(const ConvolvePlan& plan, int64_t begin, int64_t end) {
-  if constexpr (sizeof(T) == 8) {
-    pack_weights_as<T, V, double>(plan, begin, end);
-  } else {
-    switch (plan.storage) {
-      case lka::Storage::bfloat16: return pack_weights_as<T, V, bfloat16_t>(plan, begin, end);
-      case lka::Storage::float16: return pack_weights_as<T, V, float16_t>(plan, begin, end);
-      default: return pack_weights_as<T, V, float>(plan, begin, end);
-    }
-  }
+  with_storage<T>(plan.storage, [&](auto element) {
+    pack_weights_as<T, V, decltype(element)>(plan, begin, end);
+  });
 }
 
 template <class T, int V>
 void convolve(const ConvolvePlan& plan, int64_t begin, int64_t end, void* scratch) {
-  if constexpr (sizeof(T) == 8) {
-    convolve_as<T, V, double>(plan, begin, end, scratch);
-  } else {
-    switch (plan.storage) {
-      case lka::Storage::bfloat16: return convolve_as<T, V, bfloat16_t>(plan, begin, end, scratch);
-      case lka::Storage::float16: return convolve_as<T, V, float16_t>(plan, begin, end, scratch);
-      default: return convolve_as<T, V, float>(plan, begin, end, scratch);
-    }
-  }
+  with_storage<T>(plan.storage, [&](auto element) {
+    if (plan.dense)
+      convolve_dense_as<T, V, decltype(element)>(plan, begin, end, scratch);
+    else
+      convolve_as<T, V, decltype(element)>(plan, begin, end, scratch);
+  });
 }
 
 template <class T, int V>
 void weight_gradient(const WeightGradientPlan& plan, int64_t begin, int64_t end, void* scratch) {
-  if constexpr (sizeof(T) == 8) {
-    weight_gradient_as<T, V, double>(plan, begin, end, scratch);
-  } else {
-    switch (plan.storage) {
-      case lka::Storage::bfloat16:
-        return weight_gradient_as<T, V, bfloat16_t>(plan, begin, end, scratch);
-      case lka::Storage::float16:
-        return weight_gradient_as<T, V, float16_t>(plan, begin, end, scratch);
-      default: return weight_gradient_as<T, V, float>(plan, begin, end, scratch);
-    }
-  }
+  with_storage<T>(plan.storage, [&](auto element) {
+    weight_gradient_as<T, V, decltype(element)>(plan, begin, end, scratch);
+  });
 }
 
 }  // namespace

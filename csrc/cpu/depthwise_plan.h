@@ -42,6 +42,9 @@ struct SourceBuffer {
   int64_t table_size() const { return (rows + 7) / 8 * 8; }
 };
 
+// Planar kernels compute tiles of at least this many rows.
+constexpr int64_t kFewestPlanarRows = 4;
+
 // Forward or backward-input. A task is one band of output rows of buffer.blocks blocks of planes.
 struct ConvolvePlan {
   Storage storage;
@@ -57,6 +60,7 @@ struct ConvolvePlan {
   int64_t chunk;               // outputs j of a phase for which the source is unpacked at a time
   SourceBuffer buffer;
   int64_t groups_per_image;  // groups of buffer.blocks blocks; 0 where blocks go one by one
+  bool dense;                // the kernel covers the map from every position: one task a block
   bool direct_store;         // kernels may write the target themselves
   const void* weight;        // (C, kH, kW) dense
   const void* bias;          // (C,) or null

@@ -21,6 +21,9 @@ constexpr int64_t kWeightGradientTasks = 16;
 // A part of the batch has at least this many positions: its partial sums are added up at the end.
 constexpr int64_t kPositionsPerPart = 384;
 
+// Rows of one plane that a planar kernel has in hand: they should stay in the first-level cache.
+constexpr int64_t kPlanarBufferBytes = 24 * 1024;
+
 int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
 
 // Drop taps that meet no source element [0, size) for any output.
@@ -104,6 +107,106 @@ int64_t choose_chunk(SourceBuffer& buffer, int64_t most_blocks, int64_t vector_b
   return std::min(outputs, least + std::max<int64_t>(0, more));
 }
 
+// Whether planar kernels serve these phases of stride 1 (one per dimension), between contiguous
+// rows.
+bool planar_serves(int64_t taps_y, int64_t taps_x, int64_t step, const MapView& source,
+                   const MapView& target) {
+  const bool known = taps_y == 3 || taps_y == 5 || taps_y == 7;
+  return known && taps_x == taps_y && step == 1 && source.stride_w == 1 && target.stride_w == 1 &&
+         target.height >= kFewestPlanarRows && target.width >= kFewestPlanarRows;
+}
+
+const DepthwiseKernels* planar_kernels(Storage storage, int64_t width) {
+  const KernelTable& table = kernels();
+  if (storage == Storage::float64)
+    return width <= table.planar_double_half.lanes ? &table.planar_double_half
+                                                   : &table.planar_double_full;
+  return width <= table.planar_float_half.lanes ? &table.planar_float_half
+                                                : &table.planar_float_full;
+}
+
+// Lanes of a planar kernel share no weights: to the rest of the plan, a block is one plane.
+LanePlan one_plane_each(int64_t batch, int64_t channels) {
+  return {1, false, channels, batch * channels, channels};
+}
+
+// Rows of `columns` elements at a time, and the buffer for them and `more` rows around them.
+int64_t planar_chunk(SourceBuffer& buffer, int64_t columns, int lanes, int64_t bytes, int64_t rows,
+                     int64_t more) {
+  // A narrow row is written as one full vector: leave room for it at the end.
+  buffer.columns = ceil_div(columns + lanes, lanes) * lanes;
+  buffer.blocks = 1;
+  const int64_t fit = kPlanarBufferBytes / (buffer.columns * bytes) - more;
+  // Chunks are made equally high: two of them then have more rows than a tile.
+  const int64_t chunk = std::min(rows, std::max(4 * kFewestPlanarRows, fit));
+  buffer.rows = buffer.ring_rows = chunk + more;
+  return chunk;
+}
+
+// Whether every output of a clipped phase meets every source element.
+bool covers(const Phase& phase, int64_t source_size) {
+  return phase.tap_step == 1 && phase.origin == -(phase.count - 1) &&
+         phase.taps == source_size - phase.origin;
+}
+
+void plan_dense(PlannedConvolution& planned) {
+  ConvolvePlan& plan = planned.plan;
+  const Phase &y = plan.phases_y[0], &x = plan.phases_x[0];
+  const int64_t source_area = plan.source.height * plan.source.width;
+  const int64_t target_area = plan.target.height * plan.target.width;
+  const int64_t lanes = plan.lanes.lanes;
+  plan.packed_taps = y.taps * x.taps;
+  plan.scratch_elements = (source_area + target_area) * lanes +
+                          y.taps * int64_t(sizeof(void*)) / arithmetic_bytes(plan.storage);
+  planned.packed_weight_elements = plan.lanes.num_patterns * plan.packed_taps * lanes;
+  planned.num_tasks = plan.lanes.num_blocks;
+  planned.multiply_adds_per_task = double(source_area) * double(target_area);
+}
+
+void plan_planar(PlannedConvolution& planned, int num_threads) {
+  ConvolvePlan& plan = planned.plan;
+  const int64_t bytes = arithmetic_bytes(plan.storage);
+  const int64_t taps = plan.phases_y[0].taps, height = plan.target.height;
+  planned.kernels = planar_kernels(plan.storage, plan.target.width);
+  const int lanes = planned.kernels->lanes;
+  plan.lanes = one_plane_each(plan.batch, plan.channels);
+  plan.origin_y = plan.phases_y[0].origin;
+  plan.origin_x = plan.phases_x[0].origin;
+  const int64_t planes = plan.lanes.num_blocks;
+  plan.num_bands = 1;
+  if (num_threads > 1 && planes < 2 * num_threads)
+    plan.num_bands = std::max<int64_t>(
+        1, std::min(height / (2 * kFewestPlanarRows), ceil_div(2 * num_threads, planes)));
+  plan.band = ceil_div(height, plan.num_bands);
+  plan.chunk = planar_chunk(plan.buffer, std::max<int64_t>(plan.target.width, lanes) + taps - 1,
+                            lanes, bytes, plan.band, taps - 1);
+  plan.packed_taps = taps * taps;
+  plan.scratch_elements = plan.buffer.rows * plan.buffer.columns;
+  planned.packed_weight_elements = plan.channels * plan.packed_taps;
+  planned.num_tasks = planes * plan.num_bands;
+  planned.multiply_adds_per_task =
+      double(plan.band * ceil_div(plan.target.width, lanes)) * double(taps * taps + 4);
+}
+
+void plan_planar(PlannedWeightGradient& planned) {
+  WeightGradientPlan& plan = planned.plan;
+  const int64_t bytes = arithmetic_bytes(plan.storage);
+  const int64_t taps = plan.y.count, height = plan.grad_output.height;
+  planned.kernels = planar_kernels(plan.storage, plan.grad_output.width);
+  const int lanes = planned.kernels->lanes;
+  plan.lanes = one_plane_each(plan.batch, plan.channels);
+  plan.num_groups = std::min(plan.channels, kWeightGradientTasks);
+  plan.num_parts = std::min(plan.batch, ceil_div(kWeightGradientTasks, plan.num_groups));
+  const int64_t vectors = ceil_div(plan.grad_output.width, lanes);
+  plan.chunk =
+      planar_chunk(plan.buffer, vectors * lanes + taps - 1, lanes, bytes, height, 2 * (taps - 1));
+  plan.scratch_elements = plan.buffer.rows * plan.buffer.columns;
+  planned.num_tasks = plan.num_groups * plan.num_parts;
+  planned.partial_elements = plan.channels * plan.num_parts * (plan.kernel_h * plan.kernel_w + 1);
+  planned.multiply_adds_per_task = double(plan.batch * plan.channels) / double(planned.num_tasks) *
+                                   double(height * vectors) * double(taps * taps + 4);
+}
+
 PlannedConvolution plan_convolution(const ConvParams& p, const MapView& source,
                                     const MapView& target, std::vector<Phase> phases_y,
                                     std::vector<Phase> phases_x, int num_threads) {
@@ -123,11 +226,24 @@ PlannedConvolution plan_convolution(const ConvParams& p, const MapView& source,
   plan.num_phases_y = int64_t(planned.phases_y.size());
   plan.num_phases_x = int64_t(planned.phases_x.size());
 
+  const Phase &first_y = planned.phases_y[0], &first_x = planned.phases_x[0];
+  if (p.stride_h == 1 && p.stride_w == 1 && first_y.tap_step == 1 &&
+      planar_serves(first_y.taps, first_x.taps, first_x.tap_step, source, target)) {
+    plan_planar(planned, num_threads);
+    return planned;
+  }
+
   const DepthwiseKernels *full, *half;
   choose_kernels(p.storage, full, half);
   plan.lanes = plan_lanes(p.batch, p.channels, source.stride_c == 1 && target.stride_c == 1, *full,
                           *half, planned.kernels);
   plan.direct_store = p.storage == Storage::float32 || p.storage == Storage::float64;
+  plan.dense = p.stride_h == 1 && p.stride_w == 1 && covers(first_y, source.height) &&
+               covers(first_x, source.width);
+  if (plan.dense) {
+    plan_dense(planned);
+    return planned;
+  }
   const bool together = source.stride_c == 1 && !plan.lanes.cross_images;
 
   const Extent y = extent_of(planned.phases_y), x = extent_of(planned.phases_x);
@@ -236,11 +352,6 @@ PlannedWeightGradient plan_backward_weight(const ConvParams& p) {
   plan.kernel_w = p.kernel_w;
   plan.input = p.input;
   plan.grad_output = p.output;
-  const DepthwiseKernels *full, *half;
-  choose_kernels(p.storage, full, half);
-  plan.lanes = plan_lanes(p.batch, p.channels, p.input.stride_c == 1 && p.output.stride_c == 1,
-                          *full, *half, planned.kernels);
-
   // Outputs are the kernel elements that forward keeps; taps are the positions of grad_output.
   const auto axis = [](const Phase& f, int64_t output, int64_t stride, int64_t dilation) {
     return Phase{f.first_kernel_index, 1, f.taps, output, f.origin, dilation, stride, 0, 1};
@@ -251,6 +362,17 @@ PlannedWeightGradient plan_backward_weight(const ConvParams& p) {
   plan.x = axis(forward_phases(p.input.width, p.output.width, p.kernel_w, p.stride_w, p.dilation_w,
                                p.pad_left)[0],
                 p.output.width, p.stride_w, p.dilation_w);
+  if (p.stride_h == 1 && p.stride_w == 1 && p.dilation_h == 1 &&
+      planar_serves(plan.y.count, plan.x.count, p.dilation_w, p.input, p.output)) {
+    plan_planar(planned);
+    return planned;
+  }
+
+  const DepthwiseKernels *full, *half;
+  choose_kernels(p.storage, full, half);
+  plan.lanes = plan_lanes(p.batch, p.channels, p.input.stride_c == 1 && p.output.stride_c == 1,
+                          *full, *half, planned.kernels);
+
   plan.buffer.columns = std::max<int64_t>(
       1, (plan.x.count - 1) * plan.x.out_step + (plan.x.taps - 1) * plan.x.tap_step + 1);
 

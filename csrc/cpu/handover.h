@@ -23,12 +23,11 @@ constexpr int64_t kFewestElements = 200 * 1024;
 // Measured on one core of a Zen 4 with AVX-512 (docs/kernel-notes.md); where the two are within
 // five percent of each other the call stays here. float16 has no fast path in PyTorch there.
 inline bool onednn_is_faster_forward(const HandoverCase& c) {
-  constexpr int64_t k3 = 3 * 3, k5 = 5 * 5, k7 = 7 * 7, k13 = 13 * 13, map8 = 8 * 8,
-                    map14 = 14 * 14;
+  constexpr int64_t k5 = 5 * 5, k7 = 7 * 7, k13 = 13 * 13, map8 = 8 * 8, map14 = 14 * 14;
   if (c.elements < kFewestElements) return false;
   switch (c.storage) {
     case Storage::float32:
-      if (!c.channels_last) return c.kernel_area <= k3 && map8 < c.map_area && c.map_area <= map14;
+      if (!c.channels_last) return false;
       return c.kernel_area <= k5 ||
              (c.kernel_area <= k7 &&
               (c.map_area <= map8 || c.map_area > 28 * 28 || !c.unit_stride));

@@ -30,6 +30,8 @@ struct KernelTable {
   const char* name;  // "avx512", "avx2" or "baseline"
   // Full vectors, and half vectors for channel counts that would leave most lanes idle.
   DepthwiseKernels float_full, float_half, double_full, double_half;
+  // The same with neighbouring columns in the lanes, for small kernels over contiguous rows.
+  DepthwiseKernels planar_float_full, planar_float_half, planar_double_full, planar_double_half;
   AdapterKernels adapter_float_full, adapter_float_half, adapter_double_full, adapter_double_half;
 };
 

@@ -1,6 +1,7 @@
 // Between tensors of any layout and dtype and the kernels' buffers [positions][V].
 #pragma once
 
+#include "depthwise_plan.h"
 #include "simd.h"
 
 namespace {
@@ -13,6 +14,34 @@ struct Lanes {
   bool adjacent;         // lane l stands l elements after lane 0
   int64_t stride_h, stride_w;
 };
+
+// The planes of one block.
+template <int V>
+Lanes lanes_of(const lka::cpu::LanePlan& plan, int64_t block, const lka::MapView& map,
+               int64_t batch, int64_t channels) {
+  Lanes lanes;
+  lanes.stride_h = map.stride_h;
+  lanes.stride_w = map.stride_w;
+  int64_t first_plane, planes;
+  if (plan.cross_images) {
+    first_plane = block * V;
+    planes = batch * channels - first_plane;
+  } else {
+    const int64_t channel = block % plan.blocks_per_image * V;
+    first_plane = block / plan.blocks_per_image * channels + channel;
+    planes = channels - channel;
+  }
+  lanes.count = planes < V ? int(planes) : V;
+  lanes.adjacent = true;
+  for (int l = 0; l < lanes.count; ++l) {
+    const int64_t plane = first_plane + l;
+    lanes.offset[l] = plane / channels * map.stride_b + plane % channels * map.stride_c;
+    lanes.adjacent = lanes.adjacent && lanes.offset[l] == lanes.offset[0] + l;
+  }
+  // One plane of a dense map is better read along its rows than one element at a time.
+  if (lanes.count == 1 && map.stride_w == 1) lanes.adjacent = false;
+  return lanes;
+}
 
 // Where the vector of positions from `at` on begins: the last one of a run ends with it, so that it
 // is full too and overlaps the one before.

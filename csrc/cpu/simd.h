@@ -8,7 +8,7 @@
 #include <cstring>
 #include <utility>
 
-#if defined(__F16C__)
+#if defined(LKA_F16C)
 #include <immintrin.h>
 #endif
 
@@ -111,11 +111,11 @@ inline Vec<T, V> load(const bfloat16_t* p) {
 
 template <class T, int V>
 inline Vec<T, V> load(const float16_t* p) {
-#if defined(__AVX512F__)
+#if defined(LKA_AVX512)
   if constexpr (V == 16)
     return (Vec<T, V>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #endif
-#if defined(__F16C__)
+#if defined(LKA_F16C)
   if constexpr (V == 8)
     return (Vec<T, V>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #endif
@@ -142,14 +142,14 @@ inline void store(bfloat16_t* p, Vec<T, V> v) {
 
 template <class T, int V>
 inline void store(float16_t* p, Vec<T, V> v) {
-#if defined(__AVX512F__)
+#if defined(LKA_AVX512)
   if constexpr (V == 16) {
     const __m256i bits = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
     return;
   }
 #endif
-#if defined(__F16C__)
+#if defined(LKA_F16C)
   if constexpr (V == 8) {
     const __m128i bits = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bits);
@@ -159,10 +159,60 @@ inline void store(float16_t* p, Vec<T, V> v) {
   for (int i = 0; i < V; ++i) p[i].bits = float_to_half(v[i]);
 }
 
+#if defined(LKA_AVX512)
+// One masked instruction for `count` elements of 4, 8 or 2 bytes; nothing beyond them is touched.
+template <class T, int V, class S>
+inline Vec<T, V> load_masked(const S* p, uint32_t mask) {
+  constexpr int kBytes = V * sizeof(S);
+  if constexpr (sizeof(S) == 4 && kBytes == 64)
+    return (Vec<T, V>)_mm512_maskz_loadu_ps(__mmask16(mask), p);
+  else if constexpr (sizeof(S) == 4 && kBytes == 32)
+    return (Vec<T, V>)_mm256_maskz_loadu_ps(__mmask8(mask), p);
+  else if constexpr (sizeof(S) == 8 && kBytes == 64)
+    return (Vec<T, V>)_mm512_maskz_loadu_pd(__mmask8(mask), p);
+  else if constexpr (sizeof(S) == 8 && kBytes == 32)
+    return (Vec<T, V>)_mm256_maskz_loadu_pd(__mmask8(mask), p);
+  S padded[V];
+  if constexpr (kBytes == 32)
+    _mm256_storeu_si256((__m256i*)padded, _mm256_maskz_loadu_epi16(__mmask16(mask), p));
+  else
+    _mm_storeu_si128((__m128i*)padded, _mm_maskz_loadu_epi16(__mmask8(mask), p));
+  return load<T, V>(padded);
+}
+
+template <class T, int V, class S>
+inline void store_masked(S* p, Vec<T, V> v, uint32_t mask) {
+  constexpr int kBytes = V * sizeof(S);
+  if constexpr (sizeof(S) == 4 && kBytes == 64)
+    return _mm512_mask_storeu_ps(p, __mmask16(mask), (__m512)v);
+  else if constexpr (sizeof(S) == 4 && kBytes == 32)
+    return _mm256_mask_storeu_ps(p, __mmask8(mask), (__m256)v);
+  else if constexpr (sizeof(S) == 8 && kBytes == 64)
+    return _mm512_mask_storeu_pd(p, __mmask8(mask), (__m512d)v);
+  else if constexpr (sizeof(S) == 8 && kBytes == 32)
+    return _mm256_mask_storeu_pd(p, __mmask8(mask), (__m256d)v);
+  S padded[V];
+  store<T, V>(padded, v);
+  if constexpr (kBytes == 32)
+    _mm256_mask_storeu_epi16(p, __mmask16(mask), _mm256_loadu_si256((const __m256i*)padded));
+  else
+    _mm_mask_storeu_epi16(p, __mmask8(mask), _mm_loadu_si128((const __m128i*)padded));
+}
+
+template <class S, int V>
+constexpr bool kHasMasks = V * sizeof(S) >= 16 && !(sizeof(S) >= 4 && V * sizeof(S) < 32);
+#else
+template <class S, int V>
+constexpr bool kHasMasks = false;
+#endif
+
 // The first `count` elements only; the rest of the vector is zero.
 template <class T, int V, class S>
 inline Vec<T, V> load_some(const S* p, int count) {
   if (count >= V) return load<T, V>(p);
+#if defined(LKA_AVX512)
+  if constexpr (kHasMasks<S, V>) return load_masked<T, V, S>(p, (uint32_t(1) << count) - 1);
+#endif
   S padded[V] = {};
   for (int i = 0; i < count; ++i) padded[i] = p[i];
   return load<T, V>(padded);
@@ -171,6 +221,9 @@ inline Vec<T, V> load_some(const S* p, int count) {
 template <class T, int V, class S>
 inline void store_some(S* p, Vec<T, V> v, int count) {
   if (count >= V) return store<T, V>(p, v);
+#if defined(LKA_AVX512)
+  if constexpr (kHasMasks<S, V>) return store_masked<T, V, S>(p, v, (uint32_t(1) << count) - 1);
+#endif
   S padded[V];
   store<T, V>(padded, v);
   for (int i = 0; i < count; ++i) p[i] = padded[i];

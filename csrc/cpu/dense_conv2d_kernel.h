@@ -1,0 +1,61 @@
+// Depthwise convolution where the kernel covers the whole map from every position: each output is
+// the inner product of the map and a window of the kernel. Map and kernel change places in the
+// microkernel, so that no tile multiplies taps that lie outside the map: with taps t = p - i -
+// origin and origin = -(outputs - 1), the reversed output i' = outputs - 1 - i meets input p at
+// kernel element p + i'.
+#pragma once
+
+#include "correlate.h"
+#include "depthwise_plan.h"
+#include "pack.h"
+
+namespace {
+
+using lka::MapView;
+using lka::cpu::ConvolvePlan;
+using lka::cpu::Phase;
+
+// The kernel as the source, the map as the taps.
+inline Axis dense_axis(const Phase& phase, int64_t source_size) {
+  return Axis{phase.count, source_size, 1, 1, 0, 0, phase.taps};
+}
+
+template <class T, int V, class S>
+void convolve_dense_as(const ConvolvePlan& plan, int64_t begin, int64_t end, void* scratch) {
+  const MapView &source = plan.source, &target = plan.target;
+  const Phase &y = plan.phases_y[0], &x = plan.phases_x[0];
+  T* map = static_cast<T*>(scratch);
+  T* result = map + source.height * source.width * V;
+  const T** kernel_rows = reinterpret_cast<const T**>(result + target.height * target.width * V);
+  Correlation<T, V> c;
+  c.source_rows = kernel_rows;
+  c.weight = map;
+  c.weight_row = source.width * V;
+  c.weight_column = V;
+  c.y = dense_axis(y, source.height);
+  c.x = dense_axis(x, source.width);
+  c.accumulate = false;
+  for (int64_t block = begin; block < end; ++block) {
+    const Lanes from = lanes_of<V>(plan.lanes, block, source, plan.batch, plan.channels);
+    const Lanes to = lanes_of<V>(plan.lanes, block, target, plan.batch, plan.channels);
+    const int64_t pattern = block % plan.lanes.num_patterns;
+    const T* kernel = static_cast<const T*>(plan.packed_weight) + pattern * plan.packed_taps * V;
+    for (int64_t m = 0; m < y.taps; ++m) kernel_rows[m] = kernel + m * x.taps * V;
+    c.bias = plan.bias ? static_cast<const T*>(plan.packed_bias) + pattern * V : nullptr;
+    pack_rows<T, V, S>(static_cast<const S*>(source.data), from, 0, source.height, source.width,
+                       map, source.width * V);
+    const bool direct = plan.direct_store && to.adjacent && to.count == V;
+    T* out = direct ? static_cast<T*>(target.data) + to.offset[0] : result;
+    const int64_t row = direct ? target.stride_h : target.width * V;
+    const int64_t column = direct ? target.stride_w : V;
+    c.out = out + (target.height - 1) * row + (target.width - 1) * column;
+    c.out_row = -row;
+    c.out_column = -column;
+    correlate<T, V>(c);
+    if (!direct)
+      unpack_rows<T, V, S>(result, to, 0, target.height, target.width,
+                           static_cast<S*>(target.data));
+  }
+}
+
+}  // namespace

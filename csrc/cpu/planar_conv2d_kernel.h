@@ -1,0 +1,425 @@
+// Depthwise convolution of planes whose rows are contiguous, for one instruction set: lanes hold
+// neighbouring columns of one plane, so that nothing is transposed.
+//
+// For square kernels of 3, 5 or 7 taps at stride and dilation 1. Larger ones gain more from the
+// lanes of depthwise_conv2d_kernel.h, which share the source among more taps.
+#pragma once
+
+#include "depthwise_plan.h"
+#include "simd.h"
+#include "storage_dispatch.h"
+
+namespace {
+
+using lka::MapView;
+using lka::cpu::ConvolvePlan;
+using lka::cpu::Phase;
+using lka::cpu::SourceBuffer;
+using lka::cpu::WeightGradientPlan;
+
+// Loads lines of memory ahead of their use, some at every step of other work: planes of a small
+// map are too short for the processor to foresee where the next one begins.
+class Prefetcher {
+ public:
+  // Stretches of `bytes`, each over `steps` steps.
+  Prefetcher(int64_t bytes, int64_t steps)
+      : bytes_(bytes), per_step_((bytes + 64 * steps - 1) / (64 * steps)) {}
+
+  void begin(const void* at) {
+    at_ = static_cast<const char*>(at);
+    end_ = at_ + bytes_;
+  }
+  template <int kForWriting>
+  void step() {
+    for (int64_t line = 0; line < per_step_ && at_ < end_; ++line, at_ += 64)
+      __builtin_prefetch(at_, kForWriting);
+  }
+
+ private:
+  const int64_t bytes_, per_step_;
+  const char* at_ = nullptr;
+  const char* end_ = nullptr;
+};
+
+// Planes numbered b·C + c, one after the other: a division for every small plane would tell.
+template <class S>
+class Plane {
+ public:
+  Plane(const MapView& map, int64_t channels, int64_t index)
+      : channels_(channels),
+        stride_c_(map.stride_c),
+        next_image_(map.stride_b - channels * map.stride_c),
+        channel_(index % channels),
+        data_(static_cast<S*>(map.data) + index / channels * map.stride_b +
+              channel_ * map.stride_c) {}
+
+  S* data() const { return data_; }
+  int64_t channel() const { return channel_; }
+  void advance() {
+    data_ += stride_c_;
+    if (++channel_ == channels_) channel_ = 0, data_ += next_image_;
+  }
+
+ private:
+  const int64_t channels_, stride_c_, next_image_;
+  int64_t channel_;
+  S* data_;
+};
+
+// Rows of one plane, widened, with zeros to the left and right: element (origin_y + row, origin_x +
+// column) of the source is column `column` of buffer row `row`.
+template <class T, int V>
+class PlaneRows {
+ public:
+  PlaneRows(const SourceBuffer& plan, T* memory) : pitch_(plan.columns), rows_(memory) {
+    memset(static_cast<void*>(memory), 0, size_t(plan.rows * plan.columns) * sizeof(T));
+  }
+
+  int64_t pitch() const { return pitch_; }
+  const T* row(int64_t index) const { return rows_ + index * pitch_; }
+
+  // Fill `count` rows from source row origin_y on. Rows outside the source are cleared if
+  // `clear_dead`, else left as they are.
+  template <class S>
+  void fill(const S* plane, const MapView& map, int64_t origin_y, int64_t origin_x, int64_t count,
+            bool clear_dead) {
+    const int64_t first = origin_x > 0 ? origin_x : 0;  // padding can exceed the kernel
+    const int64_t left = first - origin_x;
+    const int64_t fit = pitch_ - V - left;  // a narrow row is written as one full vector
+    const int64_t columns = map.width - first < fit ? map.width - first : fit;
+    for (int64_t row = 0; row < count; ++row) {
+      const int64_t y = origin_y + row;
+      T* to = rows_ + row * pitch_;
+      if (y < 0 || y >= map.height || columns <= 0) {
+        if (clear_dead) memset(static_cast<void*>(to), 0, size_t(pitch_) * sizeof(T));
+        continue;
+      }
+      const S* from = plane + y * map.stride_h + first;
+      to += left;
+      if (columns < V) {
+        store<T, V>(to, load_some<T, V, S>(from, int(columns)));
+        continue;
+      }
+      for (int64_t x = 0; x < columns; x += V) {
+        const int64_t at = x < columns - V ? x : columns - V;
+        store<T, V>(to + at, load<T, V>(from + at));
+      }
+    }
+  }
+
+ private:
+  const int64_t pitch_;
+  T* const rows_;
+};
+
+// Outputs of one tile: kRows rows of kVectors vectors that begin at columns `start`. `source` is
+// the buffer row of the first; of the kRows + K - 1 rows from there, those in [live_begin,
+// live_end) are read. Weights stand column by column: tap (m, n) is weight[n·K + m]. The first
+// out_count lanes of every vector are stored.
+template <class T, int V, int K, int kRows, int kVectors>
+void planar_tile(const T* source, int64_t pitch, const int64_t* start, int64_t live_begin,
+                 int64_t live_end, const T* weight, T bias, T* out, int64_t out_row,
+                 const int64_t* out_start, int out_count) {
+  Vec<T, V> sum[kRows][kVectors];
+  for (int r = 0; r < kRows; ++r)
+    for (int x = 0; x < kVectors; ++x) sum[r][x] = splat<T, V>(bias);
+#pragma GCC unroll 16
+  for (int y = 0; y < kRows + K - 1; ++y) {
+    if (y < live_begin || y >= live_end) continue;
+    const T* row = source + y * pitch;
+#pragma GCC unroll 8
+    for (int n = 0; n < K; ++n) {
+      Vec<T, V> value[kVectors];
+      for (int x = 0; x < kVectors; ++x) value[x] = load<T, V>(row + start[x] + n);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const int m = y - r;
+        if (m < 0 || m >= K) continue;
+        const Vec<T, V> tap = splat<T, V>(weight[n * K + m]);
+        for (int x = 0; x < kVectors; ++x) sum[r][x] += tap * value[x];
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int x = 0; x < kVectors; ++x)
+      store_some<T, V, T>(out + r * out_row + out_start[x], sum[r][x], out_count);
+}
+
+// The heights of tiles: the taller, the more outputs use each vector of the source.
+constexpr int kTallTile = 7, kLowTile = 4;
+static_assert(kLowTile == lka::cpu::kFewestPlanarRows, "the planner relies on it");
+
+// Outputs of `rows` rows from `first` on (relative to the source's row origin_y).
+template <class T, int V, int K, class S>
+void convolve_plane(const ConvolvePlan& plan, const PlaneRows<T, V>& source, int64_t first,
+                    int64_t rows, const T* weight, T bias, S* target, Prefetcher& reads,
+                    Prefetcher& writes) {
+  const int64_t width = plan.target.width, stride = plan.target.stride_h;
+  const int64_t in_height = plan.source.height;
+  const bool tall =
+      width <= V && rows >= kTallTile &&
+      (rows + kTallTile - 1) / kTallTile * kTallTile <= (rows + kLowTile - 1) / kLowTile * kLowTile;
+  const int64_t height = tall ? kTallTile : kLowTile;
+  const bool direct = sizeof(S) == sizeof(T);  // else outputs are narrowed on the way
+  const int lanes = width < V ? int(width) : V;
+  for (int64_t i = 0; i < rows; i += height) {
+    // The last tile overlaps the one before and computes the same again.
+    const int64_t row = i < rows - height ? i : rows - height;
+    const int64_t begin_y = first + row + plan.origin_y;
+    const int64_t live_begin = -begin_y, live_end = in_height - begin_y;
+    for (int64_t j = 0; j < width;) {
+      reads.step<0>();
+      writes.step<1>();
+      const int vectors = width - j > V ? 2 : 1;
+      int64_t start[2], buffer_start[2] = {0, V};
+      for (int x = 0; x < 2; ++x) {
+        start[x] = j + x * V;
+        if (width >= V && start[x] > width - V) start[x] = width - V;
+      }
+      alignas(64) T buffer[kTallTile * 2 * V];
+      T* out = buffer;
+      int64_t out_row = 2 * V;
+      const int64_t* out_start = buffer_start;
+      if (direct) {
+        out = reinterpret_cast<T*>(target) + (first + row) * stride;
+        out_row = stride;
+        out_start = start;
+      }
+      const T* from = source.row(row);
+      if (vectors == 2)
+        planar_tile<T, V, K, kLowTile, 2>(from, source.pitch(), start, live_begin, live_end, weight,
+                                          bias, out, out_row, out_start, direct ? lanes : V);
+      else if (tall)
+        planar_tile<T, V, K, kTallTile, 1>(from, source.pitch(), start, live_begin, live_end,
+                                           weight, bias, out, out_row, out_start,
+                                           direct ? lanes : V);
+      else
+        planar_tile<T, V, K, kLowTile, 1>(from, source.pitch(), start, live_begin, live_end, weight,
+                                          bias, out, out_row, out_start, direct ? lanes : V);
+      if (!direct) {
+        for (int64_t r = 0; r < height; ++r)
+          for (int x = 0; x < vectors; ++x)
+            store_some<T, V, S>(target + (first + row + r) * stride + start[x],
+                                load_aligned<V>(buffer + (r * 2 + x) * V), lanes);
+      }
+      j += vectors * V;
+    }
+  }
+}
+
+template <class T, int V, int K, class S>
+void convolve_planes(const ConvolvePlan& plan, int64_t begin, int64_t end, void* scratch) {
+  PlaneRows<T, V> rows(plan.buffer, static_cast<T*>(scratch));
+  const MapView &in = plan.source, &out = plan.target;
+  const int64_t num_bands = plan.num_bands;
+  const int64_t num_chunks = (plan.band + plan.chunk - 1) / plan.chunk;
+  int64_t band = begin % num_bands;
+  Plane<S> source(in, plan.channels, begin / num_bands);
+  Plane<S> target(out, plan.channels, begin / num_bands);
+  // While a plane is computed, the next one is loaded; of bands, the next is near anyway.
+  const int64_t tiles =
+      (out.height + kLowTile - 1) / kLowTile * ((out.width + 2 * V - 1) / (2 * V));
+  Prefetcher reads(in.height * in.stride_h * int64_t(sizeof(S)), tiles);
+  Prefetcher writes(out.height * out.stride_h * int64_t(sizeof(S)), tiles);
+  for (int64_t task = begin; task < end; ++task) {
+    S *from = source.data(), *to = target.data();
+    const T* weight = static_cast<const T*>(plan.packed_weight) + source.channel() * K * K;
+    const T bias = plan.bias ? static_cast<const T*>(plan.packed_bias)[source.channel()] : T(0);
+    int64_t first = 0, last = out.height;
+    if (num_bands > 1) {
+      first = band * out.height / num_bands;
+      last = (band + 1) * out.height / num_bands;
+    }
+    if (++band == num_bands) {
+      band = 0;
+      source.advance();
+      target.advance();
+      if (task + 1 < end) {
+        reads.begin(source.data());
+        writes.begin(target.data());
+      }
+    }
+    int64_t row = first;
+    for (int64_t chunk = 1; chunk <= num_chunks; ++chunk) {
+      const int64_t row_end =
+          chunk == num_chunks ? last : first + chunk * (last - first) / num_chunks;
+      rows.template fill<S>(from, in, row + plan.origin_y, plan.origin_x, row_end - row + K - 1,
+                            false);
+      convolve_plane<T, V, K, S>(plan, rows, row, row_end - row, weight, bias, to, reads, writes);
+      row = row_end;
+    }
+  }
+}
+
+// Taps [kFirst, kFirst + kTaps) of every kernel column, from the `rows` rows and `count` columns of
+// grad_output that begin at `grad`, which is its column `column`; added to total[m·K + n].
+template <class T, int V, int K, int kFirst, int kTaps, class S>
+void add_planar_gradient(const PlaneRows<T, V>& input, const S* grad, int64_t grad_row,
+                         int64_t rows, int64_t column, int count, Vec<T, V>* total, Vec<T, V>& bias,
+                         Prefetcher& inputs, Prefetcher& grads) {
+  Vec<T, V> sum[kTaps][K] = {};
+  Vec<T, V> grad_sum{};
+  Vec<T, V> recent[kTaps] = {};  // rows of grad_output that the input row in hand meets
+  const T* x = input.row(kFirst) + column;
+  const int64_t pitch = input.pitch();
+  for (int64_t y = 0; y < rows + kTaps - 1; y += kTaps) {
+    inputs.step<0>();
+    grads.step<0>();
+#pragma GCC unroll 8
+    for (int k = 0; k < kTaps; ++k) {
+      recent[k] = y + k < rows ? load_some<T, V, S>(grad + (y + k) * grad_row, count) : Vec<T, V>{};
+      if constexpr (kFirst == 0) grad_sum += recent[k];
+#pragma GCC unroll 8
+      for (int n = 0; n < K; ++n) {
+        const Vec<T, V> value = load<T, V>(x + (y + k) * pitch + n);
+#pragma GCC unroll 8
+        for (int m = 0; m < kTaps; ++m) sum[m][n] += recent[(k - m + kTaps) % kTaps] * value;
+      }
+    }
+  }
+  bias += grad_sum;
+  for (int m = 0; m < kTaps; ++m)
+    for (int n = 0; n < K; ++n) total[(kFirst + m) * K + n] += sum[m][n];
+}
+
+// As many kernel rows at a time as the registers hold accumulators for.
+#if defined(__SANITIZE_ADDRESS__)  // see correlate.h
+constexpr int kGradientRegisters = 12;
+#elif LKA_VECTOR_BYTES == 64
+constexpr int kGradientRegisters = 32;
+#else
+constexpr int kGradientRegisters = 16;
+#endif
+
+template <class T, int V, int K, class S, int kFirst = 0>
+void add_planar_gradients(const PlaneRows<T, V>& input, const S* grad, int64_t grad_row,
+                          int64_t rows, int64_t column, int count, Vec<T, V>* total,
+                          Vec<T, V>& bias, Prefetcher& inputs, Prefetcher& grads) {
+  if constexpr (kFirst < K) {
+    constexpr int kMost = kGradientRegisters / (K + 1), kLeft = K - kFirst;
+    constexpr int kPasses = (kLeft + kMost - 1) / kMost;
+    constexpr int kTaps = (kLeft + kPasses - 1) / kPasses;
+    add_planar_gradient<T, V, K, kFirst, kTaps, S>(input, grad, grad_row, rows, column, count,
+                                                   total, bias, inputs, grads);
+    add_planar_gradients<T, V, K, S, kFirst + kTaps>(input, grad, grad_row, rows, column, count,
+                                                     total, bias, inputs, grads);
+  }
+}
+
+template <class T, int V>
+T sum_of_lanes(Vec<T, V> v) {
+  T sum = 0;
+  for (int l = 0; l < V; ++l) sum += v[l];
+  return sum;
+}
+
+template <class T, int V, int K, class S>
+void planar_weight_gradients(const WeightGradientPlan& plan, int64_t begin, int64_t end,
+                             void* scratch) {
+  PlaneRows<T, V> rows(plan.buffer, static_cast<T*>(scratch));
+  const MapView &in = plan.input, &grad = plan.grad_output;
+  const int64_t elements = plan.kernel_h * plan.kernel_w + 1;
+  const int64_t num_chunks = (grad.height + plan.chunk - 1) / plan.chunk;
+  const int64_t steps = (grad.width + V - 1) / V * ((grad.height + K - 1) / K);
+  Prefetcher inputs(in.height * in.stride_h * int64_t(sizeof(S)), steps);
+  Prefetcher grads(grad.height * grad.stride_h * int64_t(sizeof(S)), steps);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t part = task / plan.num_groups, group = task % plan.num_groups;
+    const int64_t first_image = part * plan.batch / plan.num_parts;
+    const int64_t last_image = (part + 1) * plan.batch / plan.num_parts;
+    const int64_t last_channel = (group + 1) * plan.channels / plan.num_groups;
+    for (int64_t channel = group * plan.channels / plan.num_groups; channel < last_channel;
+         ++channel) {
+      const auto plane_of = [&](const MapView& map, int64_t image, int64_t channel) {
+        return static_cast<const S*>(map.data) + image * map.stride_b + channel * map.stride_c;
+      };
+      Vec<T, V> total[K * K] = {}, bias = {};
+      for (int64_t image = first_image; image < last_image; ++image) {
+        const bool last = image + 1 == last_image;
+        const int64_t next_image = last ? first_image : image + 1;
+        const int64_t next_channel = last ? channel + 1 : channel;
+        if (next_channel < last_channel) {
+          inputs.begin(plane_of(in, next_image, next_channel));
+          grads.begin(plane_of(grad, next_image, next_channel));
+        }
+        const S* g = plane_of(grad, image, channel);
+        int64_t row = 0;
+        for (int64_t chunk = 1; chunk <= num_chunks; ++chunk) {
+          const int64_t row_end =
+              chunk == num_chunks ? grad.height : chunk * grad.height / num_chunks;
+          // Input rows beyond the last that counts meet zeros in place of grad_output.
+          rows.template fill<S>(plane_of(in, image, channel), in, row + plan.y.origin,
+                                plan.x.origin, row_end - row + 2 * (K - 1), num_chunks > 1);
+          for (int64_t column = 0; column < grad.width; column += V) {
+            const int64_t left = grad.width - column;
+            const int lanes = left < V ? int(left) : V;
+            const S* from = g + row * grad.stride_h + column;
+            add_planar_gradients<T, V, K, S>(rows, from, grad.stride_h, row_end - row, column,
+                                             lanes, total, bias, inputs, grads);
+          }
+          row = row_end;
+        }
+      }
+      T* partial = static_cast<T*>(plan.partial) + (part * plan.channels + channel) * elements;
+      memset(static_cast<void*>(partial), 0, size_t(elements) * sizeof(T));
+      for (int m = 0; m < K; ++m)
+        for (int n = 0; n < K; ++n)
+          partial[(plan.y.first_output + m) * plan.kernel_w + plan.x.first_output + n] =
+              sum_of_lanes<T, V>(total[m * K + n]);
+      partial[elements - 1] = sum_of_lanes<T, V>(bias);
+    }
+  }
+}
+
+// Weights of channels [begin, end), column by column.
+template <class T, class S>
+void pack_planar_weights_as(const ConvolvePlan& plan, int64_t begin, int64_t end) {
+  const S* weight = static_cast<const S*>(plan.weight);
+  const Phase &y = plan.phases_y[0], &x = plan.phases_x[0];
+  for (int64_t channel = begin; channel < end; ++channel) {
+    const S* from = weight + channel * plan.kernel_h * plan.kernel_w;
+    T* to = static_cast<T*>(plan.packed_weight) + channel * plan.packed_taps;
+    for (int64_t n = 0; n < x.taps; ++n)
+      for (int64_t m = 0; m < y.taps; ++m)
+        *to++ =
+            load_one<T>(from + (y.first_kernel_index + m * y.kernel_index_step) * plan.kernel_w +
+                        x.first_kernel_index + n * x.kernel_index_step);
+    if (plan.bias)
+      static_cast<T*>(plan.packed_bias)[channel] =
+          load_one<T>(static_cast<const S*>(plan.bias) + channel);
+  }
+}
+
+template <class T, int V>
+void pack_planar_weights(const ConvolvePlan& plan, int64_t begin, int64_t end) {
+  with_storage<T>(plan.storage, [&](auto element) {
+    pack_planar_weights_as<T, decltype(element)>(plan, begin, end);
+  });
+}
+
+template <class T, int V>
+void planar_convolve(const ConvolvePlan& plan, int64_t begin, int64_t end, void* scratch) {
+  with_storage<T>(plan.storage, [&](auto element) {
+    using S = decltype(element);
+    switch (plan.phases_y[0].taps) {
+      case 3: return convolve_planes<T, V, 3, S>(plan, begin, end, scratch);
+      case 5: return convolve_planes<T, V, 5, S>(plan, begin, end, scratch);
+      default: return convolve_planes<T, V, 7, S>(plan, begin, end, scratch);
+    }
+  });
+}
+
+template <class T, int V>
+void planar_weight_gradient(const WeightGradientPlan& plan, int64_t begin, int64_t end,
+                            void* scratch) {
+  with_storage<T>(plan.storage, [&](auto element) {
+    using S = decltype(element);
+    switch (plan.y.count) {
+      case 3: return planar_weight_gradients<T, V, 3, S>(plan, begin, end, scratch);
+      case 5: return planar_weight_gradients<T, V, 5, S>(plan, begin, end, scratch);
+      default: return planar_weight_gradients<T, V, 7, S>(plan, begin, end, scratch);
+    }
+  });
+}
+
+}  // namespace
