@@ -113,10 +113,8 @@ def _cannot_run_depthwise(backend: str, input: Tensor, weight: Tensor) -> str | 
     return None
 
 
-def choose_depthwise(input: Tensor, weight: Tensor, method: str, small: bool) -> Choice:
+def choose_depthwise(input: Tensor, weight: Tensor, method: str) -> Choice:
     """Choose for one call of ``depthwise_conv2d`` with checked arguments.
-
-    ``small`` says that kernel, geometry and memory format are among those that oneDNN is good at.
 
     Raises:
         RuntimeError: a backend asked for by ``use_backend`` cannot serve the call.
@@ -135,8 +133,6 @@ def choose_depthwise(input: Tensor, weight: Tensor, method: str, small: bool) ->
         if input.device.type == "cpu" and _extension.MODULE is not None:
             refusal = _cannot_run_depthwise("cpu", input, weight)
             if refusal is None:
-                if small and method == "auto" and _onednn_serves(input):
-                    return _ONEDNN
                 return _COMPILED_CPU
             return Choice("torch", "direct", f"the compiled CPU kernels cannot: {refusal}")
         return Choice("torch", "direct", _why_torch(input))
@@ -146,23 +142,6 @@ def choose_depthwise(input: Tensor, weight: Tensor, method: str, small: bool) ->
     return Choice(requested, "direct", f"asked for by use_backend({requested!r})")
 
 
-_ONEDNN = Choice(
-    "torch",
-    "direct",
-    "up to 3×3 in channels_last float32, oneDNN behind torch is faster",
-)
-
-
-def _onednn_serves(input: Tensor) -> bool:
-    """Whether PyTorch hands this call to oneDNN.
-
-    Measured on a Zen 4 (docs/kernel-notes.md). Larger kernels, for which the size of the map
-    decides, are handed over inside the operator; its weight gradient falls behind above 3×3.
-    """
-    return input.dtype == torch.float32 and torch.backends.mkldnn.enabled and _HAS_ONEDNN
-
-
-_HAS_ONEDNN = torch.backends.mkldnn.is_available()
 _COMPILED_CPU = Choice("cpu", "direct", "compiled CPU kernels serve every size of this call")
 
 

@@ -35,8 +35,8 @@ def depthwise_conv2d(
     Returns:
         (B, C, H', W') with the dtype and memory format that ``F.conv2d`` returns. Differentiable
         twice in input, weight and bias. Under autocast the arguments are cast as for ``F.conv2d``.
-        Gradients of weight and bias are the same from run to run; with method="direct" their bits
-        do not depend on the number of threads either.
+        Gradients of weight and bias are the same from run to run, and with method "auto" or
+        "direct" for every number of threads.
 
     Raises:
         ValueError: a shape or value is not accepted, or ``method`` cannot serve the call.
@@ -59,8 +59,7 @@ def depthwise_conv2d(
         stride, padding, dilation = geometry
         batched = input.dim() == 4
         channels_last = batched and (_like_channels_last(input) or _like_channels_last(weight))
-        small = channels_last and _is_small(weight, *geometry)
-        backend = dispatch.choose_depthwise(input, weight, method, small).backend
+        backend = dispatch.choose_depthwise(input, weight, method).backend
         if key is not None:
             handed_over = ops.hands_over(input, weight, *geometry, channels_last, backend)
             remembered_calls.remember(key, (*geometry, channels_last, backend, handed_over))
@@ -72,18 +71,6 @@ def depthwise_conv2d(
         return reference.depthwise_conv2d(input, weight, bias, stride, padding, dilation)
     return autograd.depthwise_conv2d(
         input, weight, bias, stride, padding, dilation, channels_last, backend
-    )
-
-
-def _is_small(weight, stride, padding, dilation) -> bool:
-    """Up to 3×3, stride and dilation 1, even padding: what oneDNN was measured to be faster at."""
-    return (
-        weight.shape[2] <= 3
-        and weight.shape[3] <= 3
-        and weight.shape[0] > 1
-        and stride == (1, 1)
-        and dilation == (1, 1)
-        and padding[:2] == padding[2:]
     )
 
 
@@ -380,9 +367,8 @@ def explain(
     if _autocast_enabled(input.device.type):
         input, weight, bias = _autocast(input.device.type, input, weight, bias)
     channels_last = input.dim() == 4 and (_like_channels_last(input) or _like_channels_last(weight))
-    small = channels_last and _is_small(weight, *geometry)
     try:
-        choice = dispatch.choose_depthwise(input, weight, method, small)
+        choice = dispatch.choose_depthwise(input, weight, method)
     except (RuntimeError, ValueError) as error:
         return f"no backend: {error}"
     layout = "channels_last" if channels_last else "contiguous"
@@ -395,6 +381,10 @@ def explain(
         from lka_kernels import _extension
 
         lines.append(f"instruction set {_extension.instruction_set()}")
+        if ops.hands_over(input, weight, *geometry, channels_last, choice.backend):
+            lines.append(
+                "forward: PyTorch's own convolution (oneDNN), measured to be faster at this size"
+            )
     others = {k: v for k, v in dispatch.available_backends().items() if v != "ready"}
     lines += [f"not available: {name}: {reason}" for name, reason in others.items()]
     return "\n".join(lines)

@@ -41,7 +41,6 @@ def key(input, weight, bias, stride, padding, dilation, method) -> tuple | None:
         weight.dtype,
         None if bias is None else (bias.shape, bias.dtype),
         (stride, padding, dilation, method, dispatch.requested_backend()),
-        torch.backends.mkldnn.enabled,
         # True and 1.0 equal 1, but are not accepted.
         (_types(stride), _types(padding), _types(dilation)),
     )

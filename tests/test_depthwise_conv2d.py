@@ -339,7 +339,8 @@ class CountOperators(TorchDispatchMode):
         self.ran = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "lka_kernels":
+        # The question whether a call is handed over is asked once for like calls.
+        if function.namespace == "lka_kernels" and "hands_over" not in function._opname:
             self.ran.append(function._opname.removeprefix("depthwise_conv2d_").rpartition("_")[0])
         return function(*args, **(kwargs or {}))
 

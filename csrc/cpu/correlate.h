@@ -15,6 +15,7 @@
 // taps, which each vector of the source meets as soon as it is loaded.
 #pragma once
 
+#include "prefetch.h"
 #include "simd.h"
 
 namespace {
@@ -56,11 +57,12 @@ struct Correlation {
   int64_t weight_row;           // elements from one row of taps to the next
   int64_t weight_column;        // elements from one tap to the next
   Axis y, x;
-  const T* bias;       // V values added to every output, or null
-  bool accumulate;     // add to what `out` holds, without, bias starts the sum
-  T* out;              // element of output (0, 0); V lanes stand side by side
-  int64_t out_row;     // elements from one output row to the next
-  int64_t out_column;  // elements from one output column to the next
+  const T* bias;           // V values added to every output, or null
+  bool accumulate;         // add to what `out` holds, without, bias starts the sum
+  T* out;                  // element of output (0, 0); V lanes stand side by side
+  int64_t out_row;         // elements from one output row to the next
+  int64_t out_column;      // elements from one output column to the next
+  Ahead* ahead = nullptr;  // advances by steps_of_row for every row of taps of a tile
 };
 
 // A sum can have thousands of terms, one for every tap or every position of a map. Runs of about
@@ -100,6 +102,11 @@ __attribute__((always_inline)) inline void add_taps(Vec<T, V> (&sum)[kRows][kCol
   }
 }
 
+// Steps of Correlation::ahead in one row of taps.
+inline int64_t steps_of_row(int64_t taps, int64_t out_step, int64_t tap_step) {
+  return 1 + (out_step == 1 && tap_step == 1 ? taps / kMaxTaps : 0);
+}
+
 // A rectangle of outputs that tiles of kRows × kColumns cover exactly.
 template <class T, int V, int kRows, int kColumns, bool kUnitStep>
 void correlate_tiles(const Correlation<T, V>& correlation, int64_t i_begin, int64_t i_end,
@@ -124,6 +131,7 @@ void correlate_tiles(const Correlation<T, V>& correlation, int64_t i_begin, int6
         for (int r = 0; r < kRows; ++r)
           for (int t = 0; t < kColumns; ++t) sum[r][t] = first ? start : Vec<T, V>{};
         for (int64_t m = run; m < run_end; ++m) {
+          if (c.ahead) c.ahead->step();
           const T* w = weight + m * c.weight_row;
           const T* s[kRows];
           for (int r = 0; r < kRows; ++r)
@@ -135,8 +143,10 @@ void correlate_tiles(const Correlation<T, V>& correlation, int64_t i_begin, int6
             for (int r = 0; r < kRows; ++r) s[r] += taps * tap_step_x;
           };
           if constexpr (kUnitStep) {
-            for (; left >= kMaxTaps; take(kMaxTaps))
+            for (; left >= kMaxTaps; take(kMaxTaps)) {
+              if (c.ahead) c.ahead->step();
               add_taps<T, V, kRows, kColumns, kMaxTaps>(sum, w, c.weight_column, s);
+            }
             if constexpr (kMaxTaps > 3)
               for (; left >= 3; take(3))
                 add_taps<T, V, kRows, kColumns, 3>(sum, w, c.weight_column, s);
@@ -177,15 +187,28 @@ void correlate_width(const Correlation<T, V>& c, int64_t i_begin, int64_t i_end,
   }
 }
 
+// How outputs are cut into tiles: of two widths that differ by one, so that 32 columns become
+// 11 + 11 + 10, not 14 + 14 + 4.
+struct Tiling {
+  int64_t num_wide, narrow;  // tiles of narrow + 1 columns, then of narrow
+  int64_t tiles_across, rows;
+
+  explicit Tiling(int64_t width) {
+    tiles_across = (width + kMaxAccumulators - 1) / kMaxAccumulators;
+    narrow = width / tiles_across;
+    num_wide = width % tiles_across;
+    const int64_t fit = kMaxAccumulators / (num_wide ? narrow + 1 : narrow);
+    rows = fit < kMaxTileRows ? fit : kMaxTileRows;
+  }
+  int64_t tiles(int64_t height) const { return tiles_across * ((height + rows - 1) / rows); }
+};
+
 template <class T, int V>
 void correlate(const Correlation<T, V>& c) {
   const int64_t width = c.x.out_count, height = c.y.out_count;
   if (width <= 0 || height <= 0) return;
-  // Tiles of two widths that differ by one: 32 columns become 11 + 11 + 10, not 14 + 14 + 4.
-  const int64_t num_tiles = (width + kMaxAccumulators - 1) / kMaxAccumulators;
-  const int64_t narrow = width / num_tiles, num_wide = width % num_tiles;
-  const int64_t fit = kMaxAccumulators / (num_wide ? narrow + 1 : narrow);
-  const int64_t tall = fit < kMaxTileRows ? fit : kMaxTileRows;
+  const Tiling tiling(width);
+  const int64_t wide = tiling.narrow + 1, wide_end = tiling.num_wide * wide;
   const auto rows = [&](int64_t begin, int64_t end, int64_t tile_rows) {
     const auto columns = [&](int64_t first, int64_t last, int64_t tile_columns) {
       if (first >= last) return;
@@ -197,11 +220,11 @@ void correlate(const Correlation<T, V>& c) {
       }
     };
     if (begin >= end) return;
-    columns(0, num_wide * (narrow + 1), narrow + 1);
-    columns(num_wide * (narrow + 1), width, narrow);
+    columns(0, wide_end, wide);
+    columns(wide_end, width, tiling.narrow);
   };
-  const int64_t whole = height / tall * tall;
-  rows(0, whole, tall);
+  const int64_t whole = height / tiling.rows * tiling.rows;
+  rows(0, whole, tiling.rows);
   rows(whole, height, height - whole);
 }
 

@@ -179,7 +179,8 @@ inline Axis in_block(Axis axis, int64_t block, int64_t columns) {
 // source row at the beginning of `rows`, `place` the block's place in them.
 template <class T, int V, class S>
 void convolve_block(const ConvolvePlan& plan, int64_t block, int64_t first_j, int64_t count,
-                    const SourceRows<T, V>& rows, int64_t begin_y, int64_t place, T* result) {
+                    const SourceRows<T, V>& rows, int64_t begin_y, int64_t place, T* result,
+                    Ahead* ahead) {
   const MapView& target = plan.target;
   const int64_t output_stride_y = plan.phases_y[0].output_stride;
   const int64_t output_stride_x = plan.phases_x[0].output_stride;
@@ -190,6 +191,7 @@ void convolve_block(const ConvolvePlan& plan, int64_t block, int64_t first_j, in
   const bool direct = plan.direct_store && to.adjacent && to.count == V;
   Correlation<T, V> c;
   c.source_rows = rows.table();
+  c.ahead = ahead;
   c.accumulate = false;
   const int64_t pattern = block % plan.lanes.num_patterns;
   c.bias = plan.bias ? static_cast<const T*>(plan.packed_bias) + pattern * V : nullptr;
@@ -225,60 +227,108 @@ void convolve_block(const ConvolvePlan& plan, int64_t block, int64_t first_j, in
                          static_cast<S*>(target.data));
 }
 
-// Start loading rows of channels that stand side by side, in the order of memory: a block of lanes
-// at a time is too sparse for the processor to foresee. Rows beyond the map are left out.
-template <class S, int kForWriting>
-void prefetch_channels(const MapView& map, int64_t offset, int64_t count, int64_t row_begin,
+// Rows [row_begin, row_end) of `count` channels that stand side by side, as far as the map goes.
+template <class S>
+Region channels_region(const MapView& map, int64_t offset, int64_t count, int64_t row_begin,
                        int64_t row_end) {
+  constexpr int64_t kSize = sizeof(S);
+  if (row_begin < 0) row_begin = 0;
   if (row_end > map.height) row_end = map.height;
-  constexpr int64_t kLine = 64 / sizeof(S);
-  for (int64_t y = row_begin; y < row_end; ++y) {
-    const S* at = static_cast<const S*>(map.data) + offset + y * map.stride_h;
-    for (int64_t x = 0; x < map.width; ++x, at += map.stride_w)
-      for (int64_t c = 0; c < count; c += kLine) __builtin_prefetch(at + c, kForWriting);
+  const S* at = static_cast<const S*>(map.data) + offset + row_begin * map.stride_h;
+  return {at,
+          count * kSize,
+          map.width,
+          map.stride_w * kSize,
+          row_end > row_begin ? row_end - row_begin : 0,
+          map.stride_h * kSize};
+}
+
+// What one task of a convolution covers.
+struct ConvolveTask {
+  int64_t block, num_blocks;  // blocks of lanes
+  int64_t first_j, last_j;    // outputs of every phase
+};
+
+inline ConvolveTask task_of(const ConvolvePlan& plan, int64_t task) {
+  ConvolveTask t;
+  int64_t band;
+  if (plan.groups_per_image > 0) {
+    // Neighbouring groups of channels one after the other, while their pages are near.
+    const int64_t per_image = plan.lanes.blocks_per_image;
+    const int64_t group = task % plan.groups_per_image, rest = task / plan.groups_per_image;
+    const int64_t first = group * plan.buffer.blocks, left = per_image - first;
+    t.num_blocks = left < plan.buffer.blocks ? left : plan.buffer.blocks;
+    t.block = rest / plan.num_bands * per_image + first;
+    band = rest % plan.num_bands;
+  } else {
+    t.num_blocks = 1;
+    t.block = task / plan.num_bands;
+    band = task % plan.num_bands;
   }
+  const int64_t longest = plan.phases_y[0].count;
+  t.first_j = band * plan.band;
+  t.last_j = t.first_j + plan.band < longest ? t.first_j + plan.band : longest;
+  return t;
+}
+
+// Channels of a task.
+template <int V>
+int64_t channels_of(const ConvolvePlan& plan, const ConvolveTask& task, const Lanes& lanes) {
+  if (task.num_blocks == 1) return lanes.count;
+  const int64_t left = plan.channels - task.block % plan.lanes.blocks_per_image * V;
+  return left < task.num_blocks * V ? left : task.num_blocks * V;
+}
+
+// Outputs [j, j + outputs) of a task, and the source rows that they read beyond those before them.
+template <class T, int V, class S>
+void look_ahead(const ConvolvePlan& plan, const ConvolveTask& task, int64_t j, int64_t steps,
+                Ahead& ahead) {
+  const MapView &source = plan.source, &target = plan.target;
+  const Lanes from = lanes_of<V>(plan.lanes, task.block, source, plan.batch, plan.channels);
+  const Lanes to = lanes_of<V>(plan.lanes, task.block, target, plan.batch, plan.channels);
+  const int64_t count = channels_of<V>(plan, task, from);
+  const int64_t step = plan.phases_y[0].out_step, output_stride = plan.phases_y[0].output_stride;
+  const int64_t end_j = j + plan.chunk < task.last_j ? j + plan.chunk : task.last_j;
+  const int64_t first_row = j == task.first_j ? j * step : (j - 1) * step + plan.span_y;
+  const Region reads = channels_region<S>(source, from.offset[0], count, plan.origin_y + first_row,
+                                          plan.origin_y + (end_j - 1) * step + plan.span_y);
+  const Region writes =
+      channels_region<S>(target, to.offset[0], count, j * output_stride, end_j * output_stride);
+  ahead.first.begin(reads, steps);
+  ahead.second.begin(writes, steps, true);
 }
 
 template <class T, int V, class S>
 void convolve_as(const ConvolvePlan& plan, int64_t begin, int64_t end, void* scratch) {
   SourceRows<T, V> rows(plan.buffer, static_cast<T*>(scratch));
   T* result = rows.end();
-  const int64_t step = plan.phases_y[0].out_step, longest = plan.phases_y[0].count;
-  const int64_t output_stride = plan.phases_y[0].output_stride;
-  for (int64_t task = begin; task < end; ++task) {
-    int64_t block = task / plan.num_bands, band = task % plan.num_bands, num_blocks = 1;
-    if (plan.groups_per_image > 0) {
-      // Neighbouring groups of channels one after the other, while their pages are near.
-      const int64_t per_image = plan.lanes.blocks_per_image;
-      const int64_t group = task % plan.groups_per_image, rest = task / plan.groups_per_image;
-      const int64_t first = group * plan.buffer.blocks;
-      num_blocks = per_image - first < plan.buffer.blocks ? per_image - first : plan.buffer.blocks;
-      block = rest / plan.num_bands * per_image + first;
-      band = rest % plan.num_bands;
+  const int64_t step = plan.phases_y[0].out_step;
+  const bool channels_adjacent = plan.groups_per_image > 0 && plan.target.stride_c == 1;
+  const Phase& columns = plan.phases_x[0];
+  Ahead ahead;
+  ConvolveTask task = task_of(plan, begin);
+  for (int64_t at = begin; at < end; ++at) {
+    const ConvolveTask next = at + 1 < end ? task_of(plan, at + 1) : task;
+    const Lanes from = lanes_of<V>(plan.lanes, task.block, plan.source, plan.batch, plan.channels);
+    const int64_t begin_y = plan.origin_y + task.first_j * step;
+    rows.begin(plan.source, from, channels_of<V>(plan, task, from), begin_y, plan.origin_x);
+    for (int64_t j = task.first_j; j < task.last_j; j += plan.chunk) {
+      const int64_t outputs = task.last_j - j < plan.chunk ? task.last_j - j : plan.chunk;
+      rows.template fill_until<S>((j + outputs - 1 - task.first_j) * step + plan.span_y);
+      if (channels_adjacent) {
+        const int64_t steps = task.num_blocks * Tiling(columns.count).tiles(outputs) *
+                              plan.num_phases_x * plan.tap_rows *
+                              steps_of_row(columns.taps, columns.out_step, columns.tap_step);
+        if (j + outputs < task.last_j)
+          look_ahead<T, V, S>(plan, task, j + outputs, steps, ahead);
+        else if (at + 1 < end)
+          look_ahead<T, V, S>(plan, next, next.first_j, steps, ahead);
+      }
+      for (int64_t place = 0; place < task.num_blocks; ++place)
+        convolve_block<T, V, S>(plan, task.block + place, j, outputs, rows, begin_y, place, result,
+                                channels_adjacent ? &ahead : nullptr);
     }
-    const Lanes from = lanes_of<V>(plan.lanes, block, plan.source, plan.batch, plan.channels);
-    const Lanes to = lanes_of<V>(plan.lanes, block, plan.target, plan.batch, plan.channels);
-    int64_t count = from.count;
-    if (num_blocks > 1) {
-      const int64_t first = block % plan.lanes.blocks_per_image * V;
-      count = plan.channels - first < num_blocks * V ? plan.channels - first : num_blocks * V;
-    }
-    const int64_t first_j = band * plan.band;
-    const int64_t last_j = first_j + plan.band < longest ? first_j + plan.band : longest;
-    const int64_t begin_y = plan.origin_y + first_j * step;
-    rows.begin(plan.source, from, count, begin_y, plan.origin_x);
-    for (int64_t j = first_j; j < last_j; j += plan.chunk) {
-      const int64_t outputs = last_j - j < plan.chunk ? last_j - j : plan.chunk;
-      if (num_blocks > 1 && plan.target.stride_c == 1)
-        prefetch_channels<S, 1>(plan.target, to.offset[0], count, j * output_stride,
-                                (j + outputs) * output_stride);
-      rows.template fill_until<S>((j + outputs - 1 - first_j) * step + plan.span_y);
-      const int64_t next = (j + outputs - 1) * step + plan.span_y + plan.origin_y;
-      if (num_blocks > 1 && next >= 0)
-        prefetch_channels<S, 0>(plan.source, from.offset[0], count, next, next + step);
-      for (int64_t place = 0; place < num_blocks; ++place)
-        convolve_block<T, V, S>(plan, block + place, j, outputs, rows, begin_y, place, result);
-    }
+    task = next;
   }
 }
 
@@ -288,7 +338,7 @@ void convolve_as(const ConvolvePlan& plan, int64_t begin, int64_t end, void* scr
 template <class T, int V, class S>
 void weight_gradient_block(const WeightGradientPlan& plan, int64_t block, int64_t row_begin,
                            int64_t num_rows, const SourceRows<T, V>& rows, int64_t begin_y,
-                           int64_t place, T* widened, T* partial) {
+                           int64_t place, T* widened, T* partial, Ahead* ahead) {
   const MapView& grad = plan.grad_output;
   const int64_t taps = plan.kernel_h * plan.kernel_w;
   const Lanes lanes = lanes_of<V>(plan.lanes, block, grad, plan.batch, plan.channels);
@@ -319,6 +369,7 @@ void weight_gradient_block(const WeightGradientPlan& plan, int64_t block, int64_
   y.taps = num_rows;
   y.origin += row_begin * plan.y.tap_step;
   c.source_rows = rows.table();
+  c.ahead = ahead;
   c.bias = nullptr;
   c.accumulate = true;
   c.y = axis_of(y, 0, y.count, begin_y, plan.input.height);
@@ -330,6 +381,22 @@ void weight_gradient_block(const WeightGradientPlan& plan, int64_t block, int64_
   correlate<T, V>(c);
 }
 
+// The chunk of rows of grad_output from `row` on, and the input rows that it reads: all of them if
+// it is the `first` of an image, else those beyond the chunk before it.
+template <class S>
+void look_ahead(const WeightGradientPlan& plan, int64_t image, int64_t channel, int64_t count,
+                int64_t row, int64_t span, bool first, int64_t steps, Ahead& ahead) {
+  const MapView &input = plan.input, &grad = plan.grad_output;
+  const int64_t step = plan.y.tap_step, end = row + plan.chunk;
+  const int64_t first_row = first ? row * step : (row - 1) * step + span;
+  ahead.first.begin(
+      channels_region<S>(input, image * input.stride_b + channel, count, plan.y.origin + first_row,
+                         plan.y.origin + (end - 1) * step + span),
+      steps);
+  ahead.second.begin(channels_region<S>(grad, image * grad.stride_b + channel, count, row, end),
+                     steps);
+}
+
 template <class T, int V, class S>
 void weight_gradient_as(const WeightGradientPlan& plan, int64_t begin, int64_t end, void* scratch) {
   SourceRows<T, V> rows(plan.buffer, static_cast<T*>(scratch));
@@ -339,6 +406,9 @@ void weight_gradient_as(const WeightGradientPlan& plan, int64_t begin, int64_t e
   const int64_t blocks = cross_images ? plan.lanes.num_blocks : plan.lanes.blocks_per_image;
   const int64_t height = plan.grad_output.height, step = plan.y.tap_step;
   const int64_t span = plan.y.count > 0 ? (plan.y.count - 1) * plan.y.out_step + 1 : 0;
+  const bool channels_adjacent = plan.input.stride_c == 1 && plan.grad_output.stride_c == 1 &&
+                                 !cross_images && plan.x.count > 0 && plan.y.count > 0;
+  Ahead ahead;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t part = task / plan.num_groups, group = task % plan.num_groups;
     const int64_t last_block = (group + 1) * blocks / plan.num_groups;
@@ -365,17 +435,24 @@ void weight_gradient_as(const WeightGradientPlan& plan, int64_t begin, int64_t e
                               : channels < num_blocks * V ? channels
                                                           : num_blocks * V;
         const int64_t begin_y = plan.y.origin + row_begin * step;
-        const int64_t grad_offset =
-            image * plan.grad_output.stride_b + first * V * plan.grad_output.stride_c;
         rows.begin(plan.input, from, count, begin_y, plan.x.origin);
         for (int64_t row = row_begin; row < row_end; row += plan.chunk) {
           const int64_t num_rows = row_end - row < plan.chunk ? row_end - row : plan.chunk;
-          if (num_blocks > 1)
-            prefetch_channels<S, 0>(plan.grad_output, grad_offset, count, row, row + num_rows);
           rows.template fill_until<S>((row + num_rows - 1 - row_begin) * step + span);
+          if (channels_adjacent) {
+            const int64_t tiles = Tiling(plan.x.count).tiles(plan.y.count);
+            const int64_t steps = num_blocks * tiles * num_rows *
+                                  steps_of_row(plan.x.taps, plan.x.out_step, plan.x.tap_step);
+            const bool same = row + num_rows < row_end;  // image
+            const int64_t next_row = same ? row + num_rows : 0;
+            if (same || at < last_row)
+              look_ahead<S>(plan, same ? image : image + 1, first * V, count, next_row, span, !same,
+                            steps, ahead);
+          }
           for (int64_t place = 0; place < num_blocks; ++place)
             weight_gradient_block<T, V, S>(plan, block + place, row, num_rows, rows, begin_y, place,
-                                           widened, partial + (first + place) * elements);
+                                           widened, partial + (first + place) * elements,
+                                           channels_adjacent ? &ahead : nullptr);
         }
       }
     }

@@ -55,6 +55,7 @@ struct ConvolvePlan {
   const Phase* phases_x;
   int64_t num_phases_y, num_phases_x;
   int64_t origin_y, origin_x;  // smallest origins: where the source buffer begins
+  int64_t tap_rows;            // kernel rows of all phases
   int64_t span_y;              // source rows that one output of every phase reads
   int64_t band, num_bands;     // outputs j of a phase per band
   int64_t chunk;               // outputs j of a phase for which the source is unpacked at a time

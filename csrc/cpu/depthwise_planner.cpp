@@ -10,7 +10,7 @@ namespace {
 // cache.
 constexpr int64_t kBufferBytes = 128 * 1024;
 // Blocks of channels that are unpacked together, so that memory is read in its order.
-constexpr int64_t kBlocksTogether = 16;
+constexpr int64_t kBlocksTogether = 24;
 // Positions of outputs for which the source is unpacked at a time, where it is transposed in
 // registers: enough that few of these squares are only partly full.
 constexpr int64_t kTransposedPositions = 96;
@@ -272,8 +272,10 @@ PlannedConvolution plan_convolution(const ConvParams& p, const MapView& source,
   plan.buffer.ring_rows = y.span + (plan.chunk - 1) * step;
   plan.buffer.rows = y.span + (plan.band - 1) * step;
 
-  plan.packed_taps = 0;
+  plan.packed_taps = plan.tap_rows = 0;
   double taps_of_all_outputs = 0;
+  for (const Phase& py : planned.phases_y) plan.tap_rows += py.taps;
+  plan.tap_rows = std::max<int64_t>(1, plan.tap_rows);
   for (const Phase& py : planned.phases_y)
     for (const Phase& px : planned.phases_x) {
       plan.packed_taps += py.taps * px.taps;

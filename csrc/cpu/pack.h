@@ -22,21 +22,24 @@ Lanes lanes_of(const lka::cpu::LanePlan& plan, int64_t block, const lka::MapView
   Lanes lanes;
   lanes.stride_h = map.stride_h;
   lanes.stride_w = map.stride_w;
-  int64_t first_plane, planes;
+  const auto offset_of = [&](int64_t plane) {
+    return plane / channels * map.stride_b + plane % channels * map.stride_c;
+  };
   if (plan.cross_images) {
-    first_plane = block * V;
-    planes = batch * channels - first_plane;
+    const int64_t first = block * V, planes = batch * channels - first;
+    lanes.count = planes < V ? int(planes) : V;
+    lanes.adjacent = true;
+    for (int l = 0; l < lanes.count; ++l) {
+      lanes.offset[l] = offset_of(first + l);
+      lanes.adjacent = lanes.adjacent && lanes.offset[l] == lanes.offset[0] + l;
+    }
   } else {
     const int64_t channel = block % plan.blocks_per_image * V;
-    first_plane = block / plan.blocks_per_image * channels + channel;
-    planes = channels - channel;
-  }
-  lanes.count = planes < V ? int(planes) : V;
-  lanes.adjacent = true;
-  for (int l = 0; l < lanes.count; ++l) {
-    const int64_t plane = first_plane + l;
-    lanes.offset[l] = plane / channels * map.stride_b + plane % channels * map.stride_c;
-    lanes.adjacent = lanes.adjacent && lanes.offset[l] == lanes.offset[0] + l;
+    const int64_t left = channels - channel;
+    const int64_t first = block / plan.blocks_per_image * map.stride_b + channel * map.stride_c;
+    lanes.count = left < V ? int(left) : V;
+    lanes.adjacent = map.stride_c == 1 || lanes.count == 1;
+    for (int l = 0; l < lanes.count; ++l) lanes.offset[l] = first + l * map.stride_c;
   }
   // One plane of a dense map is better read along its rows than one element at a time.
   if (lanes.count == 1 && map.stride_w == 1) lanes.adjacent = false;

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "depthwise_plan.h"
+#include "prefetch.h"
 #include "simd.h"
 #include "storage_dispatch.h"
 
@@ -17,29 +18,16 @@ using lka::cpu::Phase;
 using lka::cpu::SourceBuffer;
 using lka::cpu::WeightGradientPlan;
 
-// Loads lines of memory ahead of their use, some at every step of other work: planes of a small
-// map are too short for the processor to foresee where the next one begins.
-class Prefetcher {
- public:
-  // Stretches of `bytes`, each over `steps` steps.
-  Prefetcher(int64_t bytes, int64_t steps)
-      : bytes_(bytes), per_step_((bytes + 64 * steps - 1) / (64 * steps)) {}
+// The whole of a plane.
+template <class S>
+Region plane_region(const MapView& map, const S* plane) {
+  return {plane, map.height * map.stride_h * int64_t(sizeof(S)), 1, 0, 1, 0};
+}
 
-  void begin(const void* at) {
-    at_ = static_cast<const char*>(at);
-    end_ = at_ + bytes_;
-  }
-  template <int kForWriting>
-  void step() {
-    for (int64_t line = 0; line < per_step_ && at_ < end_; ++line, at_ += 64)
-      __builtin_prefetch(at_, kForWriting);
-  }
-
- private:
-  const int64_t bytes_, per_step_;
-  const char* at_ = nullptr;
-  const char* end_ = nullptr;
-};
+template <class S>
+int64_t lines_per_step(const MapView& map, int64_t steps) {
+  return (plane_region<S>(map, nullptr).lines() + steps - 1) / steps;
+}
 
 // Planes numbered b·C + c, one after the other: a division for every small plane would tell.
 template <class S>
@@ -152,8 +140,7 @@ static_assert(kLowTile == lka::cpu::kFewestPlanarRows, "the planner relies on it
 // Outputs of `rows` rows from `first` on (relative to the source's row origin_y).
 template <class T, int V, int K, class S>
 void convolve_plane(const ConvolvePlan& plan, const PlaneRows<T, V>& source, int64_t first,
-                    int64_t rows, const T* weight, T bias, S* target, Prefetcher& reads,
-                    Prefetcher& writes) {
+                    int64_t rows, const T* weight, T bias, S* target, Ahead& ahead) {
   const int64_t width = plan.target.width, stride = plan.target.stride_h;
   const int64_t in_height = plan.source.height;
   const bool tall =
@@ -168,8 +155,7 @@ void convolve_plane(const ConvolvePlan& plan, const PlaneRows<T, V>& source, int
     const int64_t begin_y = first + row + plan.origin_y;
     const int64_t live_begin = -begin_y, live_end = in_height - begin_y;
     for (int64_t j = 0; j < width;) {
-      reads.step<0>();
-      writes.step<1>();
+      ahead.step();
       const int vectors = width - j > V ? 2 : 1;
       int64_t start[2], buffer_start[2] = {0, V};
       for (int x = 0; x < 2; ++x) {
@@ -219,8 +205,9 @@ void convolve_planes(const ConvolvePlan& plan, int64_t begin, int64_t end, void*
   // While a plane is computed, the next one is loaded; of bands, the next is near anyway.
   const int64_t tiles =
       (out.height + kLowTile - 1) / kLowTile * ((out.width + 2 * V - 1) / (2 * V));
-  Prefetcher reads(in.height * in.stride_h * int64_t(sizeof(S)), tiles);
-  Prefetcher writes(out.height * out.stride_h * int64_t(sizeof(S)), tiles);
+  const int64_t read_lines = lines_per_step<S>(in, tiles);
+  const int64_t write_lines = lines_per_step<S>(out, tiles);
+  Ahead ahead;
   for (int64_t task = begin; task < end; ++task) {
     S *from = source.data(), *to = target.data();
     const T* weight = static_cast<const T*>(plan.packed_weight) + source.channel() * K * K;
@@ -235,8 +222,8 @@ void convolve_planes(const ConvolvePlan& plan, int64_t begin, int64_t end, void*
       source.advance();
       target.advance();
       if (task + 1 < end) {
-        reads.begin(source.data());
-        writes.begin(target.data());
+        ahead.first.begin_with(plane_region<S>(in, source.data()), read_lines);
+        ahead.second.begin_with(plane_region<S>(out, target.data()), write_lines, true);
       }
     }
     int64_t row = first;
@@ -245,7 +232,7 @@ void convolve_planes(const ConvolvePlan& plan, int64_t begin, int64_t end, void*
           chunk == num_chunks ? last : first + chunk * (last - first) / num_chunks;
       rows.template fill<S>(from, in, row + plan.origin_y, plan.origin_x, row_end - row + K - 1,
                             false);
-      convolve_plane<T, V, K, S>(plan, rows, row, row_end - row, weight, bias, to, reads, writes);
+      convolve_plane<T, V, K, S>(plan, rows, row, row_end - row, weight, bias, to, ahead);
       row = row_end;
     }
   }
@@ -256,15 +243,14 @@ void convolve_planes(const ConvolvePlan& plan, int64_t begin, int64_t end, void*
 template <class T, int V, int K, int kFirst, int kTaps, class S>
 void add_planar_gradient(const PlaneRows<T, V>& input, const S* grad, int64_t grad_row,
                          int64_t rows, int64_t column, int count, Vec<T, V>* total, Vec<T, V>& bias,
-                         Prefetcher& inputs, Prefetcher& grads) {
+                         Ahead& ahead) {
   Vec<T, V> sum[kTaps][K] = {};
   Vec<T, V> grad_sum{};
   Vec<T, V> recent[kTaps] = {};  // rows of grad_output that the input row in hand meets
   const T* x = input.row(kFirst) + column;
   const int64_t pitch = input.pitch();
   for (int64_t y = 0; y < rows + kTaps - 1; y += kTaps) {
-    inputs.step<0>();
-    grads.step<0>();
+    ahead.step();
 #pragma GCC unroll 8
     for (int k = 0; k < kTaps; ++k) {
       recent[k] = y + k < rows ? load_some<T, V, S>(grad + (y + k) * grad_row, count) : Vec<T, V>{};
@@ -294,15 +280,15 @@ constexpr int kGradientRegisters = 16;
 template <class T, int V, int K, class S, int kFirst = 0>
 void add_planar_gradients(const PlaneRows<T, V>& input, const S* grad, int64_t grad_row,
                           int64_t rows, int64_t column, int count, Vec<T, V>* total,
-                          Vec<T, V>& bias, Prefetcher& inputs, Prefetcher& grads) {
+                          Vec<T, V>& bias, Ahead& ahead) {
   if constexpr (kFirst < K) {
     constexpr int kMost = kGradientRegisters / (K + 1), kLeft = K - kFirst;
     constexpr int kPasses = (kLeft + kMost - 1) / kMost;
     constexpr int kTaps = (kLeft + kPasses - 1) / kPasses;
     add_planar_gradient<T, V, K, kFirst, kTaps, S>(input, grad, grad_row, rows, column, count,
-                                                   total, bias, inputs, grads);
+                                                   total, bias, ahead);
     add_planar_gradients<T, V, K, S, kFirst + kTaps>(input, grad, grad_row, rows, column, count,
-                                                     total, bias, inputs, grads);
+                                                     total, bias, ahead);
   }
 }
 
@@ -321,8 +307,9 @@ void planar_weight_gradients(const WeightGradientPlan& plan, int64_t begin, int6
   const int64_t elements = plan.kernel_h * plan.kernel_w + 1;
   const int64_t num_chunks = (grad.height + plan.chunk - 1) / plan.chunk;
   const int64_t steps = (grad.width + V - 1) / V * ((grad.height + K - 1) / K);
-  Prefetcher inputs(in.height * in.stride_h * int64_t(sizeof(S)), steps);
-  Prefetcher grads(grad.height * grad.stride_h * int64_t(sizeof(S)), steps);
+  const int64_t input_lines = lines_per_step<S>(in, steps);
+  const int64_t grad_lines = lines_per_step<S>(grad, steps);
+  Ahead ahead;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t part = task / plan.num_groups, group = task % plan.num_groups;
     const int64_t first_image = part * plan.batch / plan.num_parts;
@@ -339,8 +326,10 @@ void planar_weight_gradients(const WeightGradientPlan& plan, int64_t begin, int6
         const int64_t next_image = last ? first_image : image + 1;
         const int64_t next_channel = last ? channel + 1 : channel;
         if (next_channel < last_channel) {
-          inputs.begin(plane_of(in, next_image, next_channel));
-          grads.begin(plane_of(grad, next_image, next_channel));
+          ahead.first.begin_with(plane_region<S>(in, plane_of(in, next_image, next_channel)),
+                                 input_lines);
+          ahead.second.begin_with(plane_region<S>(grad, plane_of(grad, next_image, next_channel)),
+                                  grad_lines);
         }
         const S* g = plane_of(grad, image, channel);
         int64_t row = 0;
@@ -355,7 +344,7 @@ void planar_weight_gradients(const WeightGradientPlan& plan, int64_t begin, int6
             const int lanes = left < V ? int(left) : V;
             const S* from = g + row * grad.stride_h + column;
             add_planar_gradients<T, V, K, S>(rows, from, grad.stride_h, row_end - row, column,
-                                             lanes, total, bias, inputs, grads);
+                                             lanes, total, bias, ahead);
           }
           row = row_end;
         }

@@ -1,0 +1,70 @@
+// Loading memory ahead of its use, some lines at every step of other work. All at once would stall
+// the processor for as long as the loads themselves: it holds few misses at a time, and can then
+// compute nothing meanwhile.
+#pragma once
+
+#include <cstdint>
+
+namespace {
+
+// rows × columns runs of bytes; steps are bytes too.
+struct Region {
+  const void* at;
+  int64_t run;
+  int64_t columns, column_step;
+  int64_t rows, row_step;
+
+  int64_t lines() const { return (run + 63) / 64 * columns * rows; }
+};
+
+class Prefetcher {
+ public:
+  // Cover a region in `steps` steps.
+  void begin(const Region& region, int64_t steps, bool for_writing = false) {
+    begin_with(region, (region.lines() + steps - 1) / steps, for_writing);
+  }
+  // The same for who has divided before.
+  void begin_with(const Region& region, int64_t lines_per_step, bool for_writing = false) {
+    region_ = region;
+    for_writing_ = for_writing;
+    per_step_ = lines_per_step;
+    row_ = at_ = static_cast<const char*>(region.at);
+    offset_ = column_ = 0;
+    left_ = region.run > 0 && region.columns > 0 ? region.rows : 0;
+  }
+
+  void step() {
+    for (int64_t line = 0; line < per_step_ && left_ > 0; ++line) {
+      if (for_writing_)
+        __builtin_prefetch(at_ + offset_, 1);
+      else
+        __builtin_prefetch(at_ + offset_, 0);
+      offset_ += 64;
+      if (offset_ < region_.run) continue;
+      offset_ = 0;
+      at_ += region_.column_step;
+      if (++column_ < region_.columns) continue;
+      column_ = 0;
+      at_ = row_ += region_.row_step;
+      --left_;
+    }
+  }
+
+ private:
+  Region region_{};
+  int64_t per_step_ = 0, offset_ = 0, column_ = 0, left_ = 0;
+  const char *row_ = nullptr, *at_ = nullptr;
+  bool for_writing_ = false;
+};
+
+// Two regions that the work after this needs.
+struct Ahead {
+  Prefetcher first, second;
+
+  void step() {
+    first.step();
+    second.step();
+  }
+};
+
+}  // namespace
