@@ -54,7 +54,7 @@ class Run:
         self.chosen: dict[object, list] = {}  # case -> peers that are to be measured
         self.skipped: dict[str, set[str]] = {}  # reason -> peers
         self.left_out: dict[str, list[str]] = {}  # operator -> shapes
-        self._measured: dict[object, cases.Measured] = {}
+        self.measured: dict[object, cases.Measured] = {}
 
     @property
     def peaks(self) -> dict:
@@ -65,10 +65,10 @@ class Run:
 
     def measure(self, case, build, **options) -> cases.Measured:
         """All chosen peers of ``case`` in turns, at the first call; the same result later."""
-        if case not in self._measured:
+        if case not in self.measured:
             make, buffers = build(self.chosen[case])
-            self._measured[case] = cases.run(make, buffers, device=self.device, **options)
-        return self._measured[case]
+            self.measured[case] = cases.run(make, buffers, device=self.device, **options)
+        return self.measured[case]
 
     def parametrize(self, metafunc, operator: str, everything: list, directions, layouts, found):
         """Every shape of the suite, in every direction and layout, with every peer."""
@@ -115,6 +115,7 @@ class Run:
             dtype=dtype,
             shape=case.shape.name,
             size=case.shape.size,
+            kernel=case.shape.longest,
         )
 
 
@@ -184,7 +185,7 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(f"Not measured: {', '.join(sorted(names))}: {reason}")
     # Threads that wait for a busy core make any ratio meaningless: say so beside the table.
     before, cpus = run.facts["load_before"], run.facts["cpus"]
-    if before > 0.25 * cpus:
+    if run.measured and before > 0.25 * cpus:
         terminalreporter.write_line(
             f"These numbers are not to be quoted: {cpus} CPUs were busy before the first "
             f"measurement (load average {before:.2f})",

@@ -45,6 +45,11 @@ class Depthwise(NamedTuple):
         )
 
     @property
+    def longest(self) -> int:
+        """The kernel's longer side."""
+        return max(self.kernel)
+
+    @property
     def elements(self) -> int:
         """Elements of the input."""
         return self.batch * self.channels * self.height * self.width
@@ -83,6 +88,11 @@ class Adapter(NamedTuple):
             f"({self.batch}, {prefix}{self.side}x{self.side}, {self.dim}) "
             f"r {self.rank} K {self.kernel}"
         )
+
+    @property
+    def longest(self) -> int:
+        """The kernel's side."""
+        return self.kernel
 
     @property
     def elements(self) -> int:

@@ -46,7 +46,7 @@ class _TorchFFT(torch.autograd.Function):
         dx = dw = None
         if ctx.needs_input_grad[0]:
             dx = torch.fft.irfft2(spectrum * weight_spectrum, s=ctx.size)
-            dx = dx[:, :, :height, :width].to(grad.dtype)
+            dx = dx[:, :, :height, :width].to(grad.dtype).contiguous()
         if ctx.needs_input_grad[1]:
             summed = (x_spectrum * spectrum.conj()).sum(0)
             dw = torch.fft.irfft2(summed, s=ctx.size)[:, rows[:, None], columns]
