@@ -35,7 +35,7 @@ def build(
     grads = [random_tokens() for _ in inputs] if backward else []
 
     def make(peer: peers.Peer) -> Callable[[int], object]:
-        function = torch.compile(peer.call, mode=peer.compiled) if peer.compiled else peer.call
+        function = peers.compiled(peer)
 
         def forward(index):
             return function(inputs[index], *weights, shape.prefix)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import time
+import traceback
 from collections.abc import Callable
 from typing import NamedTuple
 
+import pytest
 import torch
 
 from benchmarks import measure, memory, peers, replay, roofline
@@ -40,7 +42,7 @@ class Measured(NamedTuple):
     """All peers of one case."""
 
     timings: dict[str, measure.Timing]
-    errors: dict[str, Exception]
+    errors: dict[str, str]
     peak_bytes: dict[str, int]
     buffers: int
     load: float
@@ -80,7 +82,8 @@ def run(
                 peaks[name] = memory.peak_bytes(lambda c=call: c(0), device)
             calls[name] = call
         except Exception as error:  # the other peers can still be measured
-            errors[name] = error
+            # As text: a traceback would keep the case's tensors.
+            errors[name] = "".join(traceback.format_exception(error))
     del reference
     timings = measure.interleave(calls, first_calls, buffers, seconds, wait) if calls else {}
     return Measured(timings, errors, peaks, buffers, os.getloadavg()[0])
@@ -112,7 +115,7 @@ def report(
     """Replay one peer's rounds into its own test, with what a number means nothing without."""
     benchmark.group = group
     if peer in measured.errors:
-        raise measured.errors[peer]
+        pytest.fail(measured.errors[peer], pytrace=False)
     timing = measured.timings[peer]
     ours = measured.timings.get(peers.OURS)
     info = benchmark.extra_info
@@ -123,7 +126,8 @@ def report(
         info["ratio_rounds"] = min(len(timing.rounds), len(ours.rounds))
     if len(timing.rounds) == 1:
         info["note"] = f"a call takes longer than the {seconds:g} s of the case: 1 round"
-    if peer in measured.peak_bytes:
+    # A replayed CUDA graph allocates nothing: its memory was taken at capture.
+    if measured.peak_bytes.get(peer):
         info["peak_bytes"] = measured.peak_bytes[peer]
     if work is not None:
         floor = roofline.floor_seconds(work, peaks["bytes_per_second"], peaks["flops_per_second"])

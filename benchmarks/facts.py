@@ -28,6 +28,7 @@ def collect(device: str, dtype: torch.dtype) -> dict:
     }
     if device == "cuda":
         found["cudnn_benchmark"] = torch.backends.cudnn.benchmark
+        found["cudnn_allow_tf32"] = torch.backends.cudnn.allow_tf32
     return found
 
 

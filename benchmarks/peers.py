@@ -101,9 +101,18 @@ class _Convert(torch.autograd.Function):
         return grad.contiguous(memory_format=ctx.back), None, None
 
 
+def compiled(peer: Peer) -> Callable[..., Tensor]:
+    """The call of ``peer``, through torch.compile if it says so."""
+    if peer.compiled is None:
+        return peer.call
+    # Each case anew: after a few shapes torch.compile gives a function up.
+    torch.compiler.reset()
+    return torch.compile(peer.call, mode=peer.compiled, dynamic=False, fullgraph=True)
+
+
 def in_layout(peer: Peer, layout: torch.memory_format) -> Callable[..., Tensor]:
     """The call of ``peer`` on inputs in ``layout``, conversions included."""
-    call = torch.compile(peer.call, mode=peer.compiled) if peer.compiled else peer.call
+    call = compiled(peer)
     native = peer.computes_in
     if native is None or native == layout:
         return call

@@ -1,8 +1,8 @@
 """What is measured: shapes of published networks, the grid of the adapter, known losing cases.
 
 ``batch`` suits a small CPU and is what ``paired.py`` and the default selection of a CPU take. On
-a GPU the default is the largest of BATCHES up to 64 that it allows; ``--suite full`` takes all that
-the device allows.
+a GPU the default is the largest of its BATCHES up to 64 that it allows; ``--suite full`` takes all
+that the device allows.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 from benchmarks import roofline
 
-BATCHES = (1, 8, 64, 128)
+# On a CPU a larger batch is the same work several times over.
+BATCHES = {"cpu": (1, 8), "cuda": (1, 8, 64, 128)}
 # What a device allows: unclipped GFLOP of one forward pass, so that torch's slowest path on a CPU
 # (3 GFLOP/s) takes seconds a call, and elements of the input, so that several buffers fit.
-MOST_GFLOP = {"cpu": 20, "cuda": 20_000}
+MOST_GFLOP = {"cpu": 10, "cuda": 20_000}
 MOST_ELEMENTS = {"cpu": 2**27, "cuda": 2**30}
 
 
@@ -195,9 +196,10 @@ def selected(shapes: list, suite: str, device: str) -> list:
     """The shapes, with their batches, of a suite ("default" or "full") on a device."""
     found = []
     for shape in shapes:
-        batches = [b for b in BATCHES if allowed(shape._replace(batch=b), device)]
+        batches = [b for b in BATCHES[device] if allowed(shape._replace(batch=b), device)]
         if suite == "full":
-            batches = sorted({*batches, shape.batch} if device == "cpu" else batches)
+            # What a shape itself says is measured in any case.
+            batches = sorted({*batches, shape.batch}) if device == "cpu" else batches
         elif not shape.default:
             continue
         elif device == "cpu":

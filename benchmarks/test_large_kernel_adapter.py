@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import adapter_problem, peers, replay, shapes
-from benchmarks.conftest import RUN
+from benchmarks.session import RUN
 
 pytestmark = pytest.mark.benchmark(timer=replay.CLOCK.read)
 
