@@ -134,3 +134,25 @@ def report(
         info.update(work._asdict(), floor_seconds=floor)
         info["fraction_of_floor"] = floor / measure.quartiles(timing.rounds).median
     replay.replay(benchmark, timing)
+
+
+def summary(case: Case, measured: Measured, info: dict) -> list[tuple[float, str]]:
+    """[(ratio, line)] for the end of the run; ``info`` is that of ours. Empty without a peer."""
+    ours = measured.timings[peers.OURS]
+    ratios = {
+        name: measure.paired_ratio(timing, ours)
+        for name, timing in measured.timings.items()
+        if not name.startswith(peers.OURS)
+    }
+    if not ratios:
+        return []
+    best = min(ratios, key=lambda name: ratios[name].median)
+    ratio = ratios[best]
+    line = (
+        f"{ratio.median:7.2f} ({ratio.q1:.2f} to {ratio.q3:.2f}) {best:20} "
+        f"{100 * info['fraction_of_floor']:4.0f} % of floor  {case.direction} {case.layout} "
+        f"{case.shape.name}"
+    )
+    if "peak_bytes" in info:
+        line += f", peak {info['peak_bytes'] / 2**20:.1f} MiB"
+    return [(ratio.median, line)]

@@ -62,13 +62,20 @@ def pytest_collection_finish(session):
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    """The machine's network name says nothing about speed."""
+    """The machine's network name and kernel build say nothing about speed."""
     machine_info.pop("node", None)
+    machine_info.pop("release", None)
+
+
+def pytest_benchmark_update_commit_info(config, commit_info):
+    """Neither does what the folder is called."""
+    commit_info.pop("project", None)
+    commit_info.pop("branch", None)
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     """One set of facts for the whole run; no raw rounds."""
-    output_json["facts"] = config.stash[RUN].facts
+    output_json["facts"] = rounded(config.stash[RUN].facts)
     for row in output_json["benchmarks"]:
         for name in DROPPED:
             row.pop(name, None)
@@ -85,6 +92,17 @@ def rounded(value):
 
 def pytest_terminal_summary(terminalreporter, config):
     run = config.stash[RUN]
+    if run.lines:
+        peaks = run.peaks
+        terminalreporter.section("the fastest peer's time over ours, worst case first")
+        for _, line in sorted(run.lines):
+            terminalreporter.write_line(line)
+        terminalreporter.write_line(
+            f"{run.facts['device_name']}, {run.facts['threads']} threads, "
+            f"{run.facts['instruction_set']}: floors from copies at "
+            f"{peaks['bytes_per_second'] / 1e9:.1f} GB/s and multiply-adds at "
+            f"{peaks['flops_per_second'] / 1e9:.0f} GFLOP/s"
+        )
     for operator, names in sorted(run.left_out.items()):
         terminalreporter.write_line(
             f"Left out of {operator} (--suite full has them): {len(names)} shapes: "

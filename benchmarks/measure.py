@@ -20,7 +20,6 @@ from torch import Tensor
 # Buffers add up to this many bytes, so that a call does not find its input in a cache.
 BUFFER_BYTES = 64 * 2**20
 MOST_BUFFERS = 16
-FEWEST_ROUNDS = 3
 MOST_ROUNDS = 60
 ROUND_SECONDS = 2e-3
 
@@ -66,14 +65,13 @@ def timed(
 def plan(each: float, seconds: float, peers: int) -> tuple[int, int]:
     """(repeats, rounds) of a peer whose call takes ``each``, in a case of ``seconds``.
 
-    A round lasts ROUND_SECONDS at least, and a peer's rounds its share of the case, but there are
-    FEWEST_ROUNDS. A call longer than the whole case is measured once more and no more.
+    A round lasts ROUND_SECONDS at least, and a peer's rounds its share of the case. But there are
+    5 rounds where they fit into the whole case, else 3, and 1 if a single call does not fit.
     """
     repeats = max(1, math.ceil(ROUND_SECONDS / each))
-    if each > seconds:
-        return 1, 1
-    rounds = int(seconds / peers / (each * repeats))
-    return repeats, min(max(FEWEST_ROUNDS, rounds), MOST_ROUNDS)
+    fewest = next((n for n, fit in ((5, 5), (3, 1)) if fit * each <= seconds), 1)
+    rounds = min(int(seconds / peers / (each * repeats)), MOST_ROUNDS)
+    return repeats, max(fewest, rounds)
 
 
 def interleave(

@@ -31,6 +31,7 @@ class Run:
         self.skipped: dict[str, set[str]] = {}  # reason -> peers
         self.left_out: dict[str, list[str]] = {}  # operator -> shapes
         self.measured: dict[object, cases.Measured] = {}
+        self.lines: list[tuple[float, str]] = []  # (ratio, text) of each case
 
     @property
     def peaks(self) -> dict:
@@ -93,6 +94,8 @@ class Run:
             size=case.shape.size,
             kernel=case.shape.longest,
         )
+        if peer.name == peers.OURS:
+            self.lines += cases.summary(case, measured, benchmark.extra_info)
 
 
 RUN = pytest.StashKey[Run]()

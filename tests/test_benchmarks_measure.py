@@ -1,5 +1,8 @@
 """The benchmarks' turns, clock, peers and memory; nothing here depends on how long a call takes."""
 
+import sys
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,12 +42,12 @@ def interleave(fake, seconds_of: dict[str, float], seconds: float):
 
 def test_peers_take_turns_and_the_order_rotates(fake_time):
     timings = interleave(fake_time, {"a": 0.01, "b": 0.02, "c": 0.01}, 0.18)
-    assert {name: len(t.rounds) for name, t in timings.items()} == {"a": 6, "b": 3, "c": 6}
+    assert {name: len(t.rounds) for name, t in timings.items()} == {"a": 6, "b": 5, "c": 6}
     order = "".join(name for name, _ in fake_time.calls)
-    assert order == "aabbcc" + "abc" + "bca" + "cab" + "ac" + "ca" + "ca"
+    assert order == "aabbcc" + "abc" + "bca" + "cab" + "abc" + "bca" + "ca"
     # All draw from one cycle of buffers.
     assert [index for _, index in fake_time.calls] == [i % 3 for i in range(len(order))]
-    assert timings["b"].rounds == pytest.approx([0.02] * 3)
+    assert timings["b"].rounds == pytest.approx([0.02] * 5)
 
 
 def test_short_calls_are_repeated_and_long_ones_are_not(fake_time):
@@ -55,11 +58,16 @@ def test_short_calls_are_repeated_and_long_ones_are_not(fake_time):
     assert timings["long"].rounds == pytest.approx([2.0])
 
 
+@pytest.mark.parametrize(("each", "rounds"), [(0.1, 5), (0.2, 5), (0.3, 3), (1.0, 3), (1.1, 1)])
+def test_slow_peers_get_few_rounds(each, rounds):
+    assert measure.plan(each, 1.0, 10) == (1, rounds)
+
+
 def test_a_slow_first_call_does_not_cost_rounds(fake_time):
     calls = {"compiled": fake_time.call("compiled", 0.01)}
     timing = measure.interleave(calls, {"compiled": 60.0}, 2, 0.1, lambda: None)["compiled"]
     assert timing.first_call == 60.0
-    assert len(timing.rounds) == 9 or len(timing.rounds) == 10
+    assert len(timing.rounds) > 5
 
 
 def test_ratios_are_of_the_same_round():
@@ -141,6 +149,29 @@ def test_rows_as_a_sequence_are_the_same_convolution():
     torch.testing.assert_close(y, F.conv2d(x, weight, padding=(2, 3), groups=3))
 
 
+@pytest.mark.parametrize(("side", "kernel"), [(6, 5), (8, 15), (7, 3)])
+def test_fused_fft_is_the_same_convolution(monkeypatch, side, kernel):
+    # A stand-in for the library: a full convolution, cropped at half of the transform's size.
+    def fused_fft_conv2d(x, kernels, fft_size):
+        assert 2 * max(x.shape[2:]) <= fft_size
+        size = 2 * fft_size
+        product = torch.fft.rfft2(x, s=(size, size)) * torch.fft.rfft2(kernels, s=(size, size))
+        begin = fft_size // 2
+        full = torch.fft.irfft2(product, s=(size, size))
+        return full[:, :, begin : begin + x.shape[2], begin : begin + x.shape[3]]
+
+    library = types.ModuleType("subquadratic_ops_torch.fused_fft_conv2d")
+    library.fused_fft_conv2d = fused_fft_conv2d
+    monkeypatch.setitem(sys.modules, "subquadratic_ops_torch", types.ModuleType("library"))
+    monkeypatch.setitem(sys.modules, library.__name__, library)
+    x = torch.randn(2, 3, side, side, dtype=torch.float64)
+    weight = torch.randn(3, 1, kernel, kernel, dtype=torch.float64)
+    bias = torch.randn(3, dtype=torch.float64)
+    padding = (kernel // 2, kernel // 2)
+    y = cuda_peers.fused_fft(x, weight, bias, padding, 1)
+    torch.testing.assert_close(y, F.conv2d(x, weight, bias, padding=padding, groups=3))
+
+
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 @pytest.mark.parametrize("peer", peers.depthwise_peers("cpu", methods=True), ids=lambda p: p.name)
 def test_depthwise_peers_give_and_get_the_layout(peer, layout):
@@ -160,6 +191,9 @@ def test_depthwise_peers_give_and_get_the_layout(peer, layout):
 
 def test_peers_that_are_not_installed_say_so():
     shape = shapes.square("small", 1, 4, 14, 7)
+    assert {name for name, _, _ in cuda_peers.DEPTHWISE} < {
+        peer.name for peer in peers.depthwise_peers("cuda", methods=False)
+    }
     refusals = {name: refuses(shape, torch.float16) for name, _, refuses in cuda_peers.DEPTHWISE}
     for name, module in (
         ("fused_fft_conv2d", "subquadratic_ops_torch"),
