@@ -31,13 +31,6 @@ class Case(NamedTuple):
         return f"{self.shape.name}-{self.direction}-{self.layout}"
 
 
-class Problem(NamedTuple):
-    """How to compute a case: for each peer, a call with the index of one of the buffers."""
-
-    calls: dict[str, Callable[[int], object]]
-    buffers: int
-
-
 class Measured(NamedTuple):
     """All peers of one case."""
 
@@ -59,12 +52,13 @@ def run(
 ) -> Measured:
     """Measure the peers that ``make`` makes calls of.
 
-    A peer that fails, or whose first result differs from the first peer's, is left out of the
-    rounds; its error is kept for its own test. ``tolerance`` None compares no results.
+    A peer that fails, or whose first result differs from that of the first that does not fail, is
+    left out of the rounds; its error is kept for its own test. ``tolerance`` None compares no
+    results.
     """
     wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
     calls, first_calls, errors, peaks = {}, {}, {}, {}
-    reference = None
+    reference: tuple[str, object] | None = None
     for name, maker in make.items():
         try:
             call = maker()
@@ -74,9 +68,8 @@ def run(
             wait()
             first_calls[name] = time.perf_counter() - begun
             if tolerance is not None:
-                if reference is None:
-                    reference = result
-                _check_agreement(name, result, reference, tolerance)
+                reference = reference or (name, result)
+                _check_agreement((name, result), reference, tolerance)
             del result
             if with_memory:
                 peaks[name] = memory.peak_bytes(lambda c=call: c(0), device)
@@ -89,16 +82,17 @@ def run(
     return Measured(timings, errors, peaks, buffers, os.getloadavg()[0])
 
 
-def _check_agreement(name: str, result, reference, tolerance: float) -> None:
-    """Raise ValueError unless all tensors are nearly equal: else they are no peers."""
-    results, references = (r if isinstance(r, tuple) else (r,) for r in (result, reference))
+def _check_agreement(peer: tuple, reference: tuple, tolerance: float) -> None:
+    """Raise ValueError unless two (name, result) nearly agree: else they are no peers."""
+    results, references = (r if isinstance(r, tuple) else (r,) for _, r in (peer, reference))
     for index, (a, b) in enumerate(zip(results, references, strict=True)):
-        a, b = a.detach().double(), b.detach().double()
+        wide = torch.promote_types(b.dtype, torch.float32)
+        a, b = a.detach().to(wide), b.detach().to(wide)
         difference = float((a - b).abs().max() / b.abs().max())
         if not difference <= tolerance:
             raise ValueError(
-                f"{name} computes something else: result {index} differs by {difference:.1e} of "
-                f"the largest element, more than {tolerance:.0e}"
+                f"{peer[0]} and {reference[0]} disagree: result {index} differs by "
+                f"{difference:.1e} of the largest element, more than {tolerance:.0e}"
             )
 
 

@@ -27,9 +27,11 @@ the rounds, in brackets its quartiles, worst case first: below 1 ours is slower.
 give tensors in the case's layout; those that compute in another pay for the conversions. "Of the
 floor" is the time to move the case's bytes once, or to do its multiply-adds (without those that
 meet padding), whichever is longer, over our time; bandwidth and rate were measured in the same run.
-It can exceed 100 % where tensors stay in a cache. Peak memory is what forward+backward allocates
-through PyTorch beyond its inputs; scratch that kernels keep to themselves is not in it. †: fewer
-than 3 rounds, as a call took longer than the whole case was to take.
+It can exceed 100 % where tensors stay in a cache, or where a transform needs fewer operations. In
+dX and dW alone, torch.fft has its spectra of the weight or the input from forward. Peak memory is
+what forward+backward allocates through PyTorch beyond its inputs; scratch that kernels keep to
+themselves is not in it. †: fewer than 3 rounds, as a call took longer than the whole case was to
+take.
 """
 
 

@@ -113,8 +113,8 @@ def test_a_peer_that_fails_or_disagrees_is_left_out():
         }
     )
     assert set(measured.timings) == {"ours", "close"}
-    assert "wrong computes something else" in measured.errors["wrong"]
-    assert "nan computes something else" in measured.errors["nan"]
+    assert "wrong and ours disagree" in measured.errors["wrong"]
+    assert "nan and ours disagree" in measured.errors["nan"]
     assert "RuntimeError: cannot" in measured.errors["broken"]
 
 
