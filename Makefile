@@ -9,6 +9,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TEST_ARGS ?=
 BENCH_ARGS ?=
+# A selection of one's own is no result to keep.
+BENCH_JSON ?= $(if $(BENCH_ARGS),,benchmarks/results/cpu-$(shell date +%F).json)
 DEMO_ARGS ?=
 WHEEL_ARCHITECTURES ?= 8.0 8.6 8.9 9.0a 10.0 12.0+PTX
 SANITIZE_TESTS ?= $(wildcard tests/test_depthwise_conv2d*.py tests/test_large_kernel_adapter*.py)
@@ -25,7 +27,7 @@ help:
 	@echo "make test      the tests that need no GPU (TEST_ARGS)"
 	@echo "make lint      ruff, and clang-format on csrc/"
 	@echo "make format    apply both formatters"
-	@echo "make bench     the benchmarks (BENCH_ARGS)"
+	@echo "make bench     the CPU benchmarks, up to ten minutes (BENCH_ARGS, BENCH_JSON)"
 	@echo "make wheel     dist/*.whl with CUDA code for $(WHEEL_ARCHITECTURES)"
 	@echo "make gpu       the tests and benchmarks that need a GPU"
 	@echo "make sanitize  the operator tests under AddressSanitizer and UBSan (SANITIZE_TESTS)"
@@ -85,8 +87,13 @@ format: $(VENV)/.packages
 	@$(BIN)/ruff format .
 	@$(BIN)/clang-format -i $(SOURCES) $(HEADERS)
 
+# glibc gives large tensors back to the system when they are freed, and new pages cost as much as
+# the convolution of a small kernel: keep them, to measure the latter.
 bench: install
-	@$(BIN)/python -m pytest benchmarks/ --benchmark-only $(BENCH_ARGS)
+	@mkdir -p benchmarks/results
+	@MALLOC_TRIM_THRESHOLD_=16000000000 MALLOC_MMAP_THRESHOLD_=8000000000 \
+	  $(BIN)/python -m pytest benchmarks/ --benchmark-only --bench-device cpu \
+	  $(if $(BENCH_JSON),--benchmark-json $(BENCH_JSON)) $(BENCH_ARGS)
 
 # By way of the source distribution, so that the wheel holds nothing that happens to lie around.
 wheel: $(VENV)/.packages
@@ -102,8 +109,10 @@ gpu: install
 	  " finds no CUDA device on this machine (torch " + torch.__version__ + "); make test needs none")'
 	@$(BIN)/python -m pytest -m gpu tests $(TEST_ARGS)
 	@mkdir -p benchmarks/results
-	@$(BIN)/python -m pytest benchmarks/ --benchmark-only --bench-device cuda \
-	  --benchmark-json benchmarks/results/gpu.json $(BENCH_ARGS)
+	@name=$$($(BIN)/python -c 'import re, torch; \
+	    print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()))'); \
+	  $(BIN)/python -m pytest benchmarks/ --benchmark-only --bench-device cuda \
+	  --benchmark-json benchmarks/results/$$name-$(shell date +%F).json $(BENCH_ARGS)
 
 # A second build beside the first, for the CPU. Python is not instrumented, so the sanitizer's
 # library (and the C++ one, whose exceptions it intercepts) must be loaded before it.

@@ -17,17 +17,15 @@ import itertools
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parent))
-import measure
-import shapes
-
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import measure, shapes
+from benchmarks.measure import timed
 from lka_kernels import depthwise_conv2d, info
 
 DIRECTIONS = ("forward", "backward-input", "backward-weight")
@@ -128,14 +126,6 @@ def compare(ours, theirs, rounds: int, budget: float = 20.0) -> tuple[float, flo
         ratios.append(taken[theirs] / taken[ours])
         own.append(taken[ours])
     return statistics.median(ratios), 1e3 * statistics.median(own)
-
-
-def timed(call, repeats: int) -> float:
-    """Seconds of one call."""
-    begun = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - begun) / repeats
 
 
 if __name__ == "__main__":

@@ -1,6 +1,11 @@
 """What all tests share: bounded hypothesis profiles, few threads, outputs that start as junk."""
 
 import os
+import sys
+from pathlib import Path
+
+# For the package `benchmarks`; last, so that it never decides which lka_kernels is tested.
+sys.path.append(str(Path(__file__).parents[1]))
 
 # Threads that wait for each other by spinning make small operators crawl on busy cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -1,0 +1,1 @@
+"""The benchmark suite: ``pytest benchmarks/ --benchmark-only``; CONTRIBUTING.md says how."""
