@@ -23,6 +23,8 @@ constexpr int64_t kPositionsPerPart = 384;
 
 // Rows of one plane that a planar kernel has in hand: they should stay in the first-level cache.
 constexpr int64_t kPlanarBufferBytes = 24 * 1024;
+// Sums of weight gradients of the channels that it takes together.
+constexpr int64_t kPlanarSumsBytes = 16 * 1024;
 
 int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
 
@@ -200,7 +202,9 @@ void plan_planar(PlannedWeightGradient& planned) {
   const int64_t vectors = ceil_div(plan.grad_output.width, lanes);
   plan.chunk =
       planar_chunk(plan.buffer, vectors * lanes + taps - 1, lanes, bytes, height, 2 * (taps - 1));
-  plan.scratch_elements = plan.buffer.rows * plan.buffer.columns;
+  const int64_t sums = (taps * taps + 1) * lanes;  // of one channel
+  plan.buffer.blocks = std::max<int64_t>(1, kPlanarSumsBytes / (sums * bytes));
+  plan.scratch_elements = plan.buffer.rows * plan.buffer.columns + plan.buffer.blocks * sums;
   planned.num_tasks = plan.num_groups * plan.num_parts;
   planned.partial_elements = plan.channels * plan.num_parts * (plan.kernel_h * plan.kernel_w + 1);
   planned.multiply_adds_per_task = double(plan.batch * plan.channels) / double(planned.num_tasks) *

@@ -299,63 +299,81 @@ T sum_of_lanes(Vec<T, V> v) {
   return sum;
 }
 
+// One plane of the input against one of grad_output, added to total[K·K + 1]; the last is the sum
+// of grad_output.
+template <class T, int V, int K, class S>
+void add_plane_gradient(const WeightGradientPlan& plan, PlaneRows<T, V>& rows, const S* x,
+                        const S* grad_output, Vec<T, V>* total, Ahead& ahead) {
+  const MapView& grad = plan.grad_output;
+  const int64_t num_chunks = (grad.height + plan.chunk - 1) / plan.chunk;
+  int64_t row = 0;
+  for (int64_t chunk = 1; chunk <= num_chunks; ++chunk) {
+    const int64_t row_end = chunk == num_chunks ? grad.height : chunk * grad.height / num_chunks;
+    // Input rows beyond the last that counts meet zeros in place of grad_output.
+    rows.template fill<S>(x, plan.input, row + plan.y.origin, plan.x.origin,
+                          row_end - row + 2 * (K - 1), num_chunks > 1);
+    for (int64_t column = 0; column < grad.width; column += V) {
+      const int64_t left = grad.width - column;
+      add_planar_gradients<T, V, K, S>(rows, grad_output + row * grad.stride_h + column,
+                                       grad.stride_h, row_end - row, column,
+                                       left < V ? int(left) : V, total, total[K * K], ahead);
+    }
+    row = row_end;
+  }
+}
+
 template <class T, int V, int K, class S>
 void planar_weight_gradients(const WeightGradientPlan& plan, int64_t begin, int64_t end,
                              void* scratch) {
   PlaneRows<T, V> rows(plan.buffer, static_cast<T*>(scratch));
+  constexpr int64_t kElements = K * K + 1;
+  auto* totals = reinterpret_cast<Vec<T, V>*>(static_cast<T*>(scratch) +
+                                              plan.buffer.rows * plan.buffer.columns);
   const MapView &in = plan.input, &grad = plan.grad_output;
   const int64_t elements = plan.kernel_h * plan.kernel_w + 1;
-  const int64_t num_chunks = (grad.height + plan.chunk - 1) / plan.chunk;
   const int64_t steps = (grad.width + V - 1) / V * ((grad.height + K - 1) / K);
   const int64_t input_lines = lines_per_step<S>(in, steps);
   const int64_t grad_lines = lines_per_step<S>(grad, steps);
+  const auto plane_of = [](const MapView& map, int64_t image, int64_t channel) {
+    return static_cast<const S*>(map.data) + image * map.stride_b + channel * map.stride_c;
+  };
   Ahead ahead;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t part = task / plan.num_groups, group = task % plan.num_groups;
     const int64_t first_image = part * plan.batch / plan.num_parts;
     const int64_t last_image = (part + 1) * plan.batch / plan.num_parts;
-    const int64_t last_channel = (group + 1) * plan.channels / plan.num_groups;
-    for (int64_t channel = group * plan.channels / plan.num_groups; channel < last_channel;
-         ++channel) {
-      const auto plane_of = [&](const MapView& map, int64_t image, int64_t channel) {
-        return static_cast<const S*>(map.data) + image * map.stride_b + channel * map.stride_c;
-      };
-      Vec<T, V> total[K * K] = {}, bias = {};
-      for (int64_t image = first_image; image < last_image; ++image) {
-        const bool last = image + 1 == last_image;
-        const int64_t next_image = last ? first_image : image + 1;
-        const int64_t next_channel = last ? channel + 1 : channel;
-        if (next_channel < last_channel) {
-          ahead.first.begin_with(plane_region<S>(in, plane_of(in, next_image, next_channel)),
-                                 input_lines);
-          ahead.second.begin_with(plane_region<S>(grad, plane_of(grad, next_image, next_channel)),
-                                  grad_lines);
-        }
-        const S* g = plane_of(grad, image, channel);
-        int64_t row = 0;
-        for (int64_t chunk = 1; chunk <= num_chunks; ++chunk) {
-          const int64_t row_end =
-              chunk == num_chunks ? grad.height : chunk * grad.height / num_chunks;
-          // Input rows beyond the last that counts meet zeros in place of grad_output.
-          rows.template fill<S>(plane_of(in, image, channel), in, row + plan.y.origin,
-                                plan.x.origin, row_end - row + 2 * (K - 1), num_chunks > 1);
-          for (int64_t column = 0; column < grad.width; column += V) {
-            const int64_t left = grad.width - column;
-            const int lanes = left < V ? int(left) : V;
-            const S* from = g + row * grad.stride_h + column;
-            add_planar_gradients<T, V, K, S>(rows, from, grad.stride_h, row_end - row, column,
-                                             lanes, total, bias, ahead);
+    const int64_t group_end = (group + 1) * plan.channels / plan.num_groups;
+    // Some channels of an image together, as they stand side by side in memory.
+    for (int64_t first = group * plan.channels / plan.num_groups; first < group_end;
+         first += plan.buffer.blocks) {
+      const int64_t last =
+          first + plan.buffer.blocks < group_end ? first + plan.buffer.blocks : group_end;
+      for (int64_t i = 0; i < (last - first) * kElements; ++i) totals[i] = Vec<T, V>{};
+      for (int64_t image = first_image; image < last_image; ++image)
+        for (int64_t channel = first; channel < last; ++channel) {
+          const bool same = channel + 1 < last;  // image
+          if (same || image + 1 < last_image) {
+            const int64_t next_image = same ? image : image + 1;
+            const int64_t next_channel = same ? channel + 1 : first;
+            ahead.first.begin_with(plane_region<S>(in, plane_of(in, next_image, next_channel)),
+                                   input_lines);
+            ahead.second.begin_with(plane_region<S>(grad, plane_of(grad, next_image, next_channel)),
+                                    grad_lines);
           }
-          row = row_end;
+          add_plane_gradient<T, V, K, S>(plan, rows, plane_of(in, image, channel),
+                                         plane_of(grad, image, channel),
+                                         totals + (channel - first) * kElements, ahead);
         }
+      for (int64_t channel = first; channel < last; ++channel) {
+        const Vec<T, V>* total = totals + (channel - first) * kElements;
+        T* partial = static_cast<T*>(plan.partial) + (part * plan.channels + channel) * elements;
+        memset(static_cast<void*>(partial), 0, size_t(elements) * sizeof(T));
+        for (int m = 0; m < K; ++m)
+          for (int n = 0; n < K; ++n)
+            partial[(plan.y.first_output + m) * plan.kernel_w + plan.x.first_output + n] =
+                sum_of_lanes<T, V>(total[m * K + n]);
+        partial[elements - 1] = sum_of_lanes<T, V>(total[K * K]);
       }
-      T* partial = static_cast<T*>(plan.partial) + (part * plan.channels + channel) * elements;
-      memset(static_cast<void*>(partial), 0, size_t(elements) * sizeof(T));
-      for (int m = 0; m < K; ++m)
-        for (int n = 0; n < K; ++n)
-          partial[(plan.y.first_output + m) * plan.kernel_w + plan.x.first_output + n] =
-              sum_of_lanes<T, V>(total[m * K + n]);
-      partial[elements - 1] = sum_of_lanes<T, V>(bias);
     }
   }
 }
