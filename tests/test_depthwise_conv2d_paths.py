@@ -1,0 +1,75 @@
+"""The compiled kernels' special cases: planar kernels, the dense form, what is cut into parts.
+
+Which of them serves a call depends on sizes that random cases rarely reach.
+"""
+
+import pytest
+import torch
+from cases import Case
+from test_depthwise_conv2d import DTYPES, check_case
+
+from lka_kernels import depthwise_conv2d
+
+PLANAR = {
+    # Contiguous rows, 3, 5 or 7 taps: neighbouring columns share a vector.
+    "one vector a row": Case(3, 5, 14, 14, (3, 3), padding="same"),
+    "half a vector a row": Case(3, 5, 7, 7, (5, 5), padding="same"),
+    "narrow rows": Case(2, 4, 9, 4, (7, 7), padding="same"),
+    "fewer rows than a tall tile": Case(2, 4, 5, 11, (5, 5), padding="same"),
+    "the last vector overlaps": Case(2, 3, 10, 37, (7, 7), padding="same"),
+    "an odd number of vectors": Case(1, 2, 8, 33, (3, 3), padding="same"),
+    "no padding": Case(2, 3, 21, 34, (7, 7)),
+    "padding larger than the kernel": Case(2, 3, 9, 6, (3, 3), padding=(8, 11)),
+    "a kernel clipped to 5 taps": Case(2, 3, 5, 5, (9, 9), padding=(3, 3)),
+    "uneven padding": Case(2, 3, 12, 13, (6, 6), padding="same"),
+    "rows apart in memory": Case(2, 3, 12, 17, (5, 5), padding="same", layout="sliced"),
+    "one plane many times": Case(3, 4, 12, 17, (3, 3), padding="same", layout="expanded"),
+    "a plane in chunks": Case(1, 2, 130, 95, (5, 5), padding="same"),
+    "a plane in chunks of few rows": Case(1, 1, 40, 700, (7, 7), padding="same"),
+    "more channels than are summed together": Case(2, 131, 8, 9, (7, 7), padding="same"),
+}
+DENSE = {
+    # The kernel covers the map from every position.
+    "exactly": Case(2, 33, 7, 7, (13, 13), padding="same"),
+    "and more": Case(2, 16, 4, 6, (31, 30), padding="same"),
+    "channels_last": Case(2, 40, 5, 6, (9, 11), padding="same", layout="channels_last"),
+    "lanes of several images": Case(9, 3, 5, 5, (9, 9), padding="same"),
+    "one row": Case(2, 20, 1, 9, (3, 17), padding="same"),
+    "one direction only": Case(2, 20, 5, 9, (9, 9), padding="same"),
+}
+
+
+@pytest.mark.usefixtures("compiled_cpu")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", PLANAR.values(), ids=PLANAR)
+def test_planar(case, dtype):
+    check_case(case, dtype, "direct")
+
+
+@pytest.mark.usefixtures("compiled_cpu")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", DENSE.values(), ids=DENSE)
+def test_dense(case, dtype):
+    check_case(case, dtype, "direct")
+
+
+@pytest.mark.usefixtures("compiled_cpu")
+@pytest.mark.parametrize(("batch", "channels"), [(1, 1), (1, 3), (5, 2), (2, 40)])
+@pytest.mark.parametrize("kernel", [3, 7, 25])
+def test_bits_do_not_depend_on_threads(batch, channels, kernel):
+    """Also where a plane is cut into bands because there are fewer planes than threads."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, channels, 65, 40, generator=generator)
+    weight = torch.randn(channels, 1, kernel, kernel, generator=generator)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            leaves = (x.clone().requires_grad_(), weight.clone().requires_grad_())
+            y = depthwise_conv2d(*leaves, padding=kernel // 2)
+            results.append((y, *torch.autograd.grad(y, leaves, torch.ones_like(y).cumsum(3))))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
