@@ -111,15 +111,15 @@ void planar_tile(const T* source, int64_t pitch, const int64_t* start, int64_t l
   Vec<T, V> sum[kRows][kVectors];
   for (int r = 0; r < kRows; ++r)
     for (int x = 0; x < kVectors; ++x) sum[r][x] = splat<T, V>(bias);
-#pragma GCC unroll 16
+#pragma GCC unroll kUnroll
   for (int y = 0; y < kRows + K - 1; ++y) {
     if (y < live_begin || y >= live_end) continue;
     const T* row = source + y * pitch;
-#pragma GCC unroll 8
+#pragma GCC unroll kUnroll
     for (int n = 0; n < K; ++n) {
       Vec<T, V> value[kVectors];
       for (int x = 0; x < kVectors; ++x) value[x] = load<T, V>(row + start[x] + n);
-#pragma GCC unroll 8
+#pragma GCC unroll kUnroll
       for (int r = 0; r < kRows; ++r) {
         const int m = y - r;
         if (m < 0 || m >= K) continue;
@@ -251,14 +251,14 @@ void add_planar_gradient(const PlaneRows<T, V>& input, const S* grad, int64_t gr
   const int64_t pitch = input.pitch();
   for (int64_t y = 0; y < rows + kTaps - 1; y += kTaps) {
     ahead.step();
-#pragma GCC unroll 8
+#pragma GCC unroll kUnroll
     for (int k = 0; k < kTaps; ++k) {
       recent[k] = y + k < rows ? load_some<T, V, S>(grad + (y + k) * grad_row, count) : Vec<T, V>{};
       if constexpr (kFirst == 0) grad_sum += recent[k];
-#pragma GCC unroll 8
+#pragma GCC unroll kUnroll
       for (int n = 0; n < K; ++n) {
         const Vec<T, V> value = load<T, V>(x + (y + k) * pitch + n);
-#pragma GCC unroll 8
+#pragma GCC unroll kUnroll
         for (int m = 0; m < kTaps; ++m) sum[m][n] += recent[(k - m + kTaps) % kTaps] * value;
       }
     }

@@ -10,15 +10,30 @@ namespace {
 
 constexpr int kTileTokens = 12;
 
+template <class S>
+constexpr int64_t kLine = 64 / sizeof(S);
+
+// Start loading the cache line of column `c` of each of the `kTokens` tokens from `tokens` on:
+// those of the next tile, while this one is multiplied (prefetch.h says why not all at once).
+template <int kTokens, int kForWriting, class S>
+inline void prefetch_column(const S* tokens, int64_t dim, int64_t c) {
+#pragma GCC unroll 16
+  for (int t = 0; t < kTokens; ++t) __builtin_prefetch(tokens + t * dim + c, kForWriting);
+}
+
 // out[t][0:V] = start[0:V] + sum over c of x[t][c]·weight[c][0:V], one block of the bottleneck.
 template <class T, int V, int kTokens>
 void project_in_tile(const T* x, int64_t dim, const T* weight, const T* start, T* out,
                      int64_t out_stride) {
   Vec<T, V> sum[kTokens];
   for (int t = 0; t < kTokens; ++t) sum[t] = start ? load_aligned<V>(start) : Vec<T, V>{};
-  for (int64_t c = 0; c < dim; ++c) {
-    const Vec<T, V> w = load_aligned<V>(weight + c * V);
-    for (int t = 0; t < kTokens; ++t) sum[t] += splat<T, V>(x[t * dim + c]) * w;
+  for (int64_t line = 0; line < dim; line += kLine<T>) {
+    prefetch_column<kTokens, 0>(x + kTokens * dim, dim, line);
+    const int64_t end = line + kLine<T> < dim ? line + kLine<T> : dim;
+    for (int64_t c = line; c < end; ++c) {
+      const Vec<T, V> w = load_aligned<V>(weight + c * V);
+      for (int t = 0; t < kTokens; ++t) sum[t] += splat<T, V>(x[t * dim + c]) * w;
+    }
   }
   for (int t = 0; t < kTokens; ++t) store<T, V>(out + t * out_stride, sum[t]);
 }
@@ -38,10 +53,14 @@ template <class T, int V, int kTokens>
 void outer_tile(const T* x, int64_t dim, const T* g, int64_t g_stride, T* gradient) {
   Vec<T, V> values[kTokens];
   for (int t = 0; t < kTokens; ++t) values[t] = load<T, V>(g + t * g_stride);
-  for (int64_t c = 0; c < dim; ++c) {
-    Vec<T, V> sum = splat<T, V>(x[c]) * values[0];
-    for (int t = 1; t < kTokens; ++t) sum += splat<T, V>(x[t * dim + c]) * values[t];
-    store_aligned<V>(gradient + c * V, load_aligned<V>(gradient + c * V) + sum);
+  for (int64_t line = 0; line < dim; line += kLine<T>) {
+    prefetch_column<kTokens, 0>(x + kTokens * dim, dim, line);
+    const int64_t end = line + kLine<T> < dim ? line + kLine<T> : dim;
+    for (int64_t c = line; c < end; ++c) {
+      Vec<T, V> sum = splat<T, V>(x[c]) * values[0];
+      for (int t = 1; t < kTokens; ++t) sum += splat<T, V>(x[t * dim + c]) * values[t];
+      store_aligned<V>(gradient + c * V, load_aligned<V>(gradient + c * V) + sum);
+    }
   }
 }
 
@@ -71,6 +90,10 @@ void project_out_tile(const T* e, int64_t e_stride, int64_t rank, int64_t dim, i
                       const T* weight, const T* start, const S* residual, S* y) {
   constexpr int kVectors = 3;
   for (int64_t c = 0; c < dim; c += kVectors * V) {
+    for (int64_t line = c; line < c + kVectors * V; line += kLine<S>) {
+      prefetch_column<kTokens, 1>(y + kTokens * dim, dim, line);
+      if (residual) prefetch_column<kTokens, 0>(residual + kTokens * dim, dim, line);
+    }
     Vec<T, V> sum[kTokens][kVectors];
     // Weights are padded to whole vectors; of the three, those beyond the end are skipped.
     const int vectors = dim_padded - c >= kVectors * V ? kVectors : int((dim_padded - c) / V);

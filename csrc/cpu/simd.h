@@ -14,6 +14,14 @@
 
 namespace {
 
+// How far kernels unroll the loops that keep sums in registers. Not under AddressSanitizer, whose
+// checks in every unrolled line take minutes to compile.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr int kUnroll = 1;
+#else
+constexpr int kUnroll = 16;
+#endif
+
 // Storage of 16-bit types; arithmetic happens in float.
 struct bfloat16_t {
   uint16_t bits;
