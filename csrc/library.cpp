@@ -5,6 +5,7 @@
 #endif
 #include <Python.h>
 
+#include "cpu/handover.h"
 #include "cpu/kernel_table.h"
 #include "cpu/operators.h"
 #ifdef LKA_WITH_CUDA
@@ -46,10 +47,17 @@ PyObject* built_with_cuda(PyObject*, PyObject*) {
 #endif
 }
 
+PyObject* enable_onednn(PyObject*, PyObject* enabled) {
+  lka::cpu::onednn_enabled = PyObject_IsTrue(enabled) == 1;
+  Py_RETURN_NONE;
+}
+
 PyMethodDef methods[] = {
     {"instruction_set", instruction_set, METH_NOARGS,
      "The instruction set the CPU kernels run with."},
     {"built_with_cuda", built_with_cuda, METH_NOARGS, "Whether CUDA kernels were compiled in."},
+    {"enable_onednn", enable_onednn, METH_O,
+     "Whether calls may be left to PyTorch's convolution where oneDNN behind it is faster."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 
-import torch  # noqa: F401  (loads the shared libraries that the compiled one links to)
+import torch  # also loads the shared libraries that the compiled one links to
 
 _BUILD_HINT = "reinstall with a C++17 compiler (g++) and without LKA_NO_EXTENSION=1 to build it"
 
@@ -37,6 +37,16 @@ def instruction_set() -> str:
     return MODULE.instruction_set() if MODULE is not None else "none"
 
 
+def follow_onednn() -> None:
+    """Leave no call to oneDNN while ``torch.backends.mkldnn`` is switched off or not there."""
+    if MODULE is not None:
+        onednn = torch.backends.mkldnn
+        MODULE.enable_onednn(onednn.is_available() and onednn.enabled)
+
+
 def built_with_cuda() -> bool:
     """True if the compiled library holds the CUDA kernels."""
     return MODULE is not None and MODULE.built_with_cuda()
+
+
+follow_onednn()

@@ -16,7 +16,7 @@ from lka_kernels.backends import reference
 
 
 def records(*tensors: Tensor | None) -> bool:
-    """Whether autograd must record a call: in the backward pass only with create_graph=True."""
+    """Whether autograd must record a call; within a backward pass, with create_graph=True only."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 

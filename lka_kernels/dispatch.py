@@ -142,7 +142,7 @@ def choose_depthwise(input: Tensor, weight: Tensor, method: str) -> Choice:
     return Choice(requested, "direct", f"asked for by use_backend({requested!r})")
 
 
-_COMPILED_CPU = Choice("cpu", "direct", "compiled CPU kernels serve every size of this call")
+_COMPILED_CPU = Choice("cpu", "direct", "compiled CPU kernels")
 
 
 def _why_torch(input: Tensor) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lka_kernels import autograd, checks, dispatch, ops, philox, remembered_calls
+from lka_kernels import _extension, autograd, checks, dispatch, ops, philox, remembered_calls
 from lka_kernels.backends import fft as _fft  # noqa: F401  (registers the FFT operators)
 from lka_kernels.backends import reference
 
@@ -49,13 +49,17 @@ def depthwise_conv2d(
         stride, padding, dilation, channels_last, backend, handed_over = known
         # The operator would make the very same call: without a graph to record, its wrapping, a
         # tenth of a small convolution, can be left out.
-        if handed_over and not autograd.records(input, weight, bias):
-            backend = "torch"
+        if handed_over:
+            _extension.follow_onednn()
+            if not autograd.records(input, weight, bias):
+                backend = "torch"
     else:
         geometry = _check_depthwise(input, weight, bias, stride, padding, dilation, method)
         if _autocast_enabled(input.device.type):
             input, weight, bias = _autocast(input.device.type, input, weight, bias)
         checks.dtypes_and_devices_agree("input", input, (("weight", weight), ("bias", bias)))
+        if not torch.compiler.is_compiling():
+            _extension.follow_onednn()
         stride, padding, dilation = geometry
         batched = input.dim() == 4
         channels_last = batched and (_like_channels_last(input) or _like_channels_last(weight))
@@ -378,8 +382,7 @@ def explain(
         f"weight {tuple(weight.shape)}, {layout} result",
     ]
     if choice.backend == "cpu":
-        from lka_kernels import _extension
-
+        _extension.follow_onednn()
         lines.append(f"instruction set {_extension.instruction_set()}")
         if ops.hands_over(input, weight, *geometry, channels_last, choice.backend):
             lines.append(

@@ -22,9 +22,11 @@ def key(input, weight, bias, stride, padding, dilation, method) -> tuple | None:
     """Everything that the checks and the choice of a backend look at, or None if they must run.
 
     They must for tensors other than plain ones on the CPU, under autocast, and while a call is
-    being traced or transformed.
+    being traced or transformed: what a tracer sees must not depend on earlier calls.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or dispatch.transformed():
+        return None
+    if torch._C._len_torch_dispatch_stack():  # make_fx, FakeTensorMode and the like
         return None
     if type(input) not in _PLAIN or type(weight) not in _PLAIN:
         return None
@@ -41,6 +43,7 @@ def key(input, weight, bias, stride, padding, dilation, method) -> tuple | None:
         weight.dtype,
         None if bias is None else (bias.shape, bias.dtype),
         (stride, padding, dilation, method, dispatch.requested_backend()),
+        torch.backends.mkldnn.enabled,
         # True and 1.0 equal 1, but are not accepted.
         (_types(stride), _types(padding), _types(dilation)),
     )

@@ -9,7 +9,16 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-LAYOUTS = ("contiguous", "channels_last", "sliced", "transposed", "expanded", "expanded_channels")
+LAYOUTS = (
+    "contiguous",
+    "channels_last",
+    "sliced",
+    "cropped",
+    "rows_outermost",
+    "transposed",
+    "expanded",
+    "expanded_channels",
+)
 # Equal columns times equal columns would make sums of equal terms, whose rounding errors all point
 # one way; so the gradient does not have them.
 INPUT_LAYOUTS = (*LAYOUTS, "expanded_columns")
@@ -103,6 +112,10 @@ def lay_out(shape, layout: str, dtype: torch.dtype, generator: torch.Generator) 
         return normal(b, h, w, c).permute(0, 3, 1, 2)
     if layout == "sliced":  # strides in every dimension, an offset, unaligned addresses
         return normal(b, c + 1, 2 * h + 1, 3 * w + 2)[:, 1:, 1::2, 2::3]
+    if layout == "cropped":  # contiguous rows, apart from each other
+        return normal(b, c, h + 1, w + 3)[:, :, 1:, 2:-1]
+    if layout == "rows_outermost":
+        return normal(h, b, c, w).permute(1, 2, 0, 3)
     if layout == "transposed":
         return normal(b, c, w, h).transpose(2, 3)
     if layout == "expanded":

@@ -22,8 +22,11 @@ PLANAR = {
     "padding larger than the kernel": Case(2, 3, 9, 6, (3, 3), padding=(8, 11)),
     "a kernel clipped to 5 taps": Case(2, 3, 5, 5, (9, 9), padding=(3, 3)),
     "uneven padding": Case(2, 3, 12, 13, (6, 6), padding="same"),
-    "rows apart in memory": Case(2, 3, 12, 17, (5, 5), padding="same", layout="sliced"),
+    "rows apart in memory": Case(2, 3, 12, 17, (5, 5), padding="same", layout="cropped"),
     "one plane many times": Case(3, 4, 12, 17, (3, 3), padding="same", layout="expanded"),
+    "rows of all planes interleaved": Case(
+        2, 3, 12, 9, (3, 3), padding="same", layout="rows_outermost"
+    ),
     "a plane in chunks": Case(1, 2, 130, 95, (5, 5), padding="same"),
     "a plane in chunks of few rows": Case(1, 1, 40, 700, (7, 7), padding="same"),
     "more channels than are summed together": Case(2, 131, 8, 9, (7, 7), padding="same"),
@@ -51,6 +54,21 @@ def test_planar(case, dtype):
 @pytest.mark.parametrize("case", DENSE.values(), ids=DENSE)
 def test_dense(case, dtype):
     check_case(case, dtype, "direct")
+
+
+@pytest.mark.usefixtures("compiled_cpu")
+def test_dense_bands():
+    """Bits do not depend on threads where one block of channels is cut into bands."""
+    x, weight = torch.randn(1, 3, 24, 24), torch.randn(3, 1, 47, 47)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(depthwise_conv2d(x, weight, padding="same"))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
 
 
 @pytest.mark.usefixtures("compiled_cpu")

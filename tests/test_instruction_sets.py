@@ -34,9 +34,12 @@ for channels in (1, 3, 8, 20, 37):
             case = Case(2, channels, 15, 14, kernel, layout=layout, **options)
             for dtype in dtypes:
                 check_case(case, dtype, "direct")
-        dense = Case(2, channels, 5, 6, (9, 11), padding="same", layout=layout)
-        for dtype in dtypes:
-            check_case(dense, dtype, "direct")
+        for case in (
+            Case(2, channels, 5, 6, (9, 11), padding="same", layout=layout),
+            Case(1, channels, 9, 37, (5, 5), padding="same", layout=layout),
+        ):
+            for dtype in dtypes:
+                check_case(case, dtype, "direct")
 for r in (3, 8, 17):
     for activation in ("gelu", "gelu_tanh", "silu", "relu"):
         case = AdapterCase(2, 29, r, (9, 8), (7, 5), prefix=1, activation=activation,

@@ -15,9 +15,9 @@ using lka::MapView;
 using lka::cpu::ConvolvePlan;
 using lka::cpu::Phase;
 
-// The kernel as the source, the map as the taps.
-inline Axis dense_axis(const Phase& phase, int64_t source_size) {
-  return Axis{phase.count, source_size, 1, 1, 0, 0, phase.taps};
+// `outputs` reversed outputs from `first` on: the kernel is the source, the map are the taps.
+inline Axis dense_axis(const Phase& phase, int64_t source_size, int64_t first, int64_t outputs) {
+  return Axis{outputs, source_size, 1, 1, first, 0, phase.taps};
 }
 
 template <class T, int V, class S>
@@ -32,10 +32,11 @@ void convolve_dense_as(const ConvolvePlan& plan, int64_t begin, int64_t end, voi
   c.weight = map;
   c.weight_row = source.width * V;
   c.weight_column = V;
-  c.y = dense_axis(y, source.height);
-  c.x = dense_axis(x, source.width);
+  c.x = dense_axis(x, source.width, 0, x.count);
   c.accumulate = false;
-  for (int64_t block = begin; block < end; ++block) {
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t block = task / plan.num_bands, first = task % plan.num_bands * plan.band;
+    const int64_t last = first + plan.band < target.height ? first + plan.band : target.height;
     const Lanes from = lanes_of<V>(plan.lanes, block, source, plan.batch, plan.channels);
     const Lanes to = lanes_of<V>(plan.lanes, block, target, plan.batch, plan.channels);
     const int64_t pattern = block % plan.lanes.num_patterns;
@@ -44,17 +45,18 @@ void convolve_dense_as(const ConvolvePlan& plan, int64_t begin, int64_t end, voi
     c.bias = plan.bias ? static_cast<const T*>(plan.packed_bias) + pattern * V : nullptr;
     pack_rows<T, V, S>(static_cast<const S*>(source.data), from, 0, source.height, source.width,
                        map, source.width * V);
+    // Rows [first, last) of the target; its last row is the first of the reversed ones.
     const bool direct = plan.direct_store && to.adjacent && to.count == V;
-    T* out = direct ? static_cast<T*>(target.data) + to.offset[0] : result;
     const int64_t row = direct ? target.stride_h : target.width * V;
     const int64_t column = direct ? target.stride_w : V;
-    c.out = out + (target.height - 1) * row + (target.width - 1) * column;
+    T* out = direct ? static_cast<T*>(target.data) + to.offset[0] + first * row : result;
+    c.y = dense_axis(y, source.height, target.height - last, last - first);
+    c.out = out + (last - first - 1) * row + (target.width - 1) * column;
     c.out_row = -row;
     c.out_column = -column;
     correlate<T, V>(c);
     if (!direct)
-      unpack_rows<T, V, S>(result, to, 0, target.height, target.width,
-                           static_cast<S*>(target.data));
+      unpack_rows<T, V, S>(result, to, first, last, target.width, static_cast<S*>(target.data));
   }
 }
 

@@ -45,7 +45,9 @@ struct SourceBuffer {
 // Planar kernels compute tiles of at least this many rows.
 constexpr int64_t kFewestPlanarRows = 4;
 
-// Forward or backward-input. A task is one band of output rows of buffer.blocks blocks of planes.
+// Forward or backward-input. A task is one band of output rows of buffer.blocks blocks of planes;
+// of planar kernels, of one plane; of the dense form, of one block, without source rows in a
+// buffer.
 struct ConvolvePlan {
   Storage storage;
   int64_t batch, channels, kernel_h, kernel_w;
@@ -57,15 +59,15 @@ struct ConvolvePlan {
   int64_t origin_y, origin_x;  // smallest origins: where the source buffer begins
   int64_t tap_rows;            // kernel rows of all phases
   int64_t span_y;              // source rows that one output of every phase reads
-  int64_t band, num_bands;     // outputs j of a phase per band
+  int64_t band, num_bands;     // outputs j of a phase per band, at most
   int64_t chunk;               // outputs j of a phase for which the source is unpacked at a time
   SourceBuffer buffer;
   int64_t groups_per_image;  // groups of buffer.blocks blocks; 0 where blocks go one by one
-  bool dense;                // the kernel covers the map from every position: one task a block
+  bool dense = false;        // the kernel covers the map from every position
   bool direct_store;         // kernels may write the target themselves
   const void* weight;        // (C, kH, kW) dense
   const void* bias;          // (C,) or null
-  void* packed_weight;       // [pattern][phase y][phase x][tap y][tap x][V]
+  void* packed_weight;       // [pattern][phase y][phase x][tap y][tap x][V]; planar: see there
   void* packed_bias;         // [pattern][V]
   int64_t packed_taps;       // taps of one pattern over all phases
   int64_t scratch_elements;  // per thread
@@ -80,9 +82,10 @@ struct WeightGradientPlan {
   Phase y, x;           // outputs are kernel elements, taps are positions of grad_output
   int64_t chunk;        // rows of grad_output at a time
   SourceBuffer buffer;  // of the input
-  int64_t num_parts;    // parts of the rows of all images (1 if cross_images)
-  int64_t num_groups;   // groups of blocks
-  void* partial;        // [part][block][kH·kW + 1][V]; the last is the bias's gradient
+  int64_t num_parts;   // parts of the rows of all images (1 if cross_images), planar: of the images
+  int64_t num_groups;  // groups of blocks
+  int64_t channels_together = 0;  // planar: whose sums are kept at a time
+  void* partial;                  // [part][block][kH·kW + 1][V]; the last is the bias's gradient
   int64_t scratch_elements;
 };
 

@@ -109,12 +109,12 @@ int64_t choose_chunk(SourceBuffer& buffer, int64_t most_blocks, int64_t vector_b
   return std::min(outputs, least + std::max<int64_t>(0, more));
 }
 
-// Whether planar kernels serve these phases of stride 1 (one per dimension), between contiguous
-// rows.
-bool planar_serves(int64_t taps_y, int64_t taps_x, int64_t step, const MapView& source,
+// Whether planar kernels serve a convolution with this many taps (clipped) between these maps.
+bool planar_serves(const ConvParams& p, int64_t taps_y, int64_t taps_x, const MapView& source,
                    const MapView& target) {
-  const bool known = taps_y == 3 || taps_y == 5 || taps_y == 7;
-  return known && taps_x == taps_y && step == 1 && source.stride_w == 1 && target.stride_w == 1 &&
+  return p.stride_h == 1 && p.stride_w == 1 && p.dilation_h == 1 && p.dilation_w == 1 &&
+         (taps_y == 3 || taps_y == 5 || taps_y == 7) && taps_x == taps_y &&  //
+         source.stride_w == 1 && target.stride_w == 1 &&                     //
          target.height >= kFewestPlanarRows && target.width >= kFewestPlanarRows;
 }
 
@@ -151,7 +151,7 @@ bool covers(const Phase& phase, int64_t source_size) {
          phase.taps == source_size - phase.origin;
 }
 
-void plan_dense(PlannedConvolution& planned) {
+void plan_dense(PlannedConvolution& planned, int num_threads) {
   ConvolvePlan& plan = planned.plan;
   const Phase &y = plan.phases_y[0], &x = plan.phases_x[0];
   const int64_t source_area = plan.source.height * plan.source.width;
@@ -161,8 +161,15 @@ void plan_dense(PlannedConvolution& planned) {
   plan.scratch_elements = (source_area + target_area) * lanes +
                           y.taps * int64_t(sizeof(void*)) / arithmetic_bytes(plan.storage);
   planned.packed_weight_elements = plan.lanes.num_patterns * plan.packed_taps * lanes;
-  planned.num_tasks = plan.lanes.num_blocks;
-  planned.multiply_adds_per_task = double(source_area) * double(target_area);
+  const int64_t blocks = plan.lanes.num_blocks;
+  plan.num_bands = 1;
+  if (num_threads > 1 && blocks < 2 * num_threads)
+    plan.num_bands = std::min(plan.target.height, ceil_div(2 * num_threads, blocks));
+  plan.band = ceil_div(plan.target.height, plan.num_bands);
+  plan.num_bands = ceil_div(plan.target.height, plan.band);
+  planned.num_tasks = blocks * plan.num_bands;
+  planned.multiply_adds_per_task =
+      double(source_area) * double(target_area) / double(plan.num_bands);
 }
 
 void plan_planar(PlannedConvolution& planned, int num_threads) {
@@ -203,8 +210,8 @@ void plan_planar(PlannedWeightGradient& planned) {
   plan.chunk =
       planar_chunk(plan.buffer, vectors * lanes + taps - 1, lanes, bytes, height, 2 * (taps - 1));
   const int64_t sums = (taps * taps + 1) * lanes;  // of one channel
-  plan.buffer.blocks = std::max<int64_t>(1, kPlanarSumsBytes / (sums * bytes));
-  plan.scratch_elements = plan.buffer.rows * plan.buffer.columns + plan.buffer.blocks * sums;
+  plan.channels_together = std::max<int64_t>(1, kPlanarSumsBytes / (sums * bytes));
+  plan.scratch_elements = plan.buffer.rows * plan.buffer.columns + plan.channels_together * sums;
   planned.num_tasks = plan.num_groups * plan.num_parts;
   planned.partial_elements = plan.channels * plan.num_parts * (plan.kernel_h * plan.kernel_w + 1);
   planned.multiply_adds_per_task = double(plan.batch * plan.channels) / double(planned.num_tasks) *
@@ -231,8 +238,7 @@ PlannedConvolution plan_convolution(const ConvParams& p, const MapView& source,
   plan.num_phases_x = int64_t(planned.phases_x.size());
 
   const Phase &first_y = planned.phases_y[0], &first_x = planned.phases_x[0];
-  if (p.stride_h == 1 && p.stride_w == 1 && first_y.tap_step == 1 &&
-      planar_serves(first_y.taps, first_x.taps, first_x.tap_step, source, target)) {
+  if (planar_serves(p, first_y.taps, first_x.taps, source, target)) {
     plan_planar(planned, num_threads);
     return planned;
   }
@@ -245,7 +251,7 @@ PlannedConvolution plan_convolution(const ConvParams& p, const MapView& source,
   plan.dense = p.stride_h == 1 && p.stride_w == 1 && covers(first_y, source.height) &&
                covers(first_x, source.width);
   if (plan.dense) {
-    plan_dense(planned);
+    plan_dense(planned, num_threads);
     return planned;
   }
   const bool together = source.stride_c == 1 && !plan.lanes.cross_images;
@@ -368,8 +374,7 @@ PlannedWeightGradient plan_backward_weight(const ConvParams& p) {
   plan.x = axis(forward_phases(p.input.width, p.output.width, p.kernel_w, p.stride_w, p.dilation_w,
                                p.pad_left)[0],
                 p.output.width, p.stride_w, p.dilation_w);
-  if (p.stride_h == 1 && p.stride_w == 1 && p.dilation_h == 1 &&
-      planar_serves(plan.y.count, plan.x.count, p.dilation_w, p.input, p.output)) {
+  if (planar_serves(p, plan.y.count, plan.x.count, p.input, p.output)) {
     plan_planar(planned);
     return planned;
   }

@@ -1,6 +1,8 @@
 // Which calls oneDNN, behind PyTorch's own convolution, serves faster than the kernels here.
 #pragma once
 
+#include <atomic>
+
 #include "../conv_params.h"
 
 namespace lka::cpu {
@@ -25,8 +27,11 @@ constexpr int64_t kFewestElements = 200 * 1024;
 constexpr int64_t kArea3 = 3 * 3, kArea5 = 5 * 5, kArea7 = 7 * 7, kArea13 = 13 * 13;
 constexpr int64_t kMap8 = 8 * 8, kMap28 = 28 * 28;
 
+// Whether PyTorch may use oneDNN: Python's business, which says it through the module.
+inline std::atomic<bool> onednn_enabled{false};
+
 inline bool onednn_is_faster_forward(const HandoverCase& c) {
-  if (c.elements < kFewestElements) return false;
+  if (c.elements < kFewestElements || !onednn_enabled) return false;
   switch (c.storage) {
     case Storage::float32: return c.channels_last && c.kernel_area <= kArea3 && c.map_area <= kMap8;
     case Storage::bfloat16:
@@ -38,7 +43,7 @@ inline bool onednn_is_faster_forward(const HandoverCase& c) {
 }
 
 inline bool onednn_is_faster_backward_input(const HandoverCase& c) {
-  if (c.elements < kFewestElements || !c.unit_stride) return false;
+  if (c.elements < kFewestElements || !c.unit_stride || !onednn_enabled) return false;
   switch (c.storage) {
     case Storage::bfloat16:
       if (!c.native_bfloat16) return false;

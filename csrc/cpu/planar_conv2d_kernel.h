@@ -18,10 +18,12 @@ using lka::cpu::Phase;
 using lka::cpu::SourceBuffer;
 using lka::cpu::WeightGradientPlan;
 
-// The whole of a plane.
+// The rows of a plane, which may lie far apart.
 template <class S>
 Region plane_region(const MapView& map, const S* plane) {
-  return {plane, map.height * map.stride_h * int64_t(sizeof(S)), 1, 0, 1, 0};
+  constexpr int64_t kSize = sizeof(S);
+  if (map.stride_h == map.width) return {plane, map.height * map.width * kSize, 1, 0, 1, 0};
+  return {plane, map.width * kSize, 1, 0, map.height, map.stride_h * kSize};
 }
 
 template <class S>
@@ -222,8 +224,8 @@ void convolve_planes(const ConvolvePlan& plan, int64_t begin, int64_t end, void*
       source.advance();
       target.advance();
       if (task + 1 < end) {
-        ahead.first.begin_with(plane_region<S>(in, source.data()), read_lines);
-        ahead.second.begin_with(plane_region<S>(out, target.data()), write_lines, true);
+        ahead.first.begin_at_rate(plane_region<S>(in, source.data()), read_lines);
+        ahead.second.begin_at_rate(plane_region<S>(out, target.data()), write_lines, true);
       }
     }
     int64_t row = first;
@@ -309,7 +311,8 @@ void add_plane_gradient(const WeightGradientPlan& plan, PlaneRows<T, V>& rows, c
   int64_t row = 0;
   for (int64_t chunk = 1; chunk <= num_chunks; ++chunk) {
     const int64_t row_end = chunk == num_chunks ? grad.height : chunk * grad.height / num_chunks;
-    // Input rows beyond the last that counts meet zeros in place of grad_output.
+    // Input rows beyond the last that counts meet zeros in place of grad_output, as do columns: an
+    // infinity near the edge of a map makes NaN of more taps than it belongs to.
     rows.template fill<S>(x, plan.input, row + plan.y.origin, plan.x.origin,
                           row_end - row + 2 * (K - 1), num_chunks > 1);
     for (int64_t column = 0; column < grad.width; column += V) {
@@ -345,9 +348,9 @@ void planar_weight_gradients(const WeightGradientPlan& plan, int64_t begin, int6
     const int64_t group_end = (group + 1) * plan.channels / plan.num_groups;
     // Some channels of an image together, as they stand side by side in memory.
     for (int64_t first = group * plan.channels / plan.num_groups; first < group_end;
-         first += plan.buffer.blocks) {
+         first += plan.channels_together) {
       const int64_t last =
-          first + plan.buffer.blocks < group_end ? first + plan.buffer.blocks : group_end;
+          first + plan.channels_together < group_end ? first + plan.channels_together : group_end;
       for (int64_t i = 0; i < (last - first) * kElements; ++i) totals[i] = Vec<T, V>{};
       for (int64_t image = first_image; image < last_image; ++image)
         for (int64_t channel = first; channel < last; ++channel) {
@@ -355,10 +358,10 @@ void planar_weight_gradients(const WeightGradientPlan& plan, int64_t begin, int6
           if (same || image + 1 < last_image) {
             const int64_t next_image = same ? image : image + 1;
             const int64_t next_channel = same ? channel + 1 : first;
-            ahead.first.begin_with(plane_region<S>(in, plane_of(in, next_image, next_channel)),
-                                   input_lines);
-            ahead.second.begin_with(plane_region<S>(grad, plane_of(grad, next_image, next_channel)),
-                                    grad_lines);
+            ahead.first.begin_at_rate(plane_region<S>(in, plane_of(in, next_image, next_channel)),
+                                      input_lines);
+            ahead.second.begin_at_rate(
+                plane_region<S>(grad, plane_of(grad, next_image, next_channel)), grad_lines);
           }
           add_plane_gradient<T, V, K, S>(plan, rows, plane_of(in, image, channel),
                                          plane_of(grad, image, channel),

@@ -21,10 +21,10 @@ class Prefetcher {
  public:
   // Cover a region in `steps` steps.
   void begin(const Region& region, int64_t steps, bool for_writing = false) {
-    begin_with(region, (region.lines() + steps - 1) / steps, for_writing);
+    begin_at_rate(region, (region.lines() + steps - 1) / steps, for_writing);
   }
-  // The same for who has divided before.
-  void begin_with(const Region& region, int64_t lines_per_step, bool for_writing = false) {
+  // So many lines a step: the division, made once for many regions of a size.
+  void begin_at_rate(const Region& region, int64_t lines_per_step, bool for_writing = false) {
     region_ = region;
     for_writing_ = for_writing;
     per_step_ = lines_per_step;

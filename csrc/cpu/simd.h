@@ -168,7 +168,7 @@ inline void store(float16_t* p, Vec<T, V> v) {
 }
 
 #if defined(LKA_AVX512)
-// One masked instruction for `count` elements of 4, 8 or 2 bytes; nothing beyond them is touched.
+// Elements of 4, 8 or 2 bytes where the mask has a bit, by one instruction; others are not touched.
 template <class T, int V, class S>
 inline Vec<T, V> load_masked(const S* p, uint32_t mask) {
   constexpr int kBytes = V * sizeof(S);
@@ -208,10 +208,8 @@ inline void store_masked(S* p, Vec<T, V> v, uint32_t mask) {
 }
 
 template <class S, int V>
-constexpr bool kHasMasks = V * sizeof(S) >= 16 && !(sizeof(S) >= 4 && V * sizeof(S) < 32);
-#else
-template <class S, int V>
-constexpr bool kHasMasks = false;
+constexpr bool kHasMasks =
+    V * sizeof(S) == 64 || V * sizeof(S) == 32 || (sizeof(S) == 2 && V * sizeof(S) == 16);
 #endif
 
 // The first `count` elements only; the rest of the vector is zero.
