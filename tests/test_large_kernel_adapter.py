@@ -199,6 +199,9 @@ DEFINED = [
     AdapterCase(grid=(2, 2), kernel=(31, 31), prefix=1, dropout=0.4),
     AdapterCase(dropout=1.0, residual=True),
     AdapterCase(grid=(1, 1), kernel=(5, 5)),
+    # The kernel covers the grid from every position, with even sizes and idle lanes too.
+    AdapterCase(grid=(5, 4), kernel=(10, 7), r=9, prefix=1, dropout=0.2, residual=True),
+    AdapterCase(grid=(3, 4), kernel=(31, 8), r=16),
     *(AdapterCase(prefix=2, prefix_mode=m, residual=True, scale=2.0) for m in PREFIX_MODES),
     *(AdapterCase(prefix=1, prefix_mode=m, biases=False, dropout=0.3) for m in PREFIX_MODES),
     *(AdapterCase(activation=a, position=p) for a in ACTIVATIONS for p in ACTIVATION_POSITIONS),

@@ -88,6 +88,65 @@ void load_grid(const AdapterParams& p, const T* tokens, int64_t stride, int64_t 
   rows.template fill_until<T>(p.buffer_rows);
 }
 
+// Whether a kernel with this padding meets every grid element from every position (one dimension).
+inline bool covers_grid(int64_t kernel, int64_t pad, int64_t dilation, int64_t grid) {
+  return dilation == 1 && pad >= grid - 1 && kernel - pad >= grid;
+}
+
+// One block of the bottleneck: the grid part of `tokens` (stride elements apart) convolved with
+// kernel [kernel_h·kernel_w][V], into `out`, which may be where the tokens stand: they are copied
+// first, into `rows` or, if the kernel covers the grid, into the memory `dense`.
+template <class T, int V>
+void convolve_grid(const AdapterParams& p, const T* tokens, int64_t stride, int64_t block,
+                   int64_t pad_top, int64_t pad_left, const T* kernel, const T* bias,
+                   SourceRows<T, V>& rows, T* dense, T* out, int64_t out_column) {
+  Correlation<T, V> k;
+  k.bias = bias;
+  k.accumulate = false;
+  if (dense != nullptr) {
+    // As in dense_conv2d_kernel.h: the grid are the taps, the kernel is the source.
+    const T** kernel_rows = reinterpret_cast<const T**>(dense);
+    for (int64_t m = 0; m < p.kernel_h; ++m) kernel_rows[m] = kernel + m * p.kernel_w * V;
+    T* grid = dense + round_up(p.kernel_h * int64_t(sizeof(T*) / sizeof(T)), 64 / sizeof(T));
+    pack_rows<T, V, T>(tokens + p.num_prefix_tokens * stride, rank_lanes(p, block, stride), 0,
+                       p.height, p.width, grid, p.width * V);
+    k.source_rows = kernel_rows;
+    k.weight = grid;
+    k.weight_row = p.width * V;
+    k.weight_column = V;
+    k.y = Axis{p.height, p.height, 1, 1, pad_top - (p.height - 1), 0, p.kernel_h};
+    k.x = Axis{p.width, p.width, 1, 1, pad_left - (p.width - 1), 0, p.kernel_w};
+    k.out = out + (p.height * p.width - 1) * out_column;
+    k.out_column = -out_column;
+  } else {
+    load_grid<T, V>(p, tokens, stride, block, pad_top, pad_left, rows);
+    k.source_rows = rows.table();
+    k.weight = kernel;
+    k.weight_row = p.kernel_w * V;
+    k.weight_column = V;
+    k.y = rank_axis(p.height, p.kernel_h, 1, p.dilation, pad_top, p.height);
+    k.x = rank_axis(p.width, p.kernel_w, 1, p.dilation, pad_left, p.width);
+    k.out = out;
+    k.out_column = out_column;
+  }
+  k.out_row = p.width * k.out_column;
+  correlate<T, V>(k);
+}
+
+// Memory for convolve_grid's dense form: of the grid, and pointers to the rows of the kernel.
+template <class T, int V>
+int64_t dense_elements(const AdapterParams& p) {
+  return p.height * p.width * V + p.kernel_h * int64_t(sizeof(T*) / sizeof(T)) + 2 * 64;
+}
+
+template <class T, int V>
+T* take_dense(const AdapterParams& p, int64_t pad_top, int64_t pad_left, Arena<T>& arena) {
+  T* memory = arena.take(dense_elements<T, V>(p));
+  const bool dense = covers_grid(p.kernel_h, pad_top, p.dilation, p.height) &&
+                     covers_grid(p.kernel_w, pad_left, p.dilation, p.width);
+  return dense ? memory : nullptr;
+}
+
 // The tap that a 1×1 image meets under "same" padding; -1 if the padding falls between two taps.
 inline int64_t center_tap(const AdapterParams& p) {
   if (p.pad_top % p.dilation || p.pad_left % p.dilation) return -1;
@@ -129,6 +188,7 @@ void adapter_convolve(const AdapterParams& p, int64_t image, T* scratch) {
   T* a = arena.take(p.tokens * p.rank);
   SourceRows<T, V> rows(grid_buffer(p), arena.take(grid_buffer(p).elements(V, sizeof(T))));
   T* result = arena.take(p.height * p.width * V);
+  T* dense = take_dense<T, V>(p, p.pad_top, p.pad_left, arena);
   const T* z = static_cast<const T*>(p.z) + image * p.tokens * p.rank;
   T* c = static_cast<T*>(p.c) + image * p.tokens * p.rank;
   if (p.activate_before)
@@ -139,22 +199,12 @@ void adapter_convolve(const AdapterParams& p, int64_t image, T* scratch) {
   const int64_t taps = p.kernel_h * p.kernel_w;
   T* grid = c + p.num_prefix_tokens * p.rank;
   for (int64_t block = 0; block < p.rank_blocks; ++block) {
-    load_grid<T, V>(p, a, p.rank, block, p.pad_top, p.pad_left, rows);
     const Lanes lanes = rank_lanes(p, block, p.rank);
     const bool direct = lanes.count == V;
-    Correlation<T, V> k;
-    k.source_rows = rows.table();
-    k.weight = static_cast<const T*>(p.conv) + block * taps * V;
-    k.weight_row = p.kernel_w * V;
-    k.weight_column = V;
-    k.y = rank_axis(p.height, p.kernel_h, 1, p.dilation, p.pad_top, p.height);
-    k.x = rank_axis(p.width, p.kernel_w, 1, p.dilation, p.pad_left, p.width);
-    k.bias = static_cast<const T*>(p.conv_bias) + block * V;
-    k.accumulate = false;
-    k.out = direct ? grid + block * V : result;
-    k.out_column = direct ? p.rank : V;
-    k.out_row = p.width * k.out_column;
-    correlate<T, V>(k);
+    convolve_grid<T, V>(p, a, p.rank, block, p.pad_top, p.pad_left,
+                        static_cast<const T*>(p.conv) + block * taps * V,
+                        static_cast<const T*>(p.conv_bias) + block * V, rows, dense,
+                        direct ? grid + block * V : result, direct ? p.rank : V);
     if (!direct) unpack_rows<T, V, T>(result, lanes, 0, p.height, p.width, grid);
   }
   for (int64_t t = 0; t < p.num_prefix_tokens; ++t)
@@ -227,6 +277,8 @@ void adapter_backward_parts(const AdapterParams& p, const AdapterGradients& g, i
   const SourceBuffer buffer = grid_buffer(p);
   SourceRows<T, V> input_rows(buffer, arena.take(buffer.elements(V, sizeof(T))));
   SourceRows<T, V> grad_rows(buffer, arena.take(buffer.elements(V, sizeof(T))));
+  const int64_t last_y = (p.kernel_h - 1) * p.dilation, last_x = (p.kernel_w - 1) * p.dilation;
+  T* dense_grid = take_dense<T, V>(p, last_y - p.pad_top, last_x - p.pad_left, arena);
   const int64_t step = tokens_in_tile(p);
   const int64_t first_token = p.prefix_mode == PrefixMode::zero ? p.num_prefix_tokens : 0;
   const int64_t grid_tokens = p.height * p.width;
@@ -295,12 +347,10 @@ void adapter_backward_parts(const AdapterParams& p, const AdapterGradients& g, i
       }
       T* grid_grad = grad + p.num_prefix_tokens * padded;
       for (int64_t block = 0; block < p.rank_blocks; ++block) {
-        // The buffer is made before anything overwrites this block of `grad`.
-        const int64_t last_y = (p.kernel_h - 1) * p.dilation,
-                      last_x = (p.kernel_w - 1) * p.dilation;
-        Correlation<T, V> k;
-        k.bias = nullptr;
+        // The gradient of the weights comes first: that of the input overwrites `grad`.
         if (g.need_conv) {
+          Correlation<T, V> k;
+          k.bias = nullptr;
           load_grid<T, V>(p, dense, p.rank, block, p.pad_top, p.pad_left, input_rows);
           k.source_rows = input_rows.table();
           k.weight = grid_grad + block * V;
@@ -320,19 +370,9 @@ void adapter_backward_parts(const AdapterParams& p, const AdapterGradients& g, i
           }
         }
         if (g.need_down || g.grad_x) {
-          load_grid<T, V>(p, grad, padded, block, last_y - p.pad_top, last_x - p.pad_left,
-                          grad_rows);
-          k.source_rows = grad_rows.table();
-          k.weight = static_cast<const T*>(g.conv_flipped) + block * taps * V;
-          k.weight_row = p.kernel_w * V;
-          k.weight_column = V;
-          k.y = rank_axis(p.height, p.kernel_h, 1, p.dilation, last_y - p.pad_top, p.height);
-          k.x = rank_axis(p.width, p.kernel_w, 1, p.dilation, last_x - p.pad_left, p.width);
-          k.accumulate = false;
-          k.out = grid_grad + block * V;
-          k.out_column = padded;
-          k.out_row = p.width * padded;
-          correlate<T, V>(k);
+          convolve_grid<T, V>(p, grad, padded, block, last_y - p.pad_top, last_x - p.pad_left,
+                              static_cast<const T*>(g.conv_flipped) + block * taps * V, nullptr,
+                              grad_rows, dense_grid, grid_grad + block * V, padded);
         }
       }
       if (!g.need_down && !g.grad_x) continue;
@@ -373,7 +413,8 @@ template <class T>
 int64_t adapter_scratch(const AdapterParams& p) {
   const int64_t tile = round_up(kTileTokens > 64 ? kTileTokens : 64, 64) * p.dim;
   return tile + 6 * (p.tokens + 64) * p.rank_padded +
-         2 * grid_buffer(p).elements(p.lanes, sizeof(T)) + p.height * p.width * p.lanes + 16 * 16;
+         2 * grid_buffer(p).elements(p.lanes, sizeof(T)) + p.height * p.width * p.lanes +
+         p.height * p.width * p.lanes + 2 * p.kernel_h + 2 * 64 + 16 * 16;
 }
 
 template <class T, int V>
