@@ -17,7 +17,11 @@ from lka_kernels.backends import reference
 
 def records(*tensors: Tensor | None) -> bool:
     """Whether autograd must record a call; within a backward pass, with create_graph=True only."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:  # a generator would take longer than the rest
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def depthwise_conv2d(input, weight, bias, stride, padding, dilation, channels_last, backend):

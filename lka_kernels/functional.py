@@ -50,8 +50,9 @@ def depthwise_conv2d(
         # The operator would make the very same call: without a graph to record, its wrapping, a
         # tenth of a small convolution, can be left out.
         if handed_over:
-            _extension.follow_onednn()
-            if not autograd.records(input, weight, bias):
+            if autograd.records(input, weight, bias):
+                _extension.follow_onednn()
+            else:
                 backend = "torch"
     else:
         geometry = _check_depthwise(input, weight, bias, stride, padding, dilation, method)

@@ -45,7 +45,9 @@ def key(input, weight, bias, stride, padding, dilation, method) -> tuple | None:
         (stride, padding, dilation, method, dispatch.requested_backend()),
         torch.backends.mkldnn.enabled,
         # True and 1.0 equal 1, but are not accepted.
-        (_types(stride), _types(padding), _types(dilation)),
+        _types(stride),
+        _types(padding),
+        _types(dilation),
     )
     try:
         hash(found)
@@ -71,5 +73,5 @@ def forget_all() -> None:
     _CALLS.clear()
 
 
-def _types(value) -> tuple[type, ...]:
-    return tuple(map(type, value)) if isinstance(value, tuple) else (type(value),)
+def _types(value) -> type | tuple[type, ...]:
+    return tuple(map(type, value)) if isinstance(value, tuple) else type(value)
