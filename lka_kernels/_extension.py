@@ -11,17 +11,26 @@ import os
 import torch  # also loads the shared libraries that the compiled one links to
 
 _BUILD_HINT = "reinstall with a C++17 compiler (g++) and without LKA_NO_EXTENSION=1 to build it"
+# What the compiled module must have: one left from an earlier version must not break the import.
+_FUNCTIONS = ("instruction_set", "built_with_cuda", "enable_onednn")
 
 
 def _load() -> tuple[object | None, str]:
     if os.environ.get("LKA_NO_EXTENSION") == "1":
         return None, "switched off by LKA_NO_EXTENSION=1"
     try:
-        return importlib.import_module("lka_kernels._C"), "ready"
+        module = importlib.import_module("lka_kernels._C")
     except ModuleNotFoundError:
         return None, f"the compiled library lka_kernels/_C.abi3.so is not installed; {_BUILD_HINT}"
     except ImportError as error:
         return None, f"the compiled library does not load: {error}; {_BUILD_HINT}"
+    missing = [name for name in _FUNCTIONS if not hasattr(module, name)]
+    if missing:
+        return None, (
+            f"the compiled library lka_kernels/_C.abi3.so is of another version, without "
+            f"{', '.join(missing)}; {_BUILD_HINT}"
+        )
+    return module, "ready"
 
 
 MODULE, STATUS = _load()

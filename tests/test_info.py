@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import types
 
 import pytest
 import torch
@@ -58,3 +59,13 @@ def test_a_count_below_one_is_refused(option, capsys):
         info.main([option, "0"])
     assert stopped.value.code == 2
     assert f"{option} must be at least 1" in capsys.readouterr().err
+
+
+def test_a_library_of_another_version_is_not_used(monkeypatch):
+    """One that was left in a source tree: the import goes on, and the state says why."""
+    monkeypatch.delenv("LKA_NO_EXTENSION", raising=False)
+    old = types.SimpleNamespace(instruction_set=lambda: "avx2")
+    monkeypatch.setattr(_extension.importlib, "import_module", lambda name: old)
+    module, status = _extension._load()
+    assert module is None
+    assert "another version, without built_with_cuda, enable_onednn" in status
