@@ -5,7 +5,6 @@
 #endif
 #include <Python.h>
 
-#include "cpu/handover.h"
 #include "cpu/kernel_table.h"
 #include "cpu/operators.h"
 #ifdef LKA_WITH_CUDA
@@ -13,7 +12,6 @@
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(lka_kernels, CPU, m) {
-  m.impl("depthwise_conv2d_hands_over_cpu", TORCH_BOX(&lka::cpu::depthwise_conv2d_hands_over));
   m.impl("depthwise_conv2d_forward_cpu", TORCH_BOX(&lka::cpu::depthwise_conv2d_forward));
   m.impl("depthwise_conv2d_backward_input_cpu",
          TORCH_BOX(&lka::cpu::depthwise_conv2d_backward_input));
@@ -36,7 +34,7 @@ STABLE_TORCH_LIBRARY_IMPL(lka_kernels, CUDA, m) {
 namespace {
 
 PyObject* instruction_set(PyObject*, PyObject*) {
-  return PyUnicode_FromString(lka::cpu::kernels().name);
+  return PyUnicode_FromString(lka::cpu::instruction_set());
 }
 
 PyObject* built_with_cuda(PyObject*, PyObject*) {
@@ -47,17 +45,10 @@ PyObject* built_with_cuda(PyObject*, PyObject*) {
 #endif
 }
 
-PyObject* enable_onednn(PyObject*, PyObject* enabled) {
-  lka::cpu::onednn_enabled = PyObject_IsTrue(enabled) == 1;
-  Py_RETURN_NONE;
-}
-
 PyMethodDef methods[] = {
     {"instruction_set", instruction_set, METH_NOARGS,
      "The instruction set the CPU kernels run with."},
     {"built_with_cuda", built_with_cuda, METH_NOARGS, "Whether CUDA kernels were compiled in."},
-    {"enable_onednn", enable_onednn, METH_O,
-     "Whether calls may be left to PyTorch's convolution where oneDNN behind it is faster."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 import importlib
 import os
 
-import torch  # also loads the shared libraries that the compiled one links to
+import torch  # noqa: F401  (also loads the shared libraries that the compiled one links to)
 
 _BUILD_HINT = "reinstall with a C++17 compiler (g++) and without LKA_NO_EXTENSION=1 to build it"
 # What the compiled module must have: one left from an earlier version must not break the import.
-_FUNCTIONS = ("instruction_set", "built_with_cuda", "enable_onednn")
+_FUNCTIONS = ("instruction_set", "built_with_cuda")
 
 
 def _load() -> tuple[object | None, str]:
@@ -42,20 +42,10 @@ def loaded() -> bool:
 
 
 def instruction_set() -> str:
-    """The instruction set the CPU kernels run with: "avx512", "avx2" or "baseline"."""
+    """What the CPU kernels run with: "avx512_bf16", "avx512", "avx2" or "baseline"."""
     return MODULE.instruction_set() if MODULE is not None else "none"
-
-
-def follow_onednn() -> None:
-    """Leave no call to oneDNN while ``torch.backends.mkldnn`` is switched off or not there."""
-    if MODULE is not None:
-        onednn = torch.backends.mkldnn
-        MODULE.enable_onednn(onednn.is_available() and onednn.enabled)
 
 
 def built_with_cuda() -> bool:
     """True if the compiled library holds the CUDA kernels."""
     return MODULE is not None and MODULE.built_with_cuda()
-
-
-follow_onednn()

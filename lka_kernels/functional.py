@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lka_kernels import _extension, autograd, checks, dispatch, ops, philox, remembered_calls
+from lka_kernels import _extension, autograd, checks, dispatch, philox, remembered_calls
 from lka_kernels.backends import fft as _fft  # noqa: F401  (registers the FFT operators)
 from lka_kernels.backends import reference
 
@@ -46,28 +46,18 @@ def depthwise_conv2d(
     key = remembered_calls.key(input, weight, bias, stride, padding, dilation, method)
     known = remembered_calls.find(key)
     if known is not None:
-        stride, padding, dilation, channels_last, backend, handed_over = known
-        # The operator would make the very same call: without a graph to record, its wrapping, a
-        # tenth of a small convolution, can be left out.
-        if handed_over:
-            if autograd.records(input, weight, bias):
-                _extension.follow_onednn()
-            else:
-                backend = "torch"
+        stride, padding, dilation, channels_last, backend = known
     else:
         geometry = _check_depthwise(input, weight, bias, stride, padding, dilation, method)
         if _autocast_enabled(input.device.type):
             input, weight, bias = _autocast(input.device.type, input, weight, bias)
         checks.dtypes_and_devices_agree("input", input, (("weight", weight), ("bias", bias)))
-        if not torch.compiler.is_compiling():
-            _extension.follow_onednn()
         stride, padding, dilation = geometry
         batched = input.dim() == 4
         channels_last = batched and (_like_channels_last(input) or _like_channels_last(weight))
         backend = dispatch.choose_depthwise(input, weight, method).backend
         if key is not None:
-            handed_over = ops.hands_over(input, weight, *geometry, channels_last, backend)
-            remembered_calls.remember(key, (*geometry, channels_last, backend, handed_over))
+            remembered_calls.remember(key, (*geometry, channels_last, backend))
     if backend == "torch":
         if input.dim() == 3:
             return reference.depthwise_conv2d(input[None], weight, bias, stride, padding, dilation)[
@@ -368,7 +358,7 @@ def explain(
         ValueError, TypeError: as the call itself. A backend or method that was asked for by name
             and cannot serve the call is told in the text.
     """
-    geometry = _check_depthwise(input, weight, bias, stride, padding, dilation, method)
+    _check_depthwise(input, weight, bias, stride, padding, dilation, method)
     if _autocast_enabled(input.device.type):
         input, weight, bias = _autocast(input.device.type, input, weight, bias)
     channels_last = input.dim() == 4 and (_like_channels_last(input) or _like_channels_last(weight))
@@ -383,12 +373,7 @@ def explain(
         f"weight {tuple(weight.shape)}, {layout} result",
     ]
     if choice.backend == "cpu":
-        _extension.follow_onednn()
         lines.append(f"instruction set {_extension.instruction_set()}")
-        if ops.hands_over(input, weight, *geometry, channels_last, choice.backend):
-            lines.append(
-                "forward: PyTorch's own convolution (oneDNN), measured to be faster at this size"
-            )
     others = {k: v for k, v in dispatch.available_backends().items() if v != "ready"}
     lines += [f"not available: {name}: {reason}" for name, reason in others.items()]
     return "\n".join(lines)

@@ -153,25 +153,6 @@ _DEPTHWISE_FAKES = {
 _ADAPTER_FAKES = {"forward": _fake_adapter_forward, "backward": _fake_adapter_backward}
 
 
-# A question rather than an operator: no tensor comes of it, and no traced call asks it.
-LIBRARY.define(
-    "depthwise_conv2d_hands_over_cpu(Tensor input, Tensor weight, int[2] stride, int[4] padding, "
-    "int[2] dilation, bool channels_last) -> bool"
-)
-
-
-@torch.library.register_fake("lka_kernels::depthwise_conv2d_hands_over_cpu", lib=LIBRARY)
-def _fake_hands_over(input, weight, stride, padding, dilation, channels_last) -> bool:
-    return False  # which PyTorch runs it is not known
-
-
-def hands_over(input, weight, stride, padding, dilation, channels_last, backend: str) -> bool:
-    """Whether the forward operator of ``backend`` is PyTorch's convolution for this call."""
-    return backend == "cpu" and torch.ops.lka_kernels.depthwise_conv2d_hands_over_cpu.default(
-        input, weight, stride, padding, dilation, channels_last
-    )
-
-
 def _define(operator: str, backend: str, schemas: dict, fakes: dict) -> list:
     overloads = []
     for direction, schema in schemas.items():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lka_kernels import dispatch
 
-# key -> (stride, padding, dilation, channels_last, backend, handed_over)
+# key -> (stride, padding, dilation, channels_last, backend)
 _CALLS: dict[tuple, tuple] = {}
 _MOST_CALLS = 1024
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -43,7 +43,6 @@ def key(input, weight, bias, stride, padding, dilation, method) -> tuple | None:
         weight.dtype,
         None if bias is None else (bias.shape, bias.dtype),
         (stride, padding, dilation, method, dispatch.requested_backend()),
-        torch.backends.mkldnn.enabled,
         # True and 1.0 equal 1, but are not accepted.
         _types(stride),
         _types(padding),
@@ -57,7 +56,7 @@ def key(input, weight, bias, stride, padding, dilation, method) -> tuple | None:
 
 
 def find(key: tuple | None) -> tuple | None:
-    """(stride, padding, dilation, channels_last, backend, handed_over) of a remembered call."""
+    """(stride, padding, dilation, channels_last, backend) of a remembered call."""
     return None if key is None else _CALLS.get(key)
 
 

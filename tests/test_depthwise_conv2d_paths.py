@@ -1,4 +1,4 @@
-"""The compiled kernels' special cases: planar kernels, the dense form, what is cut into parts.
+"""The compiled kernels' special cases: planar, dense and paired forms, what is cut into parts.
 
 Which of them serves a call depends on sizes that random cases rarely reach.
 """
@@ -40,6 +40,51 @@ DENSE = {
     "one row": Case(2, 20, 1, 9, (3, 17), padding="same"),
     "one direction only": Case(2, 20, 5, 9, (9, 9), padding="same"),
 }
+PAIRED = {
+    # bfloat16 takes two rows of the source and two kernel rows at a time where the processor can.
+    "an even origin": Case(2, 16, 9, 8, (5, 5), padding=(2, 2), layout="channels_last"),
+    "an odd origin": Case(2, 16, 9, 8, (5, 5), padding=(1, 2), layout="channels_last"),
+    "an odd height": Case(1, 16, 7, 9, (3, 3), padding="same", layout="channels_last"),
+    "an even kernel": Case(2, 16, 10, 9, (4, 6), padding="same", layout="channels_last"),
+    "two kernel rows": Case(2, 16, 8, 8, (2, 3), layout="channels_last"),
+    "one row of outputs": Case(2, 16, 5, 9, (5, 3), layout="channels_last"),
+    "one row of the source": Case(2, 16, 1, 9, (3, 3), padding="same", layout="channels_last"),
+    "padding larger than the kernel": Case(
+        2, 16, 6, 7, (3, 3), padding=(6, 5), layout="channels_last"
+    ),
+    "columns dilated": Case(
+        2, 16, 9, 17, (5, 3), padding=(2, 4), dilation=(1, 4), layout="channels_last"
+    ),
+    "half vectors": Case(3, 24, 11, 12, (7, 7), padding="same", layout="channels_last"),
+    "idle lanes": Case(2, 37, 11, 12, (7, 7), padding="same", layout="channels_last"),
+    "many taps": Case(1, 16, 40, 41, (31, 31), padding="same", layout="channels_last"),
+    "transposed": Case(2, 33, 19, 23, (9, 9), padding="same"),
+    "lanes of several images": Case(7, 3, 12, 13, (9, 9), padding="same"),
+    "columns apart": Case(2, 5, 9, 12, (7, 7), padding="same", layout="transposed"),
+    "rows apart": Case(2, 20, 12, 17, (9, 9), padding="same", layout="cropped"),
+    "narrow rows": Case(3, 20, 7, 7, (3, 3), padding="same"),
+}
+
+
+@pytest.mark.usefixtures("compiled_cpu")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", PAIRED.values(), ids=PAIRED)
+def test_paired(case, dtype):
+    check_case(case, dtype, "direct")
+
+
+@pytest.mark.usefixtures("compiled_cpu")
+def test_an_infinity_reaches_one_row_more_at_most():
+    """The missing half of a pair of kernel rows is zero, and zero times infinity is not."""
+    x = torch.zeros(1, 16, 16, 9, dtype=torch.bfloat16).contiguous(
+        memory_format=torch.channels_last
+    )
+    x[:, :, 8, 4] = float("inf")
+    y = depthwise_conv2d(x, torch.ones(16, 1, 3, 3, dtype=torch.bfloat16), padding=1)
+    finite = y.isfinite().all(3).all(1)[0]
+    assert not finite[7:10].any()
+    assert finite[:6].all()
+    assert finite[11:].all()
 
 
 @pytest.mark.usefixtures("compiled_cpu")
@@ -74,11 +119,12 @@ def test_dense_bands():
 @pytest.mark.usefixtures("compiled_cpu")
 @pytest.mark.parametrize(("batch", "channels"), [(1, 1), (1, 3), (5, 2), (2, 40)])
 @pytest.mark.parametrize("kernel", [3, 7, 25])
-def test_bits_do_not_depend_on_threads(batch, channels, kernel):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bits_do_not_depend_on_threads(batch, channels, kernel, dtype):
     """Also where a plane is cut into bands because there are fewer planes than threads."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, channels, 65, 40, generator=generator)
-    weight = torch.randn(channels, 1, kernel, kernel, generator=generator)
+    x = torch.randn(batch, channels, 65, 40, generator=generator).to(dtype)
+    weight = torch.randn(channels, 1, kernel, kernel, generator=generator).to(dtype)
     results = []
     before = torch.get_num_threads()
     try:

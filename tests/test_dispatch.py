@@ -1,7 +1,5 @@
 """Which backend serves a call: choices, reasons, use_backend and explain."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -9,7 +7,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lka_kernels import FusedLKA, available_backends, dispatch, explain, use_backend
-from lka_kernels.backends import reference
 from lka_kernels.functional import depthwise_conv2d
 
 READY = [name for name, status in available_backends().items() if status == "ready"]
@@ -56,69 +53,9 @@ def test_auto_takes_the_compiled_kernels():
     ]
 
 
-def small_in_channels_last(side):
-    x = torch.randn(8, 704, side, side).contiguous(memory_format=torch.channels_last)
-    return x, torch.randn(704, 1, 3, 3)
-
-
-@pytest.mark.usefixtures("compiled_cpu")
-@pytest.mark.parametrize(("side", "handed_over"), [(7, True), (9, False)])
-def test_what_onednn_does_faster_is_left_to_it(side, handed_over, monkeypatch):
-    """3×3 on small maps in channels_last: the same bits, with gradients and without."""
-    x, weight = small_in_channels_last(side)
-    by_torch = []
-    plain = reference.depthwise_conv2d
-    monkeypatch.setattr(
-        reference, "depthwise_conv2d", lambda *given: by_torch.append(0) or plain(*given)
-    )
-    results = []
-    for gradients in (False, True):
-        weight.requires_grad_(gradients)
-        results += [depthwise_conv2d(x, weight, padding=1) for _ in range(2)]
-    # Once: the call that was checked and the two with gradients go by way of the operator.
-    assert len(by_torch) == handed_over
-    assert all(torch.equal(results[0], other) for other in results[1:])
-    assert ("oneDNN" in explain(x, weight, padding=1)) == handed_over
-
-
-@pytest.mark.usefixtures("compiled_cpu")
-def test_nothing_is_left_to_onednn_when_it_is_switched_off():
-    x, weight = small_in_channels_last(7)
-    for enabled in (True, False, True):
-        with torch.backends.mkldnn.flags(enabled=enabled):
-            for _ in range(2):
-                depthwise_conv2d(x, weight, padding=1)
-            assert ("oneDNN" in explain(x, weight, padding=1)) == enabled
-
-
-@pytest.mark.usefixtures("compiled_cpu")
-@pytest.mark.parametrize(
-    ("dtype", "kernel", "side", "channels_last", "faster"),
-    [
-        (torch.bfloat16, 5, 30, True, True),
-        (torch.bfloat16, 7, 28, True, True),
-        (torch.bfloat16, 7, 30, True, False),
-        (torch.bfloat16, 13, 8, False, True),
-        (torch.bfloat16, 7, 9, False, False),
-        (torch.float16, 3, 7, True, False),
-        (torch.float32, 5, 7, True, False),
-        (torch.float32, 3, 7, False, False),
-    ],
-)
-def test_thresholds_of_the_handover(dtype, kernel, side, channels_last, faster):
-    x = torch.zeros(8, 704, side, side, dtype=dtype)
-    if channels_last:
-        x = x.contiguous(memory_format=torch.channels_last)
-    text = explain(x, torch.zeros(704, 1, kernel, kernel, dtype=dtype), padding=kernel // 2)
-    if dtype == torch.bfloat16:  # PyTorch has nothing better where the processor cannot multiply it
-        cpuinfo = Path("/proc/cpuinfo")
-        faster = faster and cpuinfo.exists() and "avx512_bf16" in cpuinfo.read_text()
-    assert ("oneDNN" in text) == faster
-
-
 @pytest.mark.usefixtures("compiled_cpu")
 def test_what_is_traced_does_not_depend_on_earlier_calls():
-    x, weight = small_in_channels_last(7)
+    x, weight = torch.randn(8, 704, 7, 7), torch.randn(704, 1, 3, 3)
 
     def operators():
         graph = make_fx(lambda x, w: depthwise_conv2d(x, w, padding=1))(x, weight).graph

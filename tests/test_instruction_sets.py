@@ -11,7 +11,7 @@ import pytest
 
 from lka_kernels import _extension
 
-LIMITS = ("avx512", "avx2", "baseline")
+LIMITS = ("avx512_bf16", "avx512", "avx2", "baseline")
 
 # Each vector width meets full and half vectors, idle lanes, lanes of several images, every dtype.
 SCRIPT = """

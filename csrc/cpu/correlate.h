@@ -50,8 +50,21 @@ inline TapRange live_taps(const Axis& axis, int64_t out, int64_t count) {
   return {clamped, end > axis.taps ? axis.taps : end};
 }
 
-template <class T, int V>
+// How a tap meets an element of the source. A tap is one weight, or two of neighbouring kernel rows
+// that meet the elements of two source rows (paired_rows.h).
+struct SingleTaps {
+  static constexpr bool kPaired = false;
+  template <class T>
+  using Output = T;
+  template <class V>
+  static V multiply_add(V sum, V tap, V value) {
+    return sum + tap * value;
+  }
+};
+
+template <class T, int V, class Taps = SingleTaps>
 struct Correlation {
+  using Output = typename Taps::template Output<T>;
   const T* const* source_rows;  // column 0 of each row; V lanes stand side by side
   const T* weight;              // tap (0, 0); V lanes stand side by side
   int64_t weight_row;           // elements from one row of taps to the next
@@ -59,10 +72,10 @@ struct Correlation {
   Axis y, x;
   const T* bias;           // V values added to every output, or null
   bool accumulate;         // add to what `out` holds, without, bias starts the sum
-  T* out;                  // element of output (0, 0); V lanes stand side by side
+  Output* out;             // element of output (0, 0); V lanes stand side by side
   int64_t out_row;         // elements from one output row to the next
   int64_t out_column;      // elements from one output column to the next
-  Ahead* ahead = nullptr;  // advances by steps_of_row for every row of taps of a tile
+  Ahead* ahead = nullptr;  // advances by steps_of_rows for the rows of taps of a tile
 };
 
 // A sum can have thousands of terms, one for every tap or every position of a map. Runs of about
@@ -83,7 +96,7 @@ constexpr int kMaxTileRows = 4;
 
 // kTaps neighbouring taps of one kernel row. With unit steps output t and tap n meet at source
 // column t + n: each vector of the source is loaded once and meets every tap that uses it.
-template <class T, int V, int kRows, int kColumns, int kTaps>
+template <class T, int V, class Taps, int kRows, int kColumns, int kTaps>
 __attribute__((always_inline)) inline void add_taps(Vec<T, V> (&sum)[kRows][kColumns], const T* w,
                                                     int64_t weight_column,
                                                     const T* const (&s)[kRows]) {
@@ -94,27 +107,35 @@ __attribute__((always_inline)) inline void add_taps(Vec<T, V> (&sum)[kRows][kCol
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 32
     for (int x = 0; x < kColumns + kTaps - 1; ++x) {
-      const Vec<T, V> value = load_aligned<V>(s[r] + x * V);
+      Vec<T, V> value = load_aligned<V>(s[r] + x * V);
+      keep_in_register(value);
 #pragma GCC unroll 8
       for (int n = 0; n < kTaps; ++n)
-        if (x - n >= 0 && x - n < kColumns) sum[r][x - n] += tap[n] * value;
+        if (x - n >= 0 && x - n < kColumns)
+          sum[r][x - n] = Taps::multiply_add(sum[r][x - n], tap[n], value);
     }
   }
 }
 
-// Steps of Correlation::ahead in one row of taps.
-inline int64_t steps_of_row(int64_t taps, int64_t out_step, int64_t tap_step) {
-  return 1 + (out_step == 1 && tap_step == 1 ? taps / kMaxTaps : 0);
+// Steps of Correlation::ahead in `rows` rows of taps: every second of a small kernel.
+inline int64_t steps_of_rows(int64_t rows, int64_t taps, int64_t out_step, int64_t tap_step) {
+  if (taps <= 3) return rows / 2 > 0 ? rows / 2 : 1;
+  return rows * (1 + (out_step == 1 && tap_step == 1 ? taps / kMaxTaps : 0));
 }
 
 // A rectangle of outputs that tiles of kRows × kColumns cover exactly.
-template <class T, int V, int kRows, int kColumns, bool kUnitStep>
-void correlate_tiles(const Correlation<T, V>& correlation, int64_t i_begin, int64_t i_end,
+template <class T, int V, class Taps, int kRows, int kColumns, bool kUnitStep>
+void correlate_tiles(const Correlation<T, V, Taps>& correlation, int64_t i_begin, int64_t i_end,
                      int64_t j_begin, int64_t j_end) {
   // A copy of our own: a store of a vector might change what lies behind a reference.
-  const Correlation<T, V> c = correlation;
+  const Correlation<T, V, Taps> c = correlation;
+  using Output = typename Correlation<T, V, Taps>::Output;
   const int64_t tap_step_x = c.x.tap_step * V, out_step_x = c.x.out_step * V;
-  const int64_t rows_per_run = kTermsPerRun / int32_t(c.x.taps > 0 ? c.x.taps : 1) + 1;
+  // A narrow output rounds more than any order of the sum, and may not be rounded twice.
+  const int64_t rows_per_run = sizeof(Output) < sizeof(T)
+                                   ? INT64_MAX / 2
+                                   : kTermsPerRun / int32_t(c.x.taps > 0 ? c.x.taps : 1) + 1;
+  const bool long_rows = c.x.taps > 3;
   const Vec<T, V> start = c.bias ? load_aligned<V>(c.bias) : Vec<T, V>{};
   for (int64_t i = i_begin; i < i_end; i += kRows) {
     const TapRange rows = live_taps(c.y, i, kRows);
@@ -123,7 +144,7 @@ void correlate_tiles(const Correlation<T, V>& correlation, int64_t i_begin, int6
       const TapRange columns = live_taps(c.x, j, kColumns);
       const T* weight = c.weight + columns.begin * c.weight_column;
       const int64_t offset = (c.x.first + columns.begin * c.x.tap_step) * V + j * out_step_x;
-      T* out = c.out + i * c.out_row + j * c.out_column;
+      Output* out = c.out + i * c.out_row + j * c.out_column;
       for (int64_t run = rows.begin;;) {
         const int64_t run_end = run + rows_per_run < rows.end ? run + rows_per_run : rows.end;
         const bool first = run == rows.begin;
@@ -131,7 +152,7 @@ void correlate_tiles(const Correlation<T, V>& correlation, int64_t i_begin, int6
         for (int r = 0; r < kRows; ++r)
           for (int t = 0; t < kColumns; ++t) sum[r][t] = first ? start : Vec<T, V>{};
         for (int64_t m = run; m < run_end; ++m) {
-          if (c.ahead) c.ahead->step();
+          if (c.ahead && (long_rows || (m & 1))) c.ahead->step();
           const T* w = weight + m * c.weight_row;
           const T* s[kRows];
           for (int r = 0; r < kRows; ++r)
@@ -145,27 +166,31 @@ void correlate_tiles(const Correlation<T, V>& correlation, int64_t i_begin, int6
           if constexpr (kUnitStep) {
             for (; left >= kMaxTaps; take(kMaxTaps)) {
               if (c.ahead) c.ahead->step();
-              add_taps<T, V, kRows, kColumns, kMaxTaps>(sum, w, c.weight_column, s);
+              add_taps<T, V, Taps, kRows, kColumns, kMaxTaps>(sum, w, c.weight_column, s);
             }
             if constexpr (kMaxTaps > 3)
               for (; left >= 3; take(3))
-                add_taps<T, V, kRows, kColumns, 3>(sum, w, c.weight_column, s);
+                add_taps<T, V, Taps, kRows, kColumns, 3>(sum, w, c.weight_column, s);
           }
           for (; left > 0; take(1)) {
             const Vec<T, V> tap = load<T, V>(w);
             for (int r = 0; r < kRows; ++r)
               for (int t = 0; t < kColumns; ++t)
-                sum[r][t] += tap * load_aligned<V>(s[r] + t * (kUnitStep ? V : out_step_x));
+                sum[r][t] = Taps::multiply_add(
+                    sum[r][t], tap, load_aligned<V>(s[r] + t * (kUnitStep ? V : out_step_x)));
           }
         }
-        if (c.accumulate || !first) {
-          for (int r = 0; r < kRows; ++r)
-            for (int t = 0; t < kColumns; ++t)
-              sum[r][t] += load<T, V>(out + r * c.out_row + t * c.out_column);
+        const bool add = c.accumulate || !first;
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+          Output* to = out + r * c.out_row;
+#pragma GCC unroll 32
+          for (int t = 0; t < kColumns; ++t, to += c.out_column) {
+            keep_in_register(to);
+            if (add) sum[r][t] += load<T, V>(to);
+            store<T, V>(to, sum[r][t]);
+          }
         }
-        for (int r = 0; r < kRows; ++r)
-          for (int t = 0; t < kColumns; ++t)
-            store<T, V>(out + r * c.out_row + t * c.out_column, sum[r][t]);
         run = run_end;
         if (run >= rows.end) break;
       }
@@ -174,16 +199,17 @@ void correlate_tiles(const Correlation<T, V>& correlation, int64_t i_begin, int6
 }
 
 // The one place where run-time tile sizes become compile-time ones.
-template <class T, int V, int kRows, int kColumns = 1>
-void correlate_width(const Correlation<T, V>& c, int64_t i_begin, int64_t i_end, int64_t j_begin,
-                     int64_t j_end, int64_t columns) {
+template <class T, int V, class Taps, int kRows, int kColumns = 1>
+void correlate_width(const Correlation<T, V, Taps>& c, int64_t i_begin, int64_t i_end,
+                     int64_t j_begin, int64_t j_end, int64_t columns) {
   if constexpr (kRows * kColumns <= kMaxAccumulators) {
     if (columns != kColumns)
-      return correlate_width<T, V, kRows, kColumns + 1>(c, i_begin, i_end, j_begin, j_end, columns);
+      return correlate_width<T, V, Taps, kRows, kColumns + 1>(c, i_begin, i_end, j_begin, j_end,
+                                                              columns);
     if (c.x.out_step == 1 && c.x.tap_step == 1)
-      correlate_tiles<T, V, kRows, kColumns, true>(c, i_begin, i_end, j_begin, j_end);
+      correlate_tiles<T, V, Taps, kRows, kColumns, true>(c, i_begin, i_end, j_begin, j_end);
     else
-      correlate_tiles<T, V, kRows, kColumns, false>(c, i_begin, i_end, j_begin, j_end);
+      correlate_tiles<T, V, Taps, kRows, kColumns, false>(c, i_begin, i_end, j_begin, j_end);
   }
 }
 
@@ -203,8 +229,8 @@ struct Tiling {
   int64_t tiles(int64_t height) const { return tiles_across * ((height + rows - 1) / rows); }
 };
 
-template <class T, int V>
-void correlate(const Correlation<T, V>& c) {
+template <class T, int V, class Taps>
+void correlate(const Correlation<T, V, Taps>& c) {
   const int64_t width = c.x.out_count, height = c.y.out_count;
   if (width <= 0 || height <= 0) return;
   const Tiling tiling(width);
@@ -213,10 +239,10 @@ void correlate(const Correlation<T, V>& c) {
     const auto columns = [&](int64_t first, int64_t last, int64_t tile_columns) {
       if (first >= last) return;
       switch (tile_rows) {
-        case 1: return correlate_width<T, V, 1>(c, begin, end, first, last, tile_columns);
-        case 2: return correlate_width<T, V, 2>(c, begin, end, first, last, tile_columns);
-        case 3: return correlate_width<T, V, 3>(c, begin, end, first, last, tile_columns);
-        default: return correlate_width<T, V, 4>(c, begin, end, first, last, tile_columns);
+        case 1: return correlate_width<T, V, Taps, 1>(c, begin, end, first, last, tile_columns);
+        case 2: return correlate_width<T, V, Taps, 2>(c, begin, end, first, last, tile_columns);
+        case 3: return correlate_width<T, V, Taps, 3>(c, begin, end, first, last, tile_columns);
+        default: return correlate_width<T, V, Taps, 4>(c, begin, end, first, last, tile_columns);
       }
     };
     if (begin >= end) return;

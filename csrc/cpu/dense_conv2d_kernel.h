@@ -54,7 +54,7 @@ void convolve_dense_as(const ConvolvePlan& plan, int64_t begin, int64_t end, voi
     c.out = out + (last - first - 1) * row + (target.width - 1) * column;
     c.out_row = -row;
     c.out_column = -column;
-    correlate<T, V>(c);
+    correlate(c);
     if (!direct)
       unpack_rows<T, V, S>(result, to, first, last, target.width, static_cast<S*>(target.data));
   }

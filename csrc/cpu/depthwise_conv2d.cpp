@@ -5,9 +5,7 @@
 #include <cstring>
 
 #include "../stable.h"
-#include "aten.h"
 #include "depthwise_planner.h"
-#include "handover.h"
 #include "operators.h"
 #include "rounding.h"
 #include "scratch.h"
@@ -48,40 +46,6 @@ void check_weight(const Tensor& weight, const Tensor& map) {
   STD_TORCH_CHECK(weight.scalar_type() == map.scalar_type(), "weight must have input's dtype");
 }
 
-bool native_bfloat16() {
-#if defined(__x86_64__)
-  static const bool native = [] {
-    __builtin_cpu_init();
-    return bool(__builtin_cpu_supports("avx512bf16"));
-  }();
-  return native;
-#else
-  return false;
-#endif
-}
-
-// Whether a call may go to PyTorch at all: even padding, and a map that is dense in the layout
-// that the result gets.
-bool may_hand_over(const Tensor& map, const std::vector<int64_t>& padding, bool channels_last) {
-  if (padding[0] != padding[2] || padding[1] != padding[3]) return false;
-  const int64_t c = map.size(1), h = map.size(2), w = map.size(3);
-  if (map.numel() == 0 || c < 2 || h < 2 || w < 2) return false;
-  if (channels_last)
-    return map.stride(1) == 1 && map.stride(3) == c && map.stride(2) == c * w &&
-           map.stride(0) == c * w * h;
-  return map.is_contiguous();
-}
-
-HandoverCase handover_case(const ConvParams& p, bool channels_last, int64_t map_area) {
-  return {p.storage,
-          channels_last,
-          p.kernel_h * p.kernel_w,
-          map_area,
-          p.batch * p.channels * map_area,
-          p.stride_h == 1 && p.stride_w == 1,
-          native_bfloat16()};
-}
-
 int64_t output_height(const ConvParams& p, const Tensor& input,
                       const std::vector<int64_t>& padding) {
   return output_extent(input.size(2), p.kernel_h, p.stride_h, padding[0], padding[2], p.dilation_h);
@@ -100,17 +64,6 @@ ConvParams forward_geometry(const Tensor& input, const Tensor& weight,
   p.kernel_h = weight.size(2);
   p.kernel_w = weight.size(3);
   return p;
-}
-
-// `result` if it is laid out as the schema promises, else a copy that is.
-Tensor as_promised(const Tensor& result, bool channels_last) {
-  const int64_t c = result.size(1), h = result.size(2), w = result.size(3);
-  const bool kept = channels_last ? result.stride(1) == 1 && result.stride(3) == c &&
-                                        result.stride(2) == c * w && result.stride(0) == c * w * h
-                                  : result.is_contiguous();
-  if (kept) return result;
-  Tensor copy = empty_map(result, result.size(0), c, h, w, channels_last);
-  return torch::stable::copy_(copy, result);
 }
 
 // The kernels read weights as dense (C, kH, kW).
@@ -176,25 +129,11 @@ void reduce(const WeightGradientPlan& plan, void* grad_weight, void* grad_bias) 
 
 }  // namespace
 
-bool depthwise_conv2d_hands_over(const Tensor& input, const Tensor& weight,
-                                 const std::vector<int64_t>& stride,
-                                 const std::vector<int64_t>& padding,
-                                 const std::vector<int64_t>& dilation, bool channels_last) {
-  const ConvParams p = forward_geometry(input, weight, stride, padding, dilation);
-  const int64_t map_area = output_height(p, input, padding) * output_width(p, input, padding);
-  return onednn_is_faster_forward(handover_case(p, channels_last, map_area)) &&
-         may_hand_over(input, padding, channels_last);
-}
-
 Tensor depthwise_conv2d_forward(const Tensor& input, const Tensor& weight,
                                 const std::optional<Tensor>& bias,
                                 const std::vector<int64_t>& stride,
                                 const std::vector<int64_t>& padding,
                                 const std::vector<int64_t>& dilation, bool channels_last) {
-  if (depthwise_conv2d_hands_over(input, weight, stride, padding, dilation, channels_last))
-    return as_promised(
-        aten_depthwise_forward(input, weight, bias, stride, {padding[0], padding[1]}, dilation),
-        channels_last);
   ConvParams p = forward_geometry(input, weight, stride, padding, dilation);
   Tensor output = empty_map(input, p.batch, p.channels, output_height(p, input, padding),
                             output_width(p, input, padding), channels_last);
@@ -218,12 +157,6 @@ Tensor depthwise_conv2d_backward_input(const Tensor& grad_output, const Tensor& 
   Tensor grad_input =
       empty_map(grad_output, p.batch, p.channels, input_size[0], input_size[1], channels_last);
   if (grad_input.numel() == 0) return grad_input;
-  const int64_t map_area = grad_output.size(2) * grad_output.size(3);
-  if (onednn_is_faster_backward_input(handover_case(p, channels_last, map_area)) &&
-      may_hand_over(grad_output, padding, channels_last))
-    return as_promised(aten_depthwise_backward_input(grad_output, grad_input, weight, stride,
-                                                     {padding[0], padding[1]}, dilation),
-                       channels_last);
   p.output = view_of(grad_output);
   p.input = view_of(grad_input);
   PlannedConvolution planned = plan_backward_input(p, int(torch::stable::get_num_threads()));

@@ -7,6 +7,7 @@
 #include "dense_conv2d_kernel.h"
 #include "depthwise_plan.h"
 #include "pack.h"
+#include "paired_rows.h"
 #include "storage_dispatch.h"
 
 namespace {
@@ -62,19 +63,26 @@ void pack_phase_weights(const ConvolvePlan& plan, const Phase& y, const Phase& x
 }
 
 // Weights of patterns [begin, end), every phase, flipped or not as the phases say.
-template <class T, int V, class S>
+template <class T, int V, class S, class Taps = SingleTaps>
 void pack_weights_as(const ConvolvePlan& plan, int64_t begin, int64_t end) {
   const S* bias = static_cast<const S*>(plan.bias);
   for (int64_t pattern = begin; pattern < end; ++pattern) {
     T* to = static_cast<T*>(plan.packed_weight) + pattern * plan.packed_taps * V;
     int64_t channel[V];
     for (int l = 0; l < V; ++l) channel[l] = channel_of_lane(plan.lanes, pattern, l, plan.channels);
-    for (int64_t py = 0; py < plan.num_phases_y; ++py)
-      for (int64_t px = 0; px < plan.num_phases_x; ++px) {
-        const Phase &y = plan.phases_y[py], &x = plan.phases_x[px];
-        pack_phase_weights<T, V, S>(plan, y, x, channel, to);
-        to += y.taps * x.taps * V;
-      }
+    if constexpr (Taps::kPaired) {
+      const Phase &y = plan.unpaired_y, &x = plan.phases_x[0];
+      T* single = to + (plan.packed_taps - y.taps * x.taps) * V;
+      pack_phase_weights<T, V, S>(plan, y, x, channel, single);
+      pair_taps<V>(plan, single, to);
+    } else {
+      for (int64_t py = 0; py < plan.num_phases_y; ++py)
+        for (int64_t px = 0; px < plan.num_phases_x; ++px) {
+          const Phase &y = plan.phases_y[py], &x = plan.phases_x[px];
+          pack_phase_weights<T, V, S>(plan, y, x, channel, to);
+          to += y.taps * x.taps * V;
+        }
+    }
     if (bias) {
       T* to_bias = static_cast<T*>(plan.packed_bias) + pattern * V;
       for (int l = 0; l < V; ++l)
@@ -94,8 +102,9 @@ inline Axis axis_of(const Phase& phase, int64_t first_out, int64_t count, int64_
               live_size - buffer_begin};
 }
 
-// The rows of a source that a band of outputs reads, as a SourceBuffer says, in scratch memory.
-template <class T, int V>
+// The rows of a source that a band of outputs reads, as a SourceBuffer says, in scratch memory; or
+// its pairs of rows.
+template <class T, int V, class Taps = SingleTaps>
 class SourceRows {
  public:
   // Zeros are written here, once: rows are later overwritten between the same columns only.
@@ -113,10 +122,13 @@ class SourceRows {
   const T* const* table() const { return table_; }
 
   // A band whose row 0 and column 0 are source element (begin_y, begin_x); `count` lanes from
-  // `lanes` on.
+  // `lanes` on. Rows are pairs of rows if taps are paired: then `height` is their number, and the
+  // first begins at row `pair_shift` of the source.
   void begin(const MapView& source, const Lanes& lanes, int64_t count, int64_t begin_y,
-             int64_t begin_x) {
+             int64_t begin_x, int64_t height, int64_t pair_shift = 0) {
     source_ = source;
+    height_ = height;
+    pair_shift_ = pair_shift;
     lanes_ = lanes;
     count_ = count;
     begin_y_ = begin_y;
@@ -127,7 +139,7 @@ class SourceRows {
     left_ = first_column_ - begin_x;
     next_ = begin_y < 0 ? -begin_y : 0;
     for (int64_t row = 0, slot = 0; row < plan_.rows; ++row) {
-      const bool exists = row >= next_ && begin_y + row < source.height && columns_ > 0;
+      const bool exists = row >= next_ && begin_y + row < height && columns_ > 0;
       table_[row] = exists ? ring_ + slot * row_ : zeros_;
       if (++slot == plan_.ring_rows) slot = 0;
     }
@@ -136,7 +148,7 @@ class SourceRows {
   // Make rows up to `end` of the band ready; of those, the last ring_rows stay so.
   template <class S>
   void fill_until(int64_t end) {
-    if (end > source_.height - begin_y_) end = source_.height - begin_y_;
+    if (end > height_ - begin_y_) end = height_ - begin_y_;
     if (columns_ <= 0) return;
     const S* data = static_cast<const S*>(source_.data) + first_column_ * source_.stride_w;
     while (next_ < end) {
@@ -145,7 +157,14 @@ class SourceRows {
       if (rows > plan_.ring_rows - slot) rows = plan_.ring_rows - slot;
       T* to = ring_ + slot * row_ + left_ * V;
       const int64_t y = begin_y_ + next_;
-      if (plan_.blocks == 1) {
+      if constexpr (Taps::kPaired) {
+        for (int64_t row = 0; row < rows; ++row) {
+          const int64_t upper = 2 * (y + row) + pair_shift_, lower = upper + 1;
+          pack_pair<V>(upper >= 0 ? data + upper * source_.stride_h : nullptr,
+                       lower < source_.height ? data + lower * source_.stride_h : nullptr, lanes_,
+                       count_, columns_, to + row * row_, block_);
+        }
+      } else if (plan_.blocks == 1) {
         pack_rows<T, V, S>(data, lanes_, y, y + rows, columns_, to, row_);
       } else {
         for (int64_t row = 0; row < rows; ++row)
@@ -164,6 +183,7 @@ class SourceRows {
   const T** const table_;
   MapView source_;
   Lanes lanes_;
+  int64_t height_ = 0, pair_shift_ = 0;
   int64_t count_ = 0, begin_y_ = 0, first_column_ = 0, columns_ = 0, left_ = 0, next_ = 0;
 };
 
@@ -177,10 +197,10 @@ inline Axis in_block(Axis axis, int64_t block, int64_t columns) {
 
 // Outputs j in [first_j, first_j + count) of every phase, of one block of planes. `begin_y` is the
 // source row at the beginning of `rows`, `place` the block's place in them.
-template <class T, int V, class S>
+template <class T, int V, class S, class Taps>
 void convolve_block(const ConvolvePlan& plan, int64_t block, int64_t first_j, int64_t count,
-                    const SourceRows<T, V>& rows, int64_t begin_y, int64_t place, T* result,
-                    Ahead* ahead) {
+                    const SourceRows<T, V, Taps>& rows, int64_t begin_y, int64_t place,
+                    typename Taps::template Output<T>* result, Ahead* ahead) {
   const MapView& target = plan.target;
   const int64_t output_stride_y = plan.phases_y[0].output_stride;
   const int64_t output_stride_x = plan.phases_x[0].output_stride;
@@ -189,17 +209,18 @@ void convolve_block(const ConvolvePlan& plan, int64_t block, int64_t first_j, in
   int64_t row_end = (first_j + count) * output_stride_y;
   if (row_end > target.height) row_end = target.height;
   const bool direct = plan.direct_store && to.adjacent && to.count == V;
-  Correlation<T, V> c;
+  Correlation<T, V, Taps> c;
   c.source_rows = rows.table();
   c.ahead = ahead;
   c.accumulate = false;
   const int64_t pattern = block % plan.lanes.num_patterns;
   c.bias = plan.bias ? static_cast<const T*>(plan.packed_bias) + pattern * V : nullptr;
   c.weight = static_cast<const T*>(plan.packed_weight) + pattern * plan.packed_taps * V;
-  T* base;
+  using Output = typename Taps::template Output<T>;
+  Output* base;
   int64_t row, column;
   if (direct) {
-    base = static_cast<T*>(target.data) + to.offset[0] + row_begin * target.stride_h;
+    base = static_cast<Output*>(target.data) + to.offset[0] + row_begin * target.stride_h;
     row = target.stride_h;
     column = target.stride_w;
   } else {
@@ -213,13 +234,13 @@ void convolve_block(const ConvolvePlan& plan, int64_t block, int64_t first_j, in
     for (int64_t px = 0; px < plan.num_phases_x; ++px) {
       const Phase &y = plan.phases_y[py], &x = plan.phases_x[px];
       const int64_t left = y.count - first_j;
-      c.y = axis_of(y, first_j, left < count ? left : count, begin_y, plan.source.height);
+      c.y = axis_of(y, first_j, left < count ? left : count, begin_y, plan.source_height);
       c.x = in_block(axis_of(x, 0, x.count, plan.origin_x, plan.source.width), place,
                      plan.buffer.columns);
       c.weight_row = x.taps * V;
       c.weight_column = V;
       c.out = base + y.first_output * row + x.first_output * column;
-      if (c.y.out_count > 0) correlate<T, V>(c);
+      if (c.y.out_count > 0) correlate(c);
       c.weight += y.taps * x.taps * V;
     }
   if (!direct)
@@ -290,18 +311,23 @@ void look_ahead(const ConvolvePlan& plan, const ConvolveTask& task, int64_t j, i
   const int64_t step = plan.phases_y[0].out_step, output_stride = plan.phases_y[0].output_stride;
   const int64_t end_j = j + plan.chunk < task.last_j ? j + plan.chunk : task.last_j;
   const int64_t first_row = j == task.first_j ? j * step : (j - 1) * step + plan.span_y;
-  const Region reads = channels_region<S>(source, from.offset[0], count, plan.origin_y + first_row,
-                                          plan.origin_y + (end_j - 1) * step + plan.span_y);
+  int64_t row_begin = plan.origin_y + first_row;
+  int64_t row_end = plan.origin_y + (end_j - 1) * step + plan.span_y;
+  if (plan.paired) {
+    row_begin = 2 * row_begin + plan.pair_shift;
+    row_end = 2 * row_end + plan.pair_shift;
+  }
+  const Region reads = channels_region<S>(source, from.offset[0], count, row_begin, row_end);
   const Region writes =
       channels_region<S>(target, to.offset[0], count, j * output_stride, end_j * output_stride);
   ahead.first.begin(reads, steps);
   ahead.second.begin(writes, steps, true);
 }
 
-template <class T, int V, class S>
+template <class T, int V, class S, class Taps = SingleTaps>
 void convolve_as(const ConvolvePlan& plan, int64_t begin, int64_t end, void* scratch) {
-  SourceRows<T, V> rows(plan.buffer, static_cast<T*>(scratch));
-  T* result = rows.end();
+  SourceRows<T, V, Taps> rows(plan.buffer, static_cast<T*>(scratch));
+  auto* result = reinterpret_cast<typename Taps::template Output<T>*>(rows.end());
   const int64_t step = plan.phases_y[0].out_step;
   const bool channels_adjacent = plan.groups_per_image > 0 && plan.target.stride_c == 1;
   const Phase& columns = plan.phases_x[0];
@@ -311,22 +337,23 @@ void convolve_as(const ConvolvePlan& plan, int64_t begin, int64_t end, void* scr
     const ConvolveTask next = at + 1 < end ? task_of(plan, at + 1) : task;
     const Lanes from = lanes_of<V>(plan.lanes, task.block, plan.source, plan.batch, plan.channels);
     const int64_t begin_y = plan.origin_y + task.first_j * step;
-    rows.begin(plan.source, from, channels_of<V>(plan, task, from), begin_y, plan.origin_x);
+    rows.begin(plan.source, from, channels_of<V>(plan, task, from), begin_y, plan.origin_x,
+               plan.source_height, plan.pair_shift);
     for (int64_t j = task.first_j; j < task.last_j; j += plan.chunk) {
       const int64_t outputs = task.last_j - j < plan.chunk ? task.last_j - j : plan.chunk;
       rows.template fill_until<S>((j + outputs - 1 - task.first_j) * step + plan.span_y);
       if (channels_adjacent) {
-        const int64_t steps = task.num_blocks * Tiling(columns.count).tiles(outputs) *
-                              plan.num_phases_x * plan.tap_rows *
-                              steps_of_row(columns.taps, columns.out_step, columns.tap_step);
+        const int64_t steps =
+            task.num_blocks * Tiling(columns.count).tiles(outputs) * plan.num_phases_x *
+            steps_of_rows(plan.tap_rows, columns.taps, columns.out_step, columns.tap_step);
         if (j + outputs < task.last_j)
           look_ahead<T, V, S>(plan, task, j + outputs, steps, ahead);
         else if (at + 1 < end)
           look_ahead<T, V, S>(plan, next, next.first_j, steps, ahead);
       }
       for (int64_t place = 0; place < task.num_blocks; ++place)
-        convolve_block<T, V, S>(plan, task.block + place, j, outputs, rows, begin_y, place, result,
-                                channels_adjacent ? &ahead : nullptr);
+        convolve_block<T, V, S, Taps>(plan, task.block + place, j, outputs, rows, begin_y, place,
+                                      result, channels_adjacent ? &ahead : nullptr);
     }
     task = next;
   }
@@ -357,10 +384,15 @@ void weight_gradient_block(const WeightGradientPlan& plan, int64_t block, int64_
   }
   Vec<T, V> bias_sum = load_aligned<V>(partial + taps * V);
   for (int64_t row = 0; row < num_rows; ++row) {  // row by row, for the rounding error's sake
-    Vec<T, V> row_sum{};
+    Vec<T, V> even{}, odd{};                      // one sum alone would wait for itself
     const T* at = c.weight + row * c.weight_row;
-    for (int64_t x = 0; x < grad.width; ++x) row_sum += load<T, V>(at + x * c.weight_column);
-    bias_sum += row_sum;
+    int64_t x = 0;
+    for (; x + 1 < grad.width; x += 2, at += 2 * c.weight_column) {
+      even += load<T, V>(at);
+      odd += load<T, V>(at + c.weight_column);
+    }
+    if (x < grad.width) even += load<T, V>(at);
+    bias_sum += even + odd;
   }
   store_aligned<V>(partial + taps * V, bias_sum);
   if (plan.y.count <= 0 || plan.x.count <= 0) return;
@@ -378,7 +410,7 @@ void weight_gradient_block(const WeightGradientPlan& plan, int64_t block, int64_
   c.out = partial + (y.first_output * plan.kernel_w + plan.x.first_output) * V;
   c.out_row = plan.kernel_w * V;
   c.out_column = V;
-  correlate<T, V>(c);
+  correlate(c);
 }
 
 // The chunk of rows of grad_output from `row` on, and the input rows that it reads: all of them if
@@ -435,14 +467,15 @@ void weight_gradient_as(const WeightGradientPlan& plan, int64_t begin, int64_t e
                               : channels < num_blocks * V ? channels
                                                           : num_blocks * V;
         const int64_t begin_y = plan.y.origin + row_begin * step;
-        rows.begin(plan.input, from, count, begin_y, plan.x.origin);
+        rows.begin(plan.input, from, count, begin_y, plan.x.origin, plan.input.height);
         for (int64_t row = row_begin; row < row_end; row += plan.chunk) {
           const int64_t num_rows = row_end - row < plan.chunk ? row_end - row : plan.chunk;
           rows.template fill_until<S>((row + num_rows - 1 - row_begin) * step + span);
           if (channels_adjacent) {
             const int64_t tiles = Tiling(plan.x.count).tiles(plan.y.count);
-            const int64_t steps = num_blocks * tiles * num_rows *
-                                  steps_of_row(plan.x.taps, plan.x.out_step, plan.x.tap_step);
+            const int64_t steps =
+                num_blocks * tiles *
+                steps_of_rows(num_rows, plan.x.taps, plan.x.out_step, plan.x.tap_step);
             const bool same = row + num_rows < row_end;  // image
             const int64_t next_row = same ? row + num_rows : 0;
             if (same || at < last_row)
@@ -482,5 +515,17 @@ void weight_gradient(const WeightGradientPlan& plan, int64_t begin, int64_t end,
     weight_gradient_as<T, V, decltype(element)>(plan, begin, end, scratch);
   });
 }
+
+#if defined(LKA_AVX512_BF16)
+template <int V>
+void pack_paired_weights(const ConvolvePlan& plan, int64_t begin, int64_t end) {
+  pack_weights_as<float, V, bfloat16_t, PairedTaps>(plan, begin, end);
+}
+
+template <int V>
+void convolve_paired(const ConvolvePlan& plan, int64_t begin, int64_t end, void* scratch) {
+  convolve_as<float, V, bfloat16_t, PairedTaps>(plan, begin, end, scratch);
+}
+#endif
 
 }  // namespace

@@ -56,6 +56,12 @@ struct ConvolvePlan {
   const Phase* phases_y;
   const Phase* phases_x;
   int64_t num_phases_y, num_phases_x;
+  // Source rows in units of the buffer: rows, or pairs of rows of which the first begins at source
+  // row pair_shift, 0 or -1. Phases and origins are in these units.
+  bool paired = false;
+  int64_t pair_shift = 0;
+  int64_t source_height;
+  Phase unpaired_y;            // what the phases of pairs are made of
   int64_t origin_y, origin_x;  // smallest origins: where the source buffer begins
   int64_t tap_rows;            // kernel rows of all phases
   int64_t span_y;              // source rows that one output of every phase reads
@@ -67,9 +73,10 @@ struct ConvolvePlan {
   bool direct_store;         // kernels may write the target themselves
   const void* weight;        // (C, kH, kW) dense
   const void* bias;          // (C,) or null
-  void* packed_weight;       // [pattern][phase y][phase x][tap y][tap x][V]; planar: see there
+  // [pattern][phase y][phase x][tap y][tap x][V]; planar: [channel][tap x][tap y]
+  void* packed_weight;
   void* packed_bias;         // [pattern][V]
-  int64_t packed_taps;       // taps of one pattern over all phases
+  int64_t packed_taps;       // taps of one pattern over all phases; paired: and unpaired_y
   int64_t scratch_elements;  // per thread
 };
 

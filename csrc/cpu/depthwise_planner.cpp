@@ -45,9 +45,9 @@ double used_share(int64_t channels, int lanes) {
 // Channels of one image fill the lanes where at most a fifth of them would idle; else planes of
 // different images share a vector, unless channels are adjacent in memory: then reading them
 // together is worth more.
-LanePlan plan_lanes(int64_t batch, int64_t channels, bool channels_adjacent,
-                    const DepthwiseKernels& full, const DepthwiseKernels& half,
+LanePlan plan_lanes(int64_t batch, int64_t channels, bool channels_adjacent, const KernelSet& set,
                     const DepthwiseKernels*& kernels) {
+  const DepthwiseKernels &full = set.full, &half = set.half;
   LanePlan plan;
   const double with_full = used_share(channels, full.lanes);
   const double with_half = used_share(channels, half.lanes);
@@ -85,12 +85,6 @@ Extent extent_of(const std::vector<Phase>& phases) {
   return begin > end ? Extent{0, 1} : Extent{begin, end - begin};
 }
 
-void choose_kernels(Storage storage, const DepthwiseKernels*& full, const DepthwiseKernels*& half) {
-  const KernelTable& table = kernels();
-  full = storage == Storage::float64 ? &table.double_full : &table.float_full;
-  half = storage == Storage::float64 ? &table.double_half : &table.float_half;
-}
-
 int64_t arithmetic_bytes(Storage storage) { return storage == Storage::float64 ? 8 : 4; }
 
 // Blocks of lanes to unpack together and outputs to unpack for at a time: as many as fit the
@@ -109,9 +103,14 @@ int64_t choose_chunk(SourceBuffer& buffer, int64_t most_blocks, int64_t vector_b
   return std::min(outputs, least + std::max<int64_t>(0, more));
 }
 
-// Whether planar kernels serve a convolution with this many taps (clipped) between these maps.
+// Whether planar kernels serve a convolution with this many taps (clipped) between these maps. They
+// widen 16-bit types once for every vector that they store and narrow them through memory: there
+// the other kernels are faster on rows of less than a vector, and with 7 taps.
 bool planar_serves(const ConvParams& p, int64_t taps_y, int64_t taps_x, const MapView& source,
                    const MapView& target) {
+  const bool two_bytes = p.storage == Storage::bfloat16 || p.storage == Storage::float16;
+  if (two_bytes && (taps_y == 7 || target.width <= kernels(p.storage).planar_half.lanes))
+    return false;
   return p.stride_h == 1 && p.stride_w == 1 && p.dilation_h == 1 && p.dilation_w == 1 &&
          (taps_y == 3 || taps_y == 5 || taps_y == 7) && taps_x == taps_y &&  //
          source.stride_w == 1 && target.stride_w == 1 &&                     //
@@ -119,12 +118,8 @@ bool planar_serves(const ConvParams& p, int64_t taps_y, int64_t taps_x, const Ma
 }
 
 const DepthwiseKernels* planar_kernels(Storage storage, int64_t width) {
-  const KernelTable& table = kernels();
-  if (storage == Storage::float64)
-    return width <= table.planar_double_half.lanes ? &table.planar_double_half
-                                                   : &table.planar_double_full;
-  return width <= table.planar_float_half.lanes ? &table.planar_float_half
-                                                : &table.planar_float_full;
+  const KernelSet& set = kernels(storage);
+  return width <= set.planar_half.lanes ? &set.planar_half : &set.planar_full;
 }
 
 // Lanes of a planar kernel share no weights: to the rest of the plan, a block is one plane.
@@ -149,6 +144,29 @@ int64_t planar_chunk(SourceBuffer& buffer, int64_t columns, int lanes, int64_t b
 bool covers(const Phase& phase, int64_t source_size) {
   return phase.tap_step == 1 && phase.origin == -(phase.count - 1) &&
          phase.taps == source_size - phase.origin;
+}
+
+// Whether two rows of the source can stand in a lane.
+bool pairs_serve(const ConvParams& p, const Phase& y) {
+  return kernels(p.storage).paired_full.convolve != nullptr && p.stride_h == 1 && p.stride_w == 1 &&
+         p.dilation_h == 1 && y.taps > 1;
+}
+
+// The phases of even and of odd output rows over pairs of source rows.
+void pair_rows(PlannedConvolution& planned) {
+  ConvolvePlan& plan = planned.plan;
+  const Phase y = planned.phases_y[0];
+  plan.paired = plan.direct_store = true;
+  plan.unpaired_y = y;
+  plan.pair_shift = -(y.origin & 1);
+  plan.source_height = ceil_div(plan.source.height - plan.pair_shift, 2);
+  const int64_t origin = (y.origin - plan.pair_shift) / 2;
+  planned.phases_y = {{0, 2, (y.count + 1) / 2, (y.taps + 1) / 2, origin, 1, 1, 0, 1},
+                      {1, 2, y.count / 2, y.taps / 2 + 1, origin, 1, 1, 0, 1}};
+  plan.phases_y = planned.phases_y.data();
+  plan.num_phases_y = 2;
+  const KernelSet& set = kernels(plan.storage);
+  planned.kernels = planned.kernels == &set.half ? &set.paired_half : &set.paired_full;
 }
 
 void plan_dense(PlannedConvolution& planned, int num_threads) {
@@ -243,10 +261,8 @@ PlannedConvolution plan_convolution(const ConvParams& p, const MapView& source,
     return planned;
   }
 
-  const DepthwiseKernels *full, *half;
-  choose_kernels(p.storage, full, half);
-  plan.lanes = plan_lanes(p.batch, p.channels, source.stride_c == 1 && target.stride_c == 1, *full,
-                          *half, planned.kernels);
+  plan.lanes = plan_lanes(p.batch, p.channels, source.stride_c == 1 && target.stride_c == 1,
+                          kernels(p.storage), planned.kernels);
   plan.direct_store = p.storage == Storage::float32 || p.storage == Storage::float64;
   plan.dense = p.stride_h == 1 && p.stride_w == 1 && covers(first_y, source.height) &&
                covers(first_x, source.width);
@@ -254,6 +270,8 @@ PlannedConvolution plan_convolution(const ConvParams& p, const MapView& source,
     plan_dense(planned, num_threads);
     return planned;
   }
+  plan.source_height = source.height;
+  if (pairs_serve(p, first_y)) pair_rows(planned);
   const bool together = source.stride_c == 1 && !plan.lanes.cross_images;
 
   const Extent y = extent_of(planned.phases_y), x = extent_of(planned.phases_x);
@@ -282,7 +300,8 @@ PlannedConvolution plan_convolution(const ConvParams& p, const MapView& source,
   plan.buffer.ring_rows = y.span + (plan.chunk - 1) * step;
   plan.buffer.rows = y.span + (plan.band - 1) * step;
 
-  plan.packed_taps = plan.tap_rows = 0;
+  plan.packed_taps = plan.paired ? plan.unpaired_y.taps * first_x.taps : 0;
+  plan.tap_rows = 0;
   double taps_of_all_outputs = 0;
   for (const Phase& py : planned.phases_y) plan.tap_rows += py.taps;
   plan.tap_rows = std::max<int64_t>(1, plan.tap_rows);
@@ -379,10 +398,8 @@ PlannedWeightGradient plan_backward_weight(const ConvParams& p) {
     return planned;
   }
 
-  const DepthwiseKernels *full, *half;
-  choose_kernels(p.storage, full, half);
   plan.lanes = plan_lanes(p.batch, p.channels, p.input.stride_c == 1 && p.output.stride_c == 1,
-                          *full, *half, planned.kernels);
+                          kernels(p.storage), planned.kernels);
 
   plan.buffer.columns = std::max<int64_t>(
       1, (plan.x.count - 1) * plan.x.out_step + (plan.x.taps - 1) * plan.x.tap_step + 1);

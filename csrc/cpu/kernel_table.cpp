@@ -17,24 +17,55 @@ static bool has_f16c() {
 }
 #endif
 
-const KernelTable& kernels() {
-  static const KernelTable& table = []() -> const KernelTable& {
+namespace {
+
+enum Capability { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
+constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+
+Capability processor() {
 #if defined(__x86_64__)
-    const char* limit = std::getenv("LKA_CPU_CAPABILITY");
-    const bool baseline_only = limit && std::strcmp(limit, "baseline") == 0;
-    const bool at_most_avx2 = baseline_only || (limit && std::strcmp(limit, "avx2") == 0);
-    __builtin_cpu_init();
-    if (!has_f16c()) return kernels_baseline();
-    if (!at_most_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-      return kernels_avx512();
-    if (!baseline_only && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("bmi2"))
-      return kernels_avx2();
+  __builtin_cpu_init();
+  if (!has_f16c() || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") ||
+      !__builtin_cpu_supports("bmi2"))
+    return kBaseline;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+    return kAvx2;
+  return __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512;
+#else
+  return kBaseline;
 #endif
-    return kernels_baseline();
-  }();
-  return table;
 }
+
+Capability capability() {
+  static const Capability chosen = [] {
+    const Capability widest = processor();
+    const char* limit = std::getenv("LKA_CPU_CAPABILITY");
+    for (int narrower = kBaseline; limit && narrower < widest; ++narrower)
+      if (std::strcmp(limit, kNames[narrower]) == 0) return Capability(narrower);
+    return widest;
+  }();
+  return chosen;
+}
+
+const KernelTable& table() {
+#if defined(__x86_64__)
+  if (capability() >= kAvx512) return kernels_avx512();
+  if (capability() == kAvx2) return kernels_avx2();
+#endif
+  return kernels_baseline();
+}
+
+}  // namespace
+
+const KernelSet& kernels(Storage storage) {
+  if (storage == Storage::float64) return table().in_double;
+#if defined(__x86_64__)
+  if (storage == Storage::bfloat16 && capability() == kAvx512Bf16) return kernels_avx512_bf16();
+#endif
+  return table().in_float;
+}
+
+const char* instruction_set() { return kNames[capability()]; }
 
 }  // namespace lka::cpu

@@ -26,22 +26,34 @@ struct AdapterKernels {
                    int64_t part_end, void* scratch);
 };
 
-struct KernelTable {
-  const char* name;  // "avx512", "avx2" or "baseline"
-  // Full vectors, and half vectors for channel counts that would leave most lanes idle.
-  DepthwiseKernels float_full, float_half, double_full, double_half;
+// Full vectors, and half vectors for channel counts that would leave most lanes idle.
+struct KernelSet {
+  DepthwiseKernels full, half;
   // The same with neighbouring columns in the lanes, for small kernels over contiguous rows.
-  DepthwiseKernels planar_float_full, planar_float_half, planar_double_full, planar_double_half;
-  AdapterKernels adapter_float_full, adapter_float_half, adapter_double_full, adapter_double_half;
+  DepthwiseKernels planar_full, planar_half;
+  AdapterKernels adapter_full, adapter_half;
+  // Forward and backward-input with two rows of the source in a lane; null where there is no such
+  // instruction.
+  DepthwiseKernels paired_full, paired_half;
+};
+
+struct KernelTable {
+  KernelSet in_float;   // for float32, bfloat16 and float16
+  KernelSet in_double;  // for float64
 };
 
 const KernelTable& kernels_baseline();
 #if defined(__x86_64__)
 const KernelTable& kernels_avx2();
 const KernelTable& kernels_avx512();
+const KernelSet& kernels_avx512_bf16();  // for bfloat16 alone
 #endif
 
-// The widest instruction set of this processor; LKA_CPU_CAPABILITY=avx2 or baseline narrows it.
-const KernelTable& kernels();
+// The kernels for a storage type, of the widest instruction set of this processor;
+// LKA_CPU_CAPABILITY=avx512, avx2 or baseline narrows it.
+const KernelSet& kernels(Storage storage);
+
+// The name of that instruction set: "avx512_bf16", "avx512", "avx2" or "baseline".
+const char* instruction_set();
 
 }  // namespace lka::cpu

@@ -4,6 +4,5 @@
 #define LKA_VECTOR_BYTES 32
 #define LKA_F16C
 #define LKA_TABLE kernels_avx2
-#define LKA_ISA_NAME "avx2"
 #include "kernels_for_isa.h"
 #endif

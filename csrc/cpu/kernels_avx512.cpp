@@ -7,6 +7,5 @@
 #define LKA_F16C
 #define LKA_AVX512
 #define LKA_TABLE kernels_avx512
-#define LKA_ISA_NAME "avx512"
 #include "kernels_for_isa.h"
 #endif

@@ -1,5 +1,4 @@
 // Any processor: four float lanes, which every x86-64 and AArch64 has.
 #define LKA_VECTOR_BYTES 16
 #define LKA_TABLE kernels_baseline
-#define LKA_ISA_NAME "baseline"
 #include "kernels_for_isa.h"

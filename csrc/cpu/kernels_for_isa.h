@@ -1,8 +1,9 @@
 // Body of every kernels_<isa>.cpp. The including file sets the compiler's target first and defines
-// LKA_VECTOR_BYTES, LKA_TABLE, LKA_ISA_NAME and the intrinsics at hand (LKA_F16C, LKA_AVX512): GCC
-// evaluates every #if before it acts on a pragma, so that __AVX512F__ and the like are not defined.
-// No standard-library templates may be used below: the linker keeps one copy of each, and it could
-// be the one for the widest instruction set.
+// LKA_VECTOR_BYTES, LKA_TABLE and the intrinsics at hand (LKA_F16C, LKA_AVX512, LKA_AVX512_BF16):
+// GCC evaluates every #if before it acts on a pragma, so that __AVX512F__ and the like are not
+// defined. LKA_BFLOAT16_ONLY leaves out the other storage types. No standard-library templates may
+// be used below: the linker keeps one copy of each, and it could be the one for the widest
+// instruction set.
 #include "depthwise_conv2d_kernel.h"
 #include "kernel_table.h"
 #include "large_kernel_adapter_kernel.h"
@@ -31,30 +32,45 @@ constexpr lka::cpu::AdapterKernels adapter_kernels() {
           &adapter_backward_of<T, V, kWide>};
 }
 
-constexpr int kFloatLanes = LKA_VECTOR_BYTES / 4;
-constexpr int kDoubleLanes = LKA_VECTOR_BYTES / 8;
+#if defined(LKA_AVX512_BF16)
+template <int V>
+constexpr lka::cpu::DepthwiseKernels paired_kernels() {
+  return {V, &pack_paired_weights<V>, &convolve_paired<V>, nullptr};
+}
+#else
+template <int V>
+constexpr lka::cpu::DepthwiseKernels paired_kernels() {
+  return {};
+}
+#endif
+
+template <class T>
+constexpr lka::cpu::KernelSet kernel_set() {
+  constexpr int kFull = LKA_VECTOR_BYTES / sizeof(T), kHalf = kFull / 2;
+  return {depthwise_kernels<T, kFull>(),
+          depthwise_kernels<T, kHalf>(),
+          planar_kernels<T, kFull>(),
+          planar_kernels<T, kHalf>(),
+          adapter_kernels<T, kFull, kFull>(),
+          adapter_kernels<T, kHalf, kFull>(),
+          paired_kernels<kFull>(),
+          paired_kernels<kHalf>()};
+}
 
 }  // namespace
 
 namespace lka::cpu {
 
+#if defined(LKA_BFLOAT16_ONLY)
+const KernelSet& LKA_TABLE() {
+  static constexpr KernelSet kernels = kernel_set<float>();
+  return kernels;
+}
+#else
 const KernelTable& LKA_TABLE() {
-  static constexpr KernelTable table = {
-      LKA_ISA_NAME,
-      depthwise_kernels<float, kFloatLanes>(),
-      depthwise_kernels<float, kFloatLanes / 2>(),
-      depthwise_kernels<double, kDoubleLanes>(),
-      depthwise_kernels<double, kDoubleLanes / 2>(),
-      planar_kernels<float, kFloatLanes>(),
-      planar_kernels<float, kFloatLanes / 2>(),
-      planar_kernels<double, kDoubleLanes>(),
-      planar_kernels<double, kDoubleLanes / 2>(),
-      adapter_kernels<float, kFloatLanes, kFloatLanes>(),
-      adapter_kernels<float, kFloatLanes / 2, kFloatLanes>(),
-      adapter_kernels<double, kDoubleLanes, kDoubleLanes>(),
-      adapter_kernels<double, kDoubleLanes / 2, kDoubleLanes>(),
-  };
+  static constexpr KernelTable table = {kernel_set<float>(), kernel_set<double>()};
   return table;
 }
+#endif
 
 }  // namespace lka::cpu

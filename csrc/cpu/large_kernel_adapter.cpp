@@ -75,10 +75,7 @@ struct Reader {
 };
 
 const AdapterKernels& choose(Storage storage, int64_t rank) {
-  const KernelTable& table = kernels();
-  const bool wide = storage == Storage::float64;
-  const AdapterKernels& full = wide ? table.adapter_double_full : table.adapter_float_full;
-  const AdapterKernels& half = wide ? table.adapter_double_half : table.adapter_float_half;
+  const AdapterKernels &full = kernels(storage).adapter_full, &half = kernels(storage).adapter_half;
   const int64_t idle_full = round_up(rank, full.lanes) - rank;
   return idle_full >= half.lanes ? half : full;
 }

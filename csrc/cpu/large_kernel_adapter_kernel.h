@@ -84,7 +84,7 @@ void load_grid(const AdapterParams& p, const T* tokens, int64_t stride, int64_t 
   const Lanes lanes = rank_lanes(p, block, stride);
   map.stride_h = lanes.stride_h;
   map.stride_w = lanes.stride_w;
-  rows.begin(map, lanes, lanes.count, -pad_top, -pad_left);
+  rows.begin(map, lanes, lanes.count, -pad_top, -pad_left, map.height);
   rows.template fill_until<T>(p.buffer_rows);
 }
 
@@ -107,7 +107,8 @@ void convolve_grid(const AdapterParams& p, const T* tokens, int64_t stride, int6
     // As in dense_conv2d_kernel.h: the grid are the taps, the kernel is the source.
     const T** kernel_rows = reinterpret_cast<const T**>(dense);
     for (int64_t m = 0; m < p.kernel_h; ++m) kernel_rows[m] = kernel + m * p.kernel_w * V;
-    T* grid = dense + round_up(p.kernel_h * int64_t(sizeof(T*) / sizeof(T)), 64 / sizeof(T));
+    T* grid =
+        dense + round_up(p.kernel_h * int64_t(sizeof(void*)) / int64_t(sizeof(T)), 64 / sizeof(T));
     pack_rows<T, V, T>(tokens + p.num_prefix_tokens * stride, rank_lanes(p, block, stride), 0,
                        p.height, p.width, grid, p.width * V);
     k.source_rows = kernel_rows;
@@ -130,13 +131,13 @@ void convolve_grid(const AdapterParams& p, const T* tokens, int64_t stride, int6
     k.out_column = out_column;
   }
   k.out_row = p.width * k.out_column;
-  correlate<T, V>(k);
+  correlate(k);
 }
 
 // Memory for convolve_grid's dense form: of the grid, and pointers to the rows of the kernel.
 template <class T, int V>
 int64_t dense_elements(const AdapterParams& p) {
-  return p.height * p.width * V + p.kernel_h * int64_t(sizeof(T*) / sizeof(T)) + 2 * 64;
+  return p.height * p.width * V + p.kernel_h * int64_t(sizeof(void*)) / int64_t(sizeof(T)) + 2 * 64;
 }
 
 template <class T, int V>
@@ -362,7 +363,7 @@ void adapter_backward_parts(const AdapterParams& p, const AdapterGradients& g, i
           k.out = conv + block * taps * V;
           k.out_row = p.kernel_w * V;
           k.out_column = V;
-          correlate<T, V>(k);
+          correlate(k);
           for (int64_t i = 0; i < grid_tokens; i += p.width) {
             Vec<T, V> row_sum{};
             for (int64_t j = i; j < i + p.width; ++j) row_sum += load<T, V>(k.weight + j * padded);

@@ -16,12 +16,6 @@ Tensor depthwise_conv2d_forward(const Tensor& input, const Tensor& weight,
                                 const std::vector<int64_t>& padding,
                                 const std::vector<int64_t>& dilation, bool channels_last);
 
-// Whether forward leaves this call to PyTorch's own convolution (handover.h).
-bool depthwise_conv2d_hands_over(const Tensor& input, const Tensor& weight,
-                                 const std::vector<int64_t>& stride,
-                                 const std::vector<int64_t>& padding,
-                                 const std::vector<int64_t>& dilation, bool channels_last);
-
 Tensor depthwise_conv2d_backward_input(const Tensor& grad_output, const Tensor& weight,
                                        const std::vector<int64_t>& input_size,
                                        const std::vector<int64_t>& stride,

@@ -122,25 +122,31 @@ void pack_channels(const S* row, int64_t stride_w, int64_t count, int64_t column
 }
 
 // The reverse: a dense buffer [rows][columns][V] to rows [row_begin, row_end) of the planes.
-template <class T, int V, class S>
-void unpack_rows(const T* buffer, const Lanes& lanes, int64_t row_begin, int64_t row_end,
+template <class T, int V, class S, class Buffer>
+void unpack_rows(const Buffer* buffer, const Lanes& lanes, int64_t row_begin, int64_t row_end,
                  int64_t columns, S* data) {
   const int64_t positions = (row_end - row_begin) * columns;
   if (lanes.adjacent) {
-    for (int64_t y = row_begin; y < row_end; ++y)
-      for (int64_t x = 0; x < columns; ++x)
-        store_some<T, V, S>(data + lanes.offset[0] + y * lanes.stride_h + x * lanes.stride_w,
-                            load_aligned<V>(buffer + ((y - row_begin) * columns + x) * V),
-                            lanes.count);
+    const int count = lanes.count;
+    for (int64_t y = row_begin; y < row_end; ++y) {
+      S* to = data + lanes.offset[0] + y * lanes.stride_h;
+      if (count == V) {
+        for (int64_t x = 0; x < columns; ++x, to += lanes.stride_w, buffer += V)
+          store<T, V>(to, load<T, V>(buffer));
+      } else {
+        for (int64_t x = 0; x < columns; ++x, to += lanes.stride_w, buffer += V)
+          store_some<T, V, S>(to, load<T, V>(buffer), count);
+      }
+    }
     return;
   }
   if (lanes.stride_w != 1 || lanes.stride_h != columns) {
     for (int64_t y = row_begin; y < row_end; ++y)
       for (int64_t x = 0; x < columns; ++x) {
-        const T* from = buffer + ((y - row_begin) * columns + x) * V;
+        const Buffer* from = buffer + ((y - row_begin) * columns + x) * V;
         S* to = data + y * lanes.stride_h + x * lanes.stride_w;
         for (int l = 0; l < lanes.count; ++l)
-          store_some<T, V, S>(to + lanes.offset[l], splat<T, V>(from[l]), 1);
+          store_some<T, V, S>(to + lanes.offset[l], splat<T, V>(load_one<T>(from + l)), 1);
       }
     return;
   }
@@ -149,7 +155,7 @@ void unpack_rows(const T* buffer, const Lanes& lanes, int64_t row_begin, int64_t
     const int count = positions - p < V ? int(positions - p) : V;
     Vec<T, V> square[V];
     for (int q = 0; q < V; ++q)
-      square[q] = q < count ? load_aligned<V>(buffer + (p + q) * V) : Vec<T, V>{};
+      square[q] = q < count ? load<T, V>(buffer + (p + q) * V) : Vec<T, V>{};
     transpose<T, V>(square);
     for (int l = 0; l < lanes.count; ++l)
       store_some<T, V, S>(data + lanes.offset[l] + row_begin * columns + p, square[l], count);

@@ -67,6 +67,20 @@ inline void store_aligned(T* p, Vec<T, V> v) {
   *reinterpret_cast<Vec<T, V>*>(p) = v;
 }
 
+// Have a vector loaded once: the compiler would rather read memory again for every use.
+template <class V>
+__attribute__((always_inline)) inline void keep_in_register(V& v) {
+#if defined(LKA_F16C)  // every vector fits a register
+  asm("" : "+v"(v));
+#endif
+}
+// Have a pointer advanced by additions: the compiler would rather keep every multiple of a step
+// that a loop needs, and has no registers for them.
+template <class T>
+__attribute__((always_inline)) inline void keep_in_register(T*& p) {
+  asm("" : "+r"(p));
+}
+
 inline float half_to_float(uint16_t bits) {
   const uint32_t sign = uint32_t(bits & 0x8000u) << 16;
   uint32_t magnitude = bits & 0x7fffu;
@@ -104,71 +118,99 @@ inline uint16_t float_to_half(float value) {
   return sign | uint16_t((bits - 0x38000000u) >> 13);
 }
 
-// Load V elements of storage type S and widen them to T.
-template <class T, int V>
-inline Vec<T, V> load(const T* p) {
-  return *reinterpret_cast<const UnalignedVec<T, V>*>(p);
+// V elements of a 16-bit type, widened and narrowed (round to nearest even).
+template <int V>
+using Bits16 = Vec<uint16_t, V>;
+
+template <int V>
+inline Vec<uint32_t, V> zero_extend(Bits16<V> bits) {
+#if defined(LKA_AVX512)  // GCC 12 would convert two halves
+  if constexpr (V == 16) return (Vec<uint32_t, V>)_mm512_cvtepu16_epi32((__m256i)bits);
+#endif
+  return __builtin_convertvector(bits, Vec<uint32_t, V>);
 }
 
-template <class T, int V>
-inline Vec<T, V> load(const bfloat16_t* p) {
-  typedef uint16_t narrow __attribute__((vector_size(V * 2), may_alias, aligned(2)));
-  const auto wide = __builtin_convertvector(*reinterpret_cast<const narrow*>(p), Vec<uint32_t, V>);
-  return (Vec<T, V>)(wide << 16);
+template <int V>
+inline Vec<float, V> widen(Bits16<V> bits, bfloat16_t) {
+  return (Vec<float, V>)(zero_extend<V>(bits) << 16);
 }
 
-template <class T, int V>
-inline Vec<T, V> load(const float16_t* p) {
+template <int V>
+inline Vec<float, V> widen(Bits16<V> bits, float16_t) {
 #if defined(LKA_AVX512)
-  if constexpr (V == 16)
-    return (Vec<T, V>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  if constexpr (V == 16) return (Vec<float, V>)_mm512_cvtph_ps((__m256i)bits);
 #endif
 #if defined(LKA_F16C)
-  if constexpr (V == 8)
-    return (Vec<T, V>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  if constexpr (V == 8) return (Vec<float, V>)_mm256_cvtph_ps((__m128i)bits);
 #endif
-  Vec<T, V> out;
-  for (int i = 0; i < V; ++i) out[i] = half_to_float(p[i].bits);
+  Vec<float, V> out;
+  for (int i = 0; i < V; ++i) out[i] = half_to_float(bits[i]);
   return out;
 }
 
-// Narrow V elements of T to storage type S (round to nearest even) and store them.
-template <class T, int V>
-inline void store(T* p, Vec<T, V> v) {
-  *reinterpret_cast<UnalignedVec<T, V>*>(p) = v;
-}
-
-template <class T, int V>
-inline void store(bfloat16_t* p, Vec<T, V> v) {
-  typedef uint16_t narrow __attribute__((vector_size(V * 2), may_alias, aligned(2)));
+// Results below the smallest normal number, 1.2e-38, become zero where the processor's instruction
+// is used, as they do in oneDNN.
+template <int V>
+inline Bits16<V> narrow(Vec<float, V> v, bfloat16_t) {
+#if defined(LKA_AVX512_BF16)
+  if constexpr (V == 16) return (Bits16<V>)_mm512_cvtneps_pbh((__m512)v);
+  if constexpr (V == 8) return (Bits16<V>)_mm256_cvtneps_pbh((__m256)v);
+#endif
   const auto bits = (Vec<uint32_t, V>)v;
-  const auto rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-  const auto is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  const auto out = is_nan ? (bits >> 16 | 0x40u) : rounded;
-  *reinterpret_cast<narrow*>(p) = __builtin_convertvector(out, narrow);
+  const auto rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+  const auto out = v != v ? bits | 0x400000u : rounded;
+  return __builtin_convertvector(out >> 16, Bits16<V>);
 }
 
-template <class T, int V>
-inline void store(float16_t* p, Vec<T, V> v) {
+template <int V>
+inline Bits16<V> narrow(Vec<float, V> v, float16_t) {
 #if defined(LKA_AVX512)
-  if constexpr (V == 16) {
-    const __m256i bits = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
-    return;
-  }
+  if constexpr (V == 16)
+    return (Bits16<V>)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #endif
 #if defined(LKA_F16C)
-  if constexpr (V == 8) {
-    const __m128i bits = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bits);
-    return;
-  }
+  if constexpr (V == 8)
+    return (Bits16<V>)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #endif
-  for (int i = 0; i < V; ++i) p[i].bits = float_to_half(v[i]);
+  Bits16<V> out;
+  for (int i = 0; i < V; ++i) out[i] = float_to_half(v[i]);
+  return out;
+}
+
+// The first `count` elements of a 16-bit type; the rest is zero.
+template <int V>
+inline Bits16<V> load_bits(const void* p, int count = V) {
+  if (count >= V) return *reinterpret_cast<const UnalignedVec<uint16_t, V>*>(p);
+#if defined(LKA_AVX512)
+  const uint32_t mask = (uint32_t(1) << count) - 1;
+  if constexpr (V == 16) return (Bits16<V>)_mm256_maskz_loadu_epi16(__mmask16(mask), p);
+  if constexpr (V == 8) return (Bits16<V>)_mm_maskz_loadu_epi16(__mmask8(mask), p);
+#endif
+  uint16_t padded[V] = {};
+  for (int i = 0; i < count; ++i) padded[i] = static_cast<const uint16_t*>(p)[i];
+  return *reinterpret_cast<const UnalignedVec<uint16_t, V>*>(padded);
+}
+
+// Load V elements of storage type S and widen them to T.
+template <class T, int V, class S>
+inline Vec<T, V> load(const S* p) {
+  if constexpr (sizeof(S) == 2)
+    return widen<V>(load_bits<V>(p), S{});
+  else
+    return *reinterpret_cast<const UnalignedVec<T, V>*>(p);
+}
+
+// Narrow V elements of T to storage type S and store them.
+template <class T, int V, class S>
+inline void store(S* p, Vec<T, V> v) {
+  if constexpr (sizeof(S) == 2)
+    *reinterpret_cast<UnalignedVec<uint16_t, V>*>(p) = narrow<V>(v, S{});
+  else
+    *reinterpret_cast<UnalignedVec<T, V>*>(p) = v;
 }
 
 #if defined(LKA_AVX512)
-// Elements of 4, 8 or 2 bytes where the mask has a bit, by one instruction; others are not touched.
+// Elements where the mask has a bit, by one instruction; others are not touched.
 template <class T, int V, class S>
 inline Vec<T, V> load_masked(const S* p, uint32_t mask) {
   constexpr int kBytes = V * sizeof(S);
@@ -180,12 +222,6 @@ inline Vec<T, V> load_masked(const S* p, uint32_t mask) {
     return (Vec<T, V>)_mm512_maskz_loadu_pd(__mmask8(mask), p);
   else if constexpr (sizeof(S) == 8 && kBytes == 32)
     return (Vec<T, V>)_mm256_maskz_loadu_pd(__mmask8(mask), p);
-  S padded[V];
-  if constexpr (kBytes == 32)
-    _mm256_storeu_si256((__m256i*)padded, _mm256_maskz_loadu_epi16(__mmask16(mask), p));
-  else
-    _mm_storeu_si128((__m128i*)padded, _mm_maskz_loadu_epi16(__mmask8(mask), p));
-  return load<T, V>(padded);
 }
 
 template <class T, int V, class S>
@@ -199,12 +235,10 @@ inline void store_masked(S* p, Vec<T, V> v, uint32_t mask) {
     return _mm512_mask_storeu_pd(p, __mmask8(mask), (__m512d)v);
   else if constexpr (sizeof(S) == 8 && kBytes == 32)
     return _mm256_mask_storeu_pd(p, __mmask8(mask), (__m256d)v);
-  S padded[V];
-  store<T, V>(padded, v);
-  if constexpr (kBytes == 32)
-    _mm256_mask_storeu_epi16(p, __mmask16(mask), _mm256_loadu_si256((const __m256i*)padded));
+  else if constexpr (kBytes == 32)
+    _mm256_mask_storeu_epi16(p, __mmask16(mask), (__m256i)narrow<V>(v, S{}));
   else
-    _mm_mask_storeu_epi16(p, __mmask8(mask), _mm_loadu_si128((const __m128i*)padded));
+    _mm_mask_storeu_epi16(p, __mmask8(mask), (__m128i)narrow<V>(v, S{}));
 }
 
 template <class S, int V>
@@ -215,13 +249,17 @@ constexpr bool kHasMasks =
 // The first `count` elements only; the rest of the vector is zero.
 template <class T, int V, class S>
 inline Vec<T, V> load_some(const S* p, int count) {
-  if (count >= V) return load<T, V>(p);
+  if constexpr (sizeof(S) == 2) {
+    return widen<V>(load_bits<V>(p, count), S{});
+  } else {
+    if (count >= V) return load<T, V>(p);
 #if defined(LKA_AVX512)
-  if constexpr (kHasMasks<S, V>) return load_masked<T, V, S>(p, (uint32_t(1) << count) - 1);
+    if constexpr (kHasMasks<S, V>) return load_masked<T, V, S>(p, (uint32_t(1) << count) - 1);
 #endif
-  S padded[V] = {};
-  for (int i = 0; i < count; ++i) padded[i] = p[i];
-  return load<T, V>(padded);
+    S padded[V] = {};
+    for (int i = 0; i < count; ++i) padded[i] = p[i];
+    return load<T, V>(padded);
+  }
 }
 
 template <class T, int V, class S>

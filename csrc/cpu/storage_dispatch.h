@@ -10,6 +10,9 @@ namespace {
 // float64 alone, the others everything narrower.
 template <class T, class Call>
 void with_storage(lka::Storage storage, const Call& call) {
+#if defined(LKA_BFLOAT16_ONLY)
+  call(bfloat16_t{});
+#else
   if constexpr (sizeof(T) == 8) {
     call(double{});
   } else {
@@ -19,6 +22,7 @@ void with_storage(lka::Storage storage, const Call& call) {
       default: return call(float{});
     }
   }
+#endif
 }
 
 }  // namespace
