@@ -117,9 +117,12 @@ __attribute__((always_inline)) inline void add_taps(Vec<T, V> (&sum)[kRows][kCol
   }
 }
 
-// Steps of Correlation::ahead in `rows` rows of taps: every second of a small kernel.
+// Steps of Correlation::ahead in `rows` rows of taps: one a row and one a run of kMaxTaps, or one
+// every second row where rows are so short that stepping would tell.
+constexpr int64_t kShortRow = 3;
+
 inline int64_t steps_of_rows(int64_t rows, int64_t taps, int64_t out_step, int64_t tap_step) {
-  if (taps <= 3) return rows / 2 > 0 ? rows / 2 : 1;
+  if (taps <= kShortRow) return (rows + 1) / 2;
   return rows * (1 + (out_step == 1 && tap_step == 1 ? taps / kMaxTaps : 0));
 }
 
@@ -135,7 +138,7 @@ void correlate_tiles(const Correlation<T, V, Taps>& correlation, int64_t i_begin
   const int64_t rows_per_run = sizeof(Output) < sizeof(T)
                                    ? INT64_MAX / 2
                                    : kTermsPerRun / int32_t(c.x.taps > 0 ? c.x.taps : 1) + 1;
-  const bool long_rows = c.x.taps > 3;
+  const bool short_rows = c.x.taps <= kShortRow;
   const Vec<T, V> start = c.bias ? load_aligned<V>(c.bias) : Vec<T, V>{};
   for (int64_t i = i_begin; i < i_end; i += kRows) {
     const TapRange rows = live_taps(c.y, i, kRows);
@@ -152,7 +155,7 @@ void correlate_tiles(const Correlation<T, V, Taps>& correlation, int64_t i_begin
         for (int r = 0; r < kRows; ++r)
           for (int t = 0; t < kColumns; ++t) sum[r][t] = first ? start : Vec<T, V>{};
         for (int64_t m = run; m < run_end; ++m) {
-          if (c.ahead && (long_rows || (m & 1))) c.ahead->step();
+          if (c.ahead && !(short_rows && (m & 1))) c.ahead->step();
           const T* w = weight + m * c.weight_row;
           const T* s[kRows];
           for (int r = 0; r < kRows; ++r)

@@ -105,7 +105,7 @@ int64_t choose_chunk(SourceBuffer& buffer, int64_t most_blocks, int64_t vector_b
 
 // Whether planar kernels serve a convolution with this many taps (clipped) between these maps. They
 // widen 16-bit types once for every vector that they store and narrow them through memory: there
-// the other kernels are faster on rows of less than a vector, and with 7 taps.
+// the other kernels are mostly faster on rows of at most half a vector, and with 7 taps.
 bool planar_serves(const ConvParams& p, int64_t taps_y, int64_t taps_x, const MapView& source,
                    const MapView& target) {
   const bool two_bytes = p.storage == Storage::bfloat16 || p.storage == Storage::float16;

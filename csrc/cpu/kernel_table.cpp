@@ -31,7 +31,10 @@ Capability processor() {
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
       !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
     return kAvx2;
-  return __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512;
+#if defined(LKA_BUILD_AVX512_BF16)
+  if (__builtin_cpu_supports("avx512bf16")) return kAvx512Bf16;
+#endif
+  return kAvx512;
 #else
   return kBaseline;
 #endif
@@ -60,7 +63,7 @@ const KernelTable& table() {
 
 const KernelSet& kernels(Storage storage) {
   if (storage == Storage::float64) return table().in_double;
-#if defined(__x86_64__)
+#if defined(LKA_BUILD_AVX512_BF16)
   if (storage == Storage::bfloat16 && capability() == kAvx512Bf16) return kernels_avx512_bf16();
 #endif
   return table().in_float;

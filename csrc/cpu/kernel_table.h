@@ -46,6 +46,10 @@ const KernelTable& kernels_baseline();
 #if defined(__x86_64__)
 const KernelTable& kernels_avx2();
 const KernelTable& kernels_avx512();
+#endif
+// GCC 9 does not know these instructions.
+#if defined(__x86_64__) && __GNUC__ >= 10
+#define LKA_BUILD_AVX512_BF16
 const KernelSet& kernels_avx512_bf16();  // for bfloat16 alone
 #endif
 

@@ -1,6 +1,7 @@
 // As kernels_avx512.cpp, for bfloat16 alone, which the processor narrows to (AVX-512 BF16: Cooper
 // Lake, Zen 4 and later).
-#if defined(__x86_64__)
+#include "kernel_table.h"
+#if defined(LKA_BUILD_AVX512_BF16)
 #pragma GCC target( \
     "avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512")
 // GCC 12 warns of its own undefined-vector intrinsics (its bug 105593).
