@@ -140,14 +140,16 @@ void correlate_tiles(const Correlation<T, V, Taps>& correlation, int64_t i_begin
                                    : kTermsPerRun / int32_t(c.x.taps > 0 ? c.x.taps : 1) + 1;
   const bool short_rows = c.x.taps <= kShortRow;
   const Vec<T, V> start = c.bias ? load_aligned<V>(c.bias) : Vec<T, V>{};
-  for (int64_t i = i_begin; i < i_end; i += kRows) {
-    const TapRange rows = live_taps(c.y, i, kRows);
-    const T* const* source = c.source_rows + c.y.first + i * c.y.out_step;
-    for (int64_t j = j_begin; j < j_end; j += kColumns) {
-      const TapRange columns = live_taps(c.x, j, kColumns);
-      const T* weight = c.weight + columns.begin * c.weight_column;
-      const int64_t offset = (c.x.first + columns.begin * c.x.tap_step) * V + j * out_step_x;
-      Output* out = c.out + i * c.out_row + j * c.out_column;
+  for (int64_t j = j_begin; j < j_end; j += kColumns) {
+    const TapRange columns = live_taps(c.x, j, kColumns);
+    const int64_t num_columns = columns.end - columns.begin;
+    const T* weight = c.weight + columns.begin * c.weight_column;
+    const int64_t offset = (c.x.first + columns.begin * c.x.tap_step) * V + j * out_step_x;
+    const T* const* source = c.source_rows + c.y.first + i_begin * c.y.out_step;
+    Output* out = c.out + i_begin * c.out_row + j * c.out_column;
+    for (int64_t i = i_begin; i < i_end;
+         i += kRows, source += kRows * c.y.out_step, out += kRows * c.out_row) {
+      const TapRange rows = live_taps(c.y, i, kRows);
       for (int64_t run = rows.begin;;) {
         const int64_t run_end = run + rows_per_run < rows.end ? run + rows_per_run : rows.end;
         const bool first = run == rows.begin;
@@ -160,7 +162,7 @@ void correlate_tiles(const Correlation<T, V, Taps>& correlation, int64_t i_begin
           const T* s[kRows];
           for (int r = 0; r < kRows; ++r)
             s[r] = source[m * c.y.tap_step + r * c.y.out_step] + offset;
-          int64_t left = columns.end - columns.begin;
+          int64_t left = num_columns;
           const auto take = [&](int64_t taps) __attribute__((always_inline)) {
             left -= taps;
             w += taps * c.weight_column;

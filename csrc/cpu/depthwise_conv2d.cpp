@@ -104,26 +104,37 @@ void run(PlannedConvolution& planned, const Tensor& weight, const std::optional<
 template <class T>
 void reduce(const WeightGradientPlan& plan, void* grad_weight, void* grad_bias) {
   const int64_t taps = plan.kernel_h * plan.kernel_w, lanes = plan.lanes.lanes;
-  const T* partial = static_cast<const T*>(plan.partial);
-  const int64_t blocks =
-      plan.lanes.cross_images ? plan.lanes.num_blocks : plan.lanes.blocks_per_image;
-  const int64_t terms = plan.lanes.cross_images ? plan.batch : plan.num_parts;
+  const bool cross_images = plan.lanes.cross_images;
+  const int64_t terms = cross_images ? plan.batch : plan.num_parts;
+  // Channels that stand side by side in the vectors of every term.
+  const int64_t together = cross_images && plan.channels % lanes != 0 ? 1 : lanes;
+  const int64_t blocks_per_term = cross_images ? 0 : plan.lanes.blocks_per_image;
+  const auto first_partial = [&](int64_t term, int64_t channel) {
+    const int64_t plane = cross_images ? term * plan.channels + channel : channel;
+    const int64_t block = plane / lanes + term * blocks_per_term;
+    return static_cast<const T*>(plan.partial) + block * (taps + 1) * lanes + plane % lanes;
+  };
   torch::stable::parallel_for(
-      0, plan.channels, grain(double(terms * taps)), [&](int64_t begin, int64_t end) {
-        for (int64_t channel = begin; channel < end; ++channel)
-          for (int64_t tap = 0; tap <= taps; ++tap) {
-            T sum = 0;
-            for (int64_t term = 0; term < terms; ++term) {
-              const int64_t plane =
-                  plan.lanes.cross_images ? term * plan.channels + channel : channel;
-              const int64_t block = plane / lanes + (plan.lanes.cross_images ? 0 : term * blocks);
-              sum += partial[(block * (taps + 1) + tap) * lanes + plane % lanes];
-            }
-            if (tap < taps)
-              store_rounded(sum, plan.storage, grad_weight, channel * taps + tap);
-            else
-              store_rounded(sum, plan.storage, grad_bias, channel);
+      0, (plan.channels + together - 1) / together, grain(double(terms * taps * together)),
+      [&](int64_t begin, int64_t end) {
+        T* sums = static_cast<T*>(task_scratch().get(size_t((taps + 1) * together) * sizeof(T)));
+        for (int64_t group = begin; group < end; ++group) {
+          const int64_t channel = group * together;
+          const int64_t count = std::min(together, plan.channels - channel);
+          std::fill(sums, sums + (taps + 1) * together, T(0));
+          for (int64_t term = 0; term < terms; ++term) {
+            const T* partial = first_partial(term, channel);
+            for (int64_t tap = 0; tap <= taps; ++tap)
+              for (int64_t c = 0; c < count; ++c)
+                sums[tap * together + c] += partial[tap * lanes + c];
           }
+          for (int64_t c = 0; c < count; ++c) {
+            for (int64_t tap = 0; tap < taps; ++tap)
+              store_rounded(sums[tap * together + c], plan.storage, grad_weight,
+                            (channel + c) * taps + tap);
+            store_rounded(sums[taps * together + c], plan.storage, grad_bias, channel + c);
+          }
+        }
       });
 }
 

@@ -15,12 +15,20 @@ struct Region {
   int64_t rows, row_step;
 
   int64_t lines() const { return (run + 63) / 64 * columns * rows; }
+  // Runs that follow each other are one run.
+  Region joined() const {
+    Region r = *this;
+    if (r.run == r.column_step) r.run *= r.columns, r.column_step = r.run, r.columns = 1;
+    if (r.columns == 1 && r.run == r.row_step) r.run *= r.rows, r.rows = r.rows > 0;
+    return r;
+  }
 };
 
 class Prefetcher {
  public:
   // Cover a region in `steps` steps.
-  void begin(const Region& region, int64_t steps, bool for_writing = false) {
+  void begin(const Region& apart, int64_t steps, bool for_writing = false) {
+    const Region region = apart.joined();
     begin_at_rate(region, (region.lines() + steps - 1) / steps, for_writing);
   }
   // So many lines a step: the division, made once for many regions of a size.
@@ -34,13 +42,17 @@ class Prefetcher {
   }
 
   void step() {
-    for (int64_t line = 0; line < per_step_ && left_ > 0; ++line) {
+    for (int64_t lines = per_step_; lines > 0 && left_ > 0;) {
+      const int64_t in_run = (region_.run - offset_ + 63) / 64;
+      const int64_t count = in_run < lines ? in_run : lines;
+      const char *at = at_ + offset_, *const end = at + 64 * count;
       if (for_writing_)
-        __builtin_prefetch(at_ + offset_, 1);
+        for (; at < end; at += 64) __builtin_prefetch(at, 1);
       else
-        __builtin_prefetch(at_ + offset_, 0);
-      offset_ += 64;
-      if (offset_ < region_.run) continue;
+        for (; at < end; at += 64) __builtin_prefetch(at, 0);
+      lines -= count;
+      offset_ += 64 * count;
+      if (offset_ < region_.run) return;
       offset_ = 0;
       at_ += region_.column_step;
       if (++column_ < region_.columns) continue;
