@@ -124,9 +124,10 @@ void reduce(const WeightGradientPlan& plan, void* grad_weight, void* grad_bias) 
           std::fill(sums, sums + (taps + 1) * together, T(0));
           for (int64_t term = 0; term < terms; ++term) {
             const T* partial = first_partial(term, channel);
-            for (int64_t tap = 0; tap <= taps; ++tap)
-              for (int64_t c = 0; c < count; ++c)
-                sums[tap * together + c] += partial[tap * lanes + c];
+            if (together == lanes)
+              for (int64_t i = 0; i < (taps + 1) * lanes; ++i) sums[i] += partial[i];
+            else
+              for (int64_t tap = 0; tap <= taps; ++tap) sums[tap] += partial[tap * lanes];
           }
           for (int64_t c = 0; c < count; ++c) {
             for (int64_t tap = 0; tap < taps; ++tap)

@@ -42,17 +42,13 @@ class Prefetcher {
   }
 
   void step() {
-    for (int64_t lines = per_step_; lines > 0 && left_ > 0;) {
-      const int64_t in_run = (region_.run - offset_ + 63) / 64;
-      const int64_t count = in_run < lines ? in_run : lines;
-      const char *at = at_ + offset_, *const end = at + 64 * count;
+    for (int64_t line = 0; line < per_step_ && left_ > 0; ++line) {
       if (for_writing_)
-        for (; at < end; at += 64) __builtin_prefetch(at, 1);
+        __builtin_prefetch(at_ + offset_, 1);
       else
-        for (; at < end; at += 64) __builtin_prefetch(at, 0);
-      lines -= count;
-      offset_ += 64 * count;
-      if (offset_ < region_.run) return;
+        __builtin_prefetch(at_ + offset_, 0);
+      offset_ += 64;
+      if (offset_ < region_.run) continue;
       offset_ = 0;
       at_ += region_.column_step;
       if (++column_ < region_.columns) continue;
