@@ -26,7 +26,7 @@ struct AdapterParams {
 
   // Filled by the planner for the kernels chosen.
   int64_t lanes, rank_blocks, rank_padded;  // of the bottleneck
-  int64_t dim_padded;
+  int64_t dim_padded, rank_rows;            // of a packed projection
   int64_t pad_top, pad_left, buffer_rows, buffer_columns;
 
   const void* x;         // (batch, tokens, dim) storage
@@ -35,23 +35,22 @@ struct AdapterParams {
   void* z;               // (batch, tokens, rank) T
   void* c;               // likewise
 
-  // Packed weights, T. down_in: [rank block][dim][V]; up_out: [rank][dim padded], times scale.
-  const void *down_in, *down_bias;  // bias: [rank padded]
-  const void *conv, *conv_bias;     // [rank block][kernel_h·kernel_w][V], [rank padded]
-  const void *up_out, *up_bias;     // bias: [dim padded], times scale
+  // Packed weights, T. Projections are [rank rows][dim padded], their biases one such row or
+  // column.
+  const void *down, *down_bias;
+  const void *up, *up_bias;      // transposed, times scale
+  const void *conv, *conv_bias;  // [rank block][kernel_h·kernel_w][V], [rank padded]
 };
 
 struct AdapterGradients {
   const void* grad_output;  // (batch, tokens, dim) storage
   void* grad_x;             // likewise, or null if not needed
   bool need_down, need_conv, need_up;
-  const void* up_in;         // [rank block][dim][V], times scale
-  const void* down_out;      // [rank][dim padded]
   const void* conv_flipped;  // [rank block][kernel_h·kernel_w][V]
 
   // Weight gradients are summed per part of the batch: [part][part_elements] T, as
-  //   down [rank block][dim][V], down bias [rank padded], conv [rank block][taps][V],
-  //   conv bias [rank padded], up [rank block][dim][V], up bias [dim padded].
+  //   down [rank rows][dim padded], up likewise, up bias [dim padded], down bias [rank padded],
+  //   conv [rank block][taps][V], conv bias [rank padded].
   int64_t num_parts, part_elements;
   void* parts;
 };

@@ -14,10 +14,11 @@ struct DepthwiseKernels {
   void (*weight_gradient)(const WeightGradientPlan&, int64_t begin, int64_t end, void* scratch);
 };
 
-// The steps of the fused adapter; `lanes` is the width of a block of the bottleneck and
-// `wide_lanes` that of the model dimension. Each works on one image, or on parts of the batch.
+// The steps of the fused adapter; `lanes` is the width of a block of the bottleneck, `wide_lanes`
+// that of the model dimension, and projections come with zeros up to a multiple of `rank_group`
+// rows. Each step works on one image, or on parts of the batch.
 struct AdapterKernels {
-  int lanes, wide_lanes;
+  int lanes, wide_lanes, rank_group;
   int64_t (*scratch_elements)(const AdapterParams&);
   void (*down)(const AdapterParams&, int64_t image, int64_t begin, int64_t end, void* scratch);
   void (*convolve)(const AdapterParams&, int64_t image, void* scratch);

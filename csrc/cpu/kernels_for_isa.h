@@ -25,8 +25,9 @@ template <class T, int V, int kWide>
 constexpr lka::cpu::AdapterKernels adapter_kernels() {
   return {V,
           kWide,
+          kRankGroup,
           &adapter_scratch<T>,
-          &adapter_down_of<T, V>,
+          &adapter_down_of<T, kWide>,
           &adapter_convolve_of<T, V>,
           &adapter_up_of<T, V, kWide>,
           &adapter_backward_of<T, V, kWide>};

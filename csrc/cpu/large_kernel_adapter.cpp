@@ -2,14 +2,14 @@
 // thread pool.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "../stable.h"
 #include "adapter_params.h"
+#include "adapter_weights.h"
 #include "kernel_table.h"
 #include "operators.h"
-#include "rounding.h"
 #include "scratch.h"
+#include "storage_dispatch.h"
 
 namespace lka::cpu {
 namespace {
@@ -40,7 +40,7 @@ PrefixMode prefix_mode_of(const std::string& name) {
 
 void check(bool ok, const char* what) { STD_TORCH_CHECK(ok, what); }
 
-// Weights as dense tensors of x's dtype, and their packed forms.
+// Weights as dense tensors of x's dtype.
 struct Weights {
   Tensor down, down_bias, conv, conv_bias, up, up_bias;
   bool has_down_bias, has_conv_bias, has_up_bias;
@@ -65,14 +65,6 @@ Weights dense_weights(const Tensor& x, const Tensor& down, const std::optional<T
   if (w.has_up_bias) w.up_bias = dense(*up_bias);
   return w;
 }
-
-// Reads weights of any storage type.
-struct Reader {
-  Storage storage;
-  const void* data;
-  Reader(const Tensor& t, Storage s) : storage(s), data(t.data_ptr()) {}
-  double operator()(int64_t i) const { return load_rounded(storage, data, i); }
-};
 
 const AdapterKernels& choose(Storage storage, int64_t rank) {
   const AdapterKernels &full = kernels(storage).adapter_full, &half = kernels(storage).adapter_half;
@@ -118,6 +110,7 @@ AdapterParams make_params(const Tensor& x, const Weights& w, const std::optional
   p.rank_blocks = (p.rank + p.lanes - 1) / p.lanes;
   p.rank_padded = p.rank_blocks * p.lanes;
   p.dim_padded = round_up(p.dim, k.wide_lanes);
+  p.rank_rows = round_up(p.rank, k.rank_group);
   p.pad_top = dilation * (p.kernel_h - 1) / 2;
   p.pad_left = dilation * (p.kernel_w - 1) / 2;
   p.buffer_rows = height + dilation * (p.kernel_h - 1);
@@ -125,86 +118,40 @@ AdapterParams make_params(const Tensor& x, const Weights& w, const std::optional
   return p;
 }
 
-// Lays packed arrays one after the other, each on a cache line of its own.
-template <class T>
-class Packer {
- public:
-  explicit Packer(T* data) : next_(data) {}
-
-  // [rank block][inner][V] from element(rank index, inner index).
-  template <class F>
-  const T* blocks(const AdapterParams& p, int64_t inner, F element) {
-    T* out = take(p.rank_padded * inner);
-    const int64_t lanes = p.lanes;
-    for (int64_t block = 0; block < p.rank_blocks; ++block)
-      for (int64_t i = 0; i < inner; ++i)
-        for (int64_t l = 0; l < lanes; ++l) {
-          const int64_t k = block * lanes + l;
-          out[(block * inner + i) * lanes + l] = k < p.rank ? T(element(k, i)) : T(0);
-        }
-    return out;
-  }
-
-  // [rows][columns padded] from element(row, column).
-  template <class F>
-  const T* rows(int64_t rows, int64_t columns, int64_t padded, F element) {
-    T* out = take(rows * padded);
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = 0; c < padded; ++c)
-        out[r * padded + c] = c < columns ? T(element(r, c)) : T(0);
-    return out;
-  }
-
- private:
-  T* take(int64_t count) {
-    T* piece = next_;
-    next_ += round_up(count, 64 / sizeof(T));
-    return piece;
-  }
-  T* next_;
-};
-
-int64_t packed_elements(const AdapterParams& p) {
-  return 2 * (p.rank_padded * p.dim + p.rank * p.dim_padded) +
-         2 * p.rank_padded * p.kernel_h * p.kernel_w + 4 * p.rank_padded + 2 * p.dim_padded +
-         16 * 16;
+// call(T{}, S{}): the types of the arithmetic and of the tensors.
+template <class Call>
+void with_arithmetic(Storage storage, const Call& call) {
+  if (storage == Storage::float64)
+    call(double{}, double{});
+  else
+    with_storage<float>(storage, [&](auto s) { call(float{}, s); });
 }
 
-template <class T>
-void pack_forward(AdapterParams& p, const Weights& w, Packer<T>& packer) {
-  const Storage s = p.storage;
-  const Reader down(w.down, s), conv(w.conv, s), up(w.up, s);
-  const int64_t taps = p.kernel_h * p.kernel_w;
-  p.down_in = packer.blocks(p, p.dim, [&](int64_t k, int64_t c) { return down(k * p.dim + c); });
-  p.conv = packer.blocks(p, taps, [&](int64_t k, int64_t i) { return conv(k * taps + i); });
-  p.up_out = packer.rows(p.rank, p.dim, p.dim_padded,
-                         [&](int64_t k, int64_t c) { return p.scale * up(c * p.rank + k); });
-  const auto bias = [&](const Tensor& t, bool present, int64_t i) {
-    return present ? load_rounded(s, t.data_ptr(), i) : 0.0;
-  };
-  p.down_bias = packer.rows(1, p.rank, p.rank_padded, [&](int64_t, int64_t k) {
-    return bias(w.down_bias, w.has_down_bias, k);
-  });
-  p.conv_bias = packer.rows(1, p.rank, p.rank_padded, [&](int64_t, int64_t k) {
-    return bias(w.conv_bias, w.has_conv_bias, k);
-  });
-  p.up_bias = packer.rows(1, p.dim, p.dim_padded, [&](int64_t, int64_t c) {
-    return p.scale * bias(w.up_bias, w.has_up_bias, c);
-  });
+template <class S>
+const S* elements(const Tensor& t) {
+  return static_cast<const S*>(t.data_ptr());
 }
 
-template <class T>
-void pack_backward(const AdapterParams& p, const Weights& w, Packer<T>& packer,
-                   AdapterGradients& g) {
-  const Storage s = p.storage;
-  const Reader down(w.down, s), conv(w.conv, s), up(w.up, s);
-  const int64_t taps = p.kernel_h * p.kernel_w;
-  g.up_in =
-      packer.blocks(p, p.dim, [&](int64_t k, int64_t c) { return p.scale * up(c * p.rank + k); });
-  g.down_out = packer.rows(p.rank, p.dim, p.dim_padded,
-                           [&](int64_t k, int64_t c) { return down(k * p.dim + c); });
-  g.conv_flipped =
-      packer.blocks(p, taps, [&](int64_t k, int64_t i) { return conv(k * taps + taps - 1 - i); });
+template <class T, class S>
+void pack_forward(AdapterParams& p, const Weights& w, void* memory) {
+  Packer<T> packer(memory);
+  p.down = packer.projection(p, elements<S>(w.down), p.dim, 1, T(1));
+  p.up = packer.projection(p, elements<S>(w.up), 1, p.rank, T(p.scale));
+  p.conv = packer.taps(p, elements<S>(w.conv), false);
+  if (w.has_down_bias)
+    p.down_bias = packer.vector(elements<S>(w.down_bias), p.rank, p.rank_rows, T(1));
+  if (w.has_up_bias)
+    p.up_bias = packer.vector(elements<S>(w.up_bias), p.dim, p.dim_padded, T(p.scale));
+  p.conv_bias = packer.vector(w.has_conv_bias ? elements<S>(w.conv_bias) : nullptr,
+                              w.has_conv_bias ? p.rank : 0, p.rank_padded, T(1));
+}
+
+template <class T, class S>
+void pack_backward(AdapterParams& p, AdapterGradients& g, const Weights& w, void* memory) {
+  Packer<T> packer(memory);
+  p.down = packer.projection(p, elements<S>(w.down), p.dim, 1, T(1));
+  p.up = packer.projection(p, elements<S>(w.up), 1, p.rank, T(p.scale));
+  g.conv_flipped = packer.taps(p, elements<S>(w.conv), true);
 }
 
 void run_forward(const AdapterParams& p, const AdapterKernels& k, int64_t element) {
@@ -243,56 +190,29 @@ void run_forward(const AdapterParams& p, const AdapterKernels& k, int64_t elemen
   over_tokens(k.up);
 }
 
-// Sum the parts in order and lay the result out as the parameter is.
-template <class T>
-void reduce_parts(const AdapterParams& p, const AdapterGradients& g, int64_t offset, int64_t rows,
-                  int64_t columns, double factor, Tensor& out,
-                  int64_t (*at)(const AdapterParams&, int64_t, int64_t)) {
-  const T* parts = static_cast<const T*>(g.parts);
-  void* data = out.data_ptr();
-  torch::stable::parallel_for(
-      0, rows, std::max<int64_t>(1, 4096 / (columns + 1)), [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r)
-          for (int64_t c = 0; c < columns; ++c) {
-            const int64_t index = offset + at(p, r, c);
-            T sum = 0;
-            for (int64_t part = 0; part < g.num_parts; ++part)
-              sum += parts[part * g.part_elements + index];
-            store_rounded(T(sum * factor), p.storage, data, r * columns + c);
-          }
-      });
-}
-
-int64_t at_block(const AdapterParams& p, int64_t k, int64_t inner, int64_t inner_size) {
-  return (k / p.lanes * inner_size + inner) * p.lanes + k % p.lanes;
-}
-
-template <class T>
-void reduce_all(const AdapterParams& p, const AdapterGradients& g, Tensor* grads,
-                const std::vector<bool>& mask) {
-  const int64_t taps = p.kernel_h * p.kernel_w;
-  const auto down_at = [](const AdapterParams& q, int64_t k, int64_t c) {
-    return at_block(q, k, c, q.dim);
+// The gradients of the weights, from the sums of the parts.
+template <class T, class S>
+void reduce(const AdapterParams& p, const AdapterGradients& g, Tensor* grads,
+            const std::vector<bool>& mask) {
+  const int64_t taps = p.kernel_h * p.kernel_w, projection = p.rank_rows * p.dim_padded;
+  const auto sum = [&](int grad, int64_t offset, int64_t rows, int64_t columns, int64_t row,
+                       T factor, int64_t row_step, int64_t column_step) {
+    if (mask[size_t(grad)])
+      sum_parts<T, S>(g, offset, rows, columns, row, factor,
+                      static_cast<S*>(grads[grad].data_ptr()), row_step, column_step);
   };
-  const auto conv_at = [](const AdapterParams& q, int64_t k, int64_t i) {
-    return at_block(q, k, i, q.kernel_h * q.kernel_w);
-  };
-  const auto up_at = [](const AdapterParams& q, int64_t c, int64_t k) {
-    return at_block(q, k, c, q.dim);
-  };
-  const auto vector_at = [](const AdapterParams&, int64_t k, int64_t) { return k; };
+  const T scale = T(p.scale);
   int64_t offset = 0;
-  if (mask[1]) reduce_parts<T>(p, g, offset, p.rank, p.dim, 1.0, grads[1], down_at);
-  offset += p.rank_padded * p.dim;
-  if (mask[2]) reduce_parts<T>(p, g, offset, p.rank, 1, 1.0, grads[2], vector_at);
+  sum(1, offset, p.rank, p.dim, p.dim_padded, T(1), p.dim, 1);
+  sum(5, offset += projection, p.rank, p.dim, p.dim_padded, scale, 1, p.rank);
+  sum(6, offset += projection, 1, p.dim, 0, scale, 0, 1);
+  sum(2, offset += p.dim_padded, 1, p.rank, 0, T(1), 0, 1);
   offset += p.rank_padded;
-  if (mask[3]) reduce_parts<T>(p, g, offset, p.rank, taps, 1.0, grads[3], conv_at);
-  offset += p.rank_padded * taps;
-  if (mask[4]) reduce_parts<T>(p, g, offset, p.rank, 1, 1.0, grads[4], vector_at);
-  offset += p.rank_padded;
-  if (mask[5]) reduce_parts<T>(p, g, offset, p.dim, p.rank, p.scale, grads[5], up_at);
-  offset += p.rank_padded * p.dim;
-  if (mask[6]) reduce_parts<T>(p, g, offset, p.dim, 1, p.scale, grads[6], vector_at);
+  if (mask[3])
+    for (int64_t k = 0; k < p.rank; k += p.lanes)
+      sum_parts<T, S>(g, offset + k * taps, taps, std::min(p.lanes, p.rank - k), p.lanes, T(1),
+                      static_cast<S*>(grads[3].data_ptr()) + k * taps, 1, taps);
+  sum(4, offset + p.rank_padded * taps, 1, p.rank, 0, T(1), 0, 1);
 }
 
 }  // namespace
@@ -326,14 +246,10 @@ std::tuple<Tensor, Tensor, Tensor> large_kernel_adapter_forward(
   p.z = z.data_ptr();
   p.c = c.data_ptr();
   const int64_t element = wide ? 8 : 4;
-  void* packed = call_scratch().get(size_t(packed_elements(p) * element));
-  if (wide) {
-    Packer<double> packer(static_cast<double*>(packed));
-    pack_forward(p, w, packer);
-  } else {
-    Packer<float> packer(static_cast<float*>(packed));
-    pack_forward(p, w, packer);
-  }
+  with_arithmetic(p.storage, [&](auto t, auto s) {
+    using T = decltype(t);
+    pack_forward<T, decltype(s)>(p, w, call_scratch().get(Packer<T>::elements(p) * sizeof(T)));
+  });
   run_forward(p, choose(p.storage, p.rank), element);
   return {y, z, c};
 }
@@ -384,24 +300,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> large_kernel_
   g.need_conv = output_mask[3] || output_mask[4];
   g.need_up = output_mask[5] || output_mask[6];
   g.num_parts = std::min(p.batch, kMaxParts);
-  g.part_elements = round_up(p.rank_padded * (2 * p.dim + p.kernel_h * p.kernel_w + 2) + p.dim, 16);
-
+  g.part_elements = round_up(
+      2 * p.rank_rows * p.dim_padded + p.dim_padded + p.rank_padded * (p.kernel_h * p.kernel_w + 2),
+      16);
   const AdapterKernels& k = choose(p.storage, p.rank);
   const bool wide = p.storage == Storage::float64;
   const int64_t element = wide ? 8 : 4;
-  const int64_t packed = round_up(packed_elements(p), 16);
-  char* shared = static_cast<char*>(
-      call_scratch().get(size_t((packed + g.num_parts * g.part_elements) * element)));
-  g.parts = shared + packed * element;
-  if (wide) {
-    Packer<double> packer(reinterpret_cast<double*>(shared));
-    pack_forward(p, w, packer);
-    pack_backward(p, w, packer, g);
-  } else {
-    Packer<float> packer(reinterpret_cast<float*>(shared));
-    pack_forward(p, w, packer);
-    pack_backward(p, w, packer, g);
-  }
+  with_arithmetic(p.storage, [&](auto t, auto s) {
+    using T = decltype(t);
+    const int64_t packed = round_up(Packer<T>::elements(p), 16);
+    T* shared = static_cast<T*>(
+        call_scratch().get(size_t(packed + g.num_parts * g.part_elements) * sizeof(T)));
+    g.parts = shared + packed;
+    pack_backward<T, decltype(s)>(p, g, w, shared);
+  });
   const double work = double(p.batch) / double(g.num_parts) * double(p.tokens * p.rank_padded) *
                       double(4 * p.dim + 2 * p.kernel_h * p.kernel_w) / double(p.lanes);
   torch::stable::parallel_for(
@@ -409,10 +321,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> large_kernel_
       [&](int64_t begin, int64_t end) {
         k.backward(p, g, begin, end, task_scratch().get(size_t(k.scratch_elements(p) * element)));
       });
-  if (wide)
-    reduce_all<double>(p, g, grads, output_mask);
-  else
-    reduce_all<float>(p, g, grads, output_mask);
+  with_arithmetic(p.storage, [&](auto t, auto s) {
+    reduce<decltype(t), decltype(s)>(p, g, grads, output_mask);
+  });
   return results();
 }
 

@@ -9,6 +9,7 @@
 #include "pack.h"
 #include "philox.h"
 #include "projection.h"
+#include "storage_dispatch.h"
 
 namespace {
 
@@ -39,6 +40,7 @@ const T* widen(const S* from, int64_t count, T* tile) {
     return reinterpret_cast<const T*>(from);
   } else {
     for (int64_t i = 0; i < count; i += V) {
+      load_ahead(from + i);
       const int some = count - i < V ? int(count - i) : V;
       store_some<T, V, T>(tile + i, load_some<T, V, S>(from + i, some), some);
     }
@@ -46,10 +48,11 @@ const T* widen(const S* from, int64_t count, T* tile) {
   }
 }
 
+// Tokens that a projection takes before the next group of ranks, or that both projections of
+// grad_output take in turn: 64 KiB of float, in the second-level cache beside the weights.
 inline int64_t tokens_in_tile(const AdapterParams& p) {
-  // Storage that needs widening goes through a tile that fits the first-level cache.
-  const int64_t fit = 24 * 1024 / 4 / p.dim;
-  return fit < kTileTokens ? kTileTokens : fit > 64 ? 64 : fit / kTileTokens * kTileTokens;
+  const int64_t fit = 16 * 1024 / p.dim / kTokensIn * kTokensIn;
+  return fit < 12 ? 12 : fit > 96 ? 96 : fit;
 }
 
 inline Lanes rank_lanes(const AdapterParams& p, int64_t block, int64_t token_stride) {
@@ -154,31 +157,25 @@ inline int64_t center_tap(const AdapterParams& p) {
   return p.pad_top / p.dilation * p.kernel_w + p.pad_left / p.dilation;
 }
 
+// The weight of that tap, from packed weights that may be flipped.
 template <class T, int V>
-T center_weight(const AdapterParams& p, int64_t k) {
-  const int64_t tap = center_tap(p), taps = p.kernel_h * p.kernel_w;
-  return tap < 0 ? T(0) : static_cast<const T*>(p.conv)[(k / V * taps + tap) * V + k % V];
+T center_weight(const AdapterParams& p, const T* conv, bool flipped, int64_t k) {
+  const int64_t taps = p.kernel_h * p.kernel_w, tap = center_tap(p);
+  if (tap < 0) return T(0);
+  return conv[(k / V * taps + (flipped ? taps - 1 - tap : tap)) * V + k % V];
 }
 
 // z = x·down + bias for tokens [begin, end) of an image.
 template <class T, int V, class S>
-void adapter_down(const AdapterParams& p, int64_t image, int64_t begin, int64_t end, T* scratch) {
-  const int64_t step = tokens_in_tile(p), taken = p.rank_padded;
-  T* tile = scratch;
-  T* block_out = tile + round_up(step * p.dim, 64 / sizeof(T));
+void adapter_down(const AdapterParams& p, int64_t image, int64_t begin, int64_t end, T* tile) {
+  const int64_t step = tokens_in_tile(p);
   for (int64_t t = begin; t < end; t += step) {
     const int64_t tokens = end - t < step ? end - t : step;
     const int64_t row = image * p.tokens + t;
     const T* x = widen<T, V, S>(static_cast<const S*>(p.x) + row * p.dim, tokens * p.dim, tile);
-    T* z = static_cast<T*>(p.z) + row * p.rank;
-    const bool direct = p.rank == taken;
-    for (int64_t block = 0; block < p.rank_blocks; ++block)
-      project_in<T, V>(x, tokens, p.dim, static_cast<const T*>(p.down_in) + block * p.dim * V,
-                       static_cast<const T*>(p.down_bias) + block * V,
-                       (direct ? z : block_out) + block * V, taken);
-    if (!direct)
-      for (int64_t i = 0; i < tokens; ++i)
-        memcpy(z + i * p.rank, block_out + i * taken, p.rank * sizeof(T));
+    project_in<T, V>(x, tokens, p.dim, static_cast<const T*>(p.down), p.dim_padded,
+                     static_cast<const T*>(p.down_bias), p.rank,
+                     static_cast<T*>(p.z) + row * p.rank, p.rank);
   }
 }
 
@@ -213,7 +210,8 @@ void adapter_convolve(const AdapterParams& p, int64_t image, T* scratch) {
       const T value = a[t * p.rank + k];
       c[t * p.rank + k] =
           p.prefix_mode == PrefixMode::center_tap
-              ? value * center_weight<T, V>(p, k) + static_cast<const T*>(p.conv_bias)[k]
+              ? value * center_weight<T, V>(p, static_cast<const T*>(p.conv), false, k) +
+                    static_cast<const T*>(p.conv_bias)[k]
               : value;
     }
 }
@@ -256,9 +254,8 @@ void adapter_up(const AdapterParams& p, int64_t image, int64_t begin, int64_t en
       if (residual) residual += prefix * p.dim;
       tokens -= prefix;
     }
-    project_out<T, kWide, S>(from, p.rank, tokens, p.rank, p.dim, p.dim_padded,
-                             static_cast<const T*>(p.up_out), static_cast<const T*>(p.up_bias),
-                             residual, y);
+    project_out<T, kWide, S>(from, p.rank, tokens, p.rank, p.dim, static_cast<const T*>(p.up),
+                             p.dim_padded, static_cast<const T*>(p.up_bias), residual, y);
   }
 }
 
@@ -286,11 +283,11 @@ void adapter_backward_parts(const AdapterParams& p, const AdapterGradients& g, i
 
   for (int64_t part = part_begin; part < part_end; ++part) {
     T* down = static_cast<T*>(g.parts) + part * g.part_elements;
-    T* down_bias = down + p.rank_blocks * p.dim * V;
+    T* up = down + p.rank_rows * p.dim_padded;
+    T* up_bias = up + p.rank_rows * p.dim_padded;
+    T* down_bias = up_bias + p.dim_padded;
     T* conv = down_bias + padded;
     T* conv_bias = conv + p.rank_blocks * taps * V;
-    T* up = conv_bias + padded;
-    T* up_bias = up + p.rank_blocks * p.dim * V;
     memset(down, 0, g.part_elements * sizeof(T));
     const int64_t last_image = (part + 1) * p.batch / g.num_parts;
     for (int64_t image = part * p.batch / g.num_parts; image < last_image; ++image) {
@@ -311,14 +308,11 @@ void adapter_backward_parts(const AdapterParams& p, const AdapterGradients& g, i
       for (int64_t t = first_token; t < p.tokens; t += step) {
         const int64_t tokens = p.tokens - t < step ? p.tokens - t : step;
         const T* dy = widen<T, V, S>(grad_output + t * p.dim, tokens * p.dim, tile);
-        for (int64_t block = 0; block < p.rank_blocks; ++block) {
-          project_in<T, V>(dy, tokens, p.dim, static_cast<const T*>(g.up_in) + block * p.dim * V,
-                           static_cast<const T*>(nullptr), grad + t * padded + block * V, padded);
-          if (g.need_up)
-            outer<T, V>(dy, tokens, p.dim, wide + t * padded + block * V, padded,
-                        up + block * p.dim * V);
-        }
-        if (g.need_up) add_column_sums<T, kWide>(dy, tokens, p.dim, p.dim, up_bias);
+        project_in<T, kWide>(dy, tokens, p.dim, static_cast<const T*>(p.up), p.dim_padded,
+                             static_cast<const T*>(nullptr), p.rank, grad + t * padded, padded);
+        if (g.need_up)
+          outer<T, kWide>(dy, tokens, p.dim, wide + t * padded, padded, p.rank, up, p.dim_padded,
+                          up_bias);
       }
       if (!g.need_down && !g.need_conv && !g.grad_x) continue;
 
@@ -343,7 +337,7 @@ void adapter_backward_parts(const AdapterParams& p, const AdapterGradients& g, i
           T& at = grad[t * padded + k];
           conv_bias[k] += at;
           if (tap >= 0) conv[(k / V * taps + tap) * V + k % V] += at * dense[t * p.rank + k];
-          at *= center_weight<T, V>(p, k);
+          at *= center_weight<T, V>(p, static_cast<const T*>(g.conv_flipped), true, k);
         }
       }
       T* grid_grad = grad + p.num_prefix_tokens * padded;
@@ -391,9 +385,8 @@ void adapter_backward_parts(const AdapterParams& p, const AdapterGradients& g, i
         for (int64_t t = first_token; t < p.tokens; t += step) {
           const int64_t tokens = p.tokens - t < step ? p.tokens - t : step;
           const T* tokens_x = widen<T, V, S>(x + t * p.dim, tokens * p.dim, tile);
-          for (int64_t block = 0; block < p.rank_blocks; ++block)
-            outer<T, V>(tokens_x, tokens, p.dim, grad + t * padded + block * V, padded,
-                        down + block * p.dim * V);
+          outer<T, kWide>(tokens_x, tokens, p.dim, grad + t * padded, padded, p.rank, down,
+                          p.dim_padded, static_cast<T*>(nullptr));
           add_column_sums<T, V>(grad + t * padded, tokens, padded, padded, down_bias);
         }
       }
@@ -401,7 +394,7 @@ void adapter_backward_parts(const AdapterParams& p, const AdapterGradients& g, i
         S* grad_x = static_cast<S*>(g.grad_x) + image * p.tokens * p.dim;
         memset(static_cast<void*>(grad_x), 0, first_token * p.dim * sizeof(S));
         project_out<T, kWide, S>(grad + first_token * padded, padded, p.tokens - first_token,
-                                 p.rank, p.dim, p.dim_padded, static_cast<const T*>(g.down_out),
+                                 p.rank, p.dim, static_cast<const T*>(p.down), p.dim_padded,
                                  static_cast<const T*>(nullptr), static_cast<const S*>(nullptr),
                                  grad_x + first_token * p.dim);
       }
@@ -412,25 +405,17 @@ void adapter_backward_parts(const AdapterParams& p, const AdapterGradients& g, i
 // Scratch elements that one thread needs.
 template <class T>
 int64_t adapter_scratch(const AdapterParams& p) {
-  const int64_t tile = round_up(kTileTokens > 64 ? kTileTokens : 64, 64) * p.dim;
-  return tile + 6 * (p.tokens + 64) * p.rank_padded +
+  return tokens_in_tile(p) * p.dim + 6 * (p.tokens + 64) * p.rank_padded +
          2 * grid_buffer(p).elements(p.lanes, sizeof(T)) + p.height * p.width * p.lanes +
          p.height * p.width * p.lanes + 2 * p.kernel_h + 2 * 64 + 16 * 16;
 }
 
-template <class T, int V>
+template <class T, int kWide>
 void adapter_down_of(const AdapterParams& p, int64_t image, int64_t begin, int64_t end,
                      void* scratch) {
-  T* s = static_cast<T*>(scratch);
-  if constexpr (sizeof(T) == 8) {
-    adapter_down<T, V, double>(p, image, begin, end, s);
-  } else {
-    switch (p.storage) {
-      case lka::Storage::bfloat16: return adapter_down<T, V, bfloat16_t>(p, image, begin, end, s);
-      case lka::Storage::float16: return adapter_down<T, V, float16_t>(p, image, begin, end, s);
-      default: return adapter_down<T, V, float>(p, image, begin, end, s);
-    }
-  }
+  with_storage<T>(p.storage, [&](auto s) {
+    adapter_down<T, kWide, decltype(s)>(p, image, begin, end, static_cast<T*>(scratch));
+  });
 }
 
 template <class T, int V>
@@ -441,35 +426,17 @@ void adapter_convolve_of(const AdapterParams& p, int64_t image, void* scratch) {
 template <class T, int V, int kWide>
 void adapter_up_of(const AdapterParams& p, int64_t image, int64_t begin, int64_t end,
                    void* scratch) {
-  T* s = static_cast<T*>(scratch);
-  if constexpr (sizeof(T) == 8) {
-    adapter_up<T, V, kWide, double>(p, image, begin, end, s);
-  } else {
-    switch (p.storage) {
-      case lka::Storage::bfloat16:
-        return adapter_up<T, V, kWide, bfloat16_t>(p, image, begin, end, s);
-      case lka::Storage::float16:
-        return adapter_up<T, V, kWide, float16_t>(p, image, begin, end, s);
-      default: return adapter_up<T, V, kWide, float>(p, image, begin, end, s);
-    }
-  }
+  with_storage<T>(p.storage, [&](auto s) {
+    adapter_up<T, V, kWide, decltype(s)>(p, image, begin, end, static_cast<T*>(scratch));
+  });
 }
 
 template <class T, int V, int kWide>
 void adapter_backward_of(const AdapterParams& p, const AdapterGradients& g, int64_t begin,
                          int64_t end, void* scratch) {
-  T* s = static_cast<T*>(scratch);
-  if constexpr (sizeof(T) == 8) {
-    adapter_backward_parts<T, V, kWide, double>(p, g, begin, end, s);
-  } else {
-    switch (p.storage) {
-      case lka::Storage::bfloat16:
-        return adapter_backward_parts<T, V, kWide, bfloat16_t>(p, g, begin, end, s);
-      case lka::Storage::float16:
-        return adapter_backward_parts<T, V, kWide, float16_t>(p, g, begin, end, s);
-      default: return adapter_backward_parts<T, V, kWide, float>(p, g, begin, end, s);
-    }
-  }
+  with_storage<T>(p.storage, [&](auto s) {
+    adapter_backward_parts<T, V, kWide, decltype(s)>(p, g, begin, end, static_cast<T*>(scratch));
+  });
 }
 
 }  // namespace

@@ -1,146 +1,326 @@
-// The adapter's two narrow matrix products, for one tile of tokens in cache.
+// The adapter's narrow matrix products, for one tile of tokens in cache.
 //
-// rank is small (4 to 256) and dim large, so each product is vectorised along the side whose
-// weights are contiguous and every token value is broadcast.
+// rank is small (4 to 256) and dim large. All weights are [rank][dim padded to whole vectors]: the
+// lanes are neighbouring channels, so that tokens are read by whole vectors, in the order of
+// memory. With the bottleneck in the lanes instead, every channel of a tile's tokens is broadcast,
+// and such reads, a multiple of 64 bytes apart, fall into one bank of the first-level cache: half
+// the arithmetic at r = 8 (Zen 4).
 #pragma once
 
 #include "simd.h"
 
 namespace {
 
-constexpr int kTileTokens = 12;
+// Registers for sums: tokens × ranks, ranks × vectors, tokens × vectors.
+#if defined(LKA_AVX512)
+constexpr int kMostRanks = 8;
+#else
+constexpr int kMostRanks = 4;
+#endif
+constexpr int kTokensIn = 3, kTokensOut = 4, kVectors = 3;
 
-template <class S>
-constexpr int64_t kLine = 64 / sizeof(S);
+// A number as a type, for generic lambdas.
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
 
-// Start loading the cache line of column `c` of each of the `kTokens` tokens from `tokens` on:
-// those of the next tile, while this one is multiplied (prefetch.h says why not all at once).
-template <int kTokens, int kForWriting, class S>
-inline void prefetch_column(const S* tokens, int64_t dim, int64_t c) {
-#pragma GCC unroll 16
-  for (int t = 0; t < kTokens; ++t) __builtin_prefetch(tokens + t * dim + c, kForWriting);
+// Rows of the packed weights come in such groups, zeros at the end.
+constexpr int kRankGroup = 4;
+
+// How far ahead tokens are loaded, in the order of memory whatever the order of use: a processor
+// recognises one ascending stream, not a line of each of three tokens in turn (768 channels,
+// Zen 4: 22 against 10 GB/s). Into the second-level cache, as the first is full of weights.
+constexpr int64_t kReadAhead = 12 * 1024;
+// Lines to be written only come into the first-level cache, so not as early.
+constexpr int64_t kWriteAhead = 1024;
+
+inline void load_ahead(const void* at) {
+  __builtin_prefetch(static_cast<const char*>(at) + kReadAhead, 0, 2);
 }
 
-// out[t][0:V] = start[0:V] + sum over c of x[t][c]·weight[c][0:V], one block of the bottleneck.
-template <class T, int V, int kTokens>
-void project_in_tile(const T* x, int64_t dim, const T* weight, const T* start, T* out,
-                     int64_t out_stride) {
-  Vec<T, V> sum[kTokens];
-  for (int t = 0; t < kTokens; ++t) sum[t] = start ? load_aligned<V>(start) : Vec<T, V>{};
-  for (int64_t line = 0; line < dim; line += kLine<T>) {
-    prefetch_column<kTokens, 0>(x + kTokens * dim, dim, line);
-    const int64_t end = line + kLine<T> < dim ? line + kLine<T> : dim;
-    for (int64_t c = line; c < end; ++c) {
-      const Vec<T, V> w = load_aligned<V>(weight + c * V);
-      for (int t = 0; t < kTokens; ++t) sum[t] += splat<T, V>(x[t * dim + c]) * w;
+// Half as many partial sums of a and of b, those of a in the lanes J without bit D.
+template <int D, class V, int... J>
+inline V fold_pair(V a, V b, std::integer_sequence<int, J...>) {
+  constexpr int n = sizeof...(J);
+  return __builtin_shufflevector(a, b, ((J & D) ? n + J - D : J)...) +
+         __builtin_shufflevector(a, b, ((J & D) ? n + J : J + D)...);
+}
+
+// V/N partial sums of each of N vectors kStep apart, side by side; N is a power of two.
+template <class T, int V, int N, int kStep = 1>
+inline Vec<T, V> fold(const Vec<T, V>* vectors) {
+  if constexpr (N == 1)
+    return vectors[0];
+  else
+    return fold_pair<V / N>(fold<T, V, N / 2, 2 * kStep>(vectors),
+                            fold<T, V, N / 2, 2 * kStep>(vectors + kStep),
+                            std::make_integer_sequence<int, V>{});
+}
+
+template <class V, int... J>
+inline auto add_neighbours(V v, std::integer_sequence<int, J...>) {
+  return __builtin_shufflevector(v, v, (2 * J)...) + __builtin_shufflevector(v, v, (2 * J + 1)...);
+}
+
+// The sums of N groups of neighbouring lanes.
+template <class T, int V, int N>
+inline Vec<T, N> sum_groups(Vec<T, V> v) {
+  if constexpr (V == N)
+    return v;
+  else
+    return sum_groups<T, V / 2, N>(add_neighbours(v, std::make_integer_sequence<int, V / 2>{}));
+}
+
+// out[t][k] = start[t][k] + sum over c of x[t][c]·weight[k][c] for kTokens tokens and kRanks ranks,
+// of which the first `ranks` are stored. c runs over whole vectors, or over one of `dim` channels.
+template <class T, int V, int kTokens, int kRanks, bool kWhole>
+inline void project_in_tile(const T* x, int64_t x_row, int64_t dim, const T* weight,
+                            int64_t weight_row, const T* start, int64_t start_row, int ranks,
+                            T* out, int64_t out_row) {
+  Vec<T, V> sum[kTokens][kRanks];
+#pragma GCC unroll kUnroll
+  for (int t = 0; t < kTokens; ++t)
+#pragma GCC unroll kUnroll
+    for (int k = 0; k < kRanks; ++k) sum[t][k] = Vec<T, V>{};
+  for (int64_t c = 0; c < dim; c += V) {
+    Vec<T, V> tokens[kTokens];
+#pragma GCC unroll kUnroll
+    for (int t = 0; t < kTokens; ++t) {
+      load_ahead(x + c * kTokens + t * V);
+      const T* at = x + t * x_row + c;
+      tokens[t] = kWhole ? load<T, V>(at) : load_some<T, V, T>(at, int(dim));
+      keep_in_register(tokens[t]);
+    }
+#pragma GCC unroll kUnroll
+    for (int k = 0; k < kRanks; ++k) {
+      Vec<T, V> w = load_aligned<V>(weight + k * weight_row + c);
+      keep_in_register(w);
+#pragma GCC unroll kUnroll
+      for (int t = 0; t < kTokens; ++t) sum[t][k] += tokens[t] * w;
     }
   }
-  for (int t = 0; t < kTokens; ++t) store<T, V>(out + t * out_stride, sum[t]);
-}
-
-template <class T, int V, int kTokens = kTileTokens>
-void project_in(const T* x, int64_t tokens, int64_t dim, const T* weight, const T* start, T* out,
-                int64_t out_stride) {
-  if constexpr (kTokens > 0) {
-    for (; tokens >= kTokens; tokens -= kTokens, x += kTokens * dim, out += kTokens * out_stride)
-      project_in_tile<T, V, kTokens>(x, dim, weight, start, out, out_stride);
-    if (tokens > 0) project_in<T, V, kTokens / 2>(x, tokens, dim, weight, start, out, out_stride);
+#pragma GCC unroll kUnroll
+  for (int t = 0; t < kTokens; ++t) {
+    Vec<T, V> sums[kRanks];
+#pragma GCC unroll kUnroll
+    for (int k = 0; k < kRanks; ++k) sums[k] = sum[t][k];
+    auto total = sum_groups<T, V, kRanks>(fold<T, V, kRanks>(sums));
+    if (start) total += load_some<T, kRanks, T>(start + t * start_row, ranks);
+    store_some<T, kRanks, T>(out + t * out_row, total, ranks);
   }
 }
 
-// gradient[c][0:V] += sum over t of x[t][c]·g[t][0:V].
-template <class T, int V, int kTokens>
-void outer_tile(const T* x, int64_t dim, const T* g, int64_t g_stride, T* gradient) {
-  Vec<T, V> values[kTokens];
-  for (int t = 0; t < kTokens; ++t) values[t] = load<T, V>(g + t * g_stride);
-  for (int64_t line = 0; line < dim; line += kLine<T>) {
-    prefetch_column<kTokens, 0>(x + kTokens * dim, dim, line);
-    const int64_t end = line + kLine<T> < dim ? line + kLine<T> : dim;
-    for (int64_t c = line; c < end; ++c) {
-      Vec<T, V> sum = splat<T, V>(x[c]) * values[0];
-      for (int t = 1; t < kTokens; ++t) sum += splat<T, V>(x[t * dim + c]) * values[t];
-      store_aligned<V>(gradient + c * V, load_aligned<V>(gradient + c * V) + sum);
+template <class T, int V, int kTokens, int kRanks>
+inline void project_in_tokens(const T* x, int64_t dim, const T* weight, int64_t weight_row,
+                              const T* start, int ranks, T* out, int64_t out_row) {
+  const int64_t whole = dim / V * V;
+  project_in_tile<T, V, kTokens, kRanks, true>(x, dim, whole, weight, weight_row, start, 0, ranks,
+                                               out, out_row);
+  if (whole < dim)
+    project_in_tile<T, V, kTokens, kRanks, false>(x + whole, dim, dim - whole, weight + whole,
+                                                  weight_row, out, out_row, ranks, out, out_row);
+}
+
+// out[t][k] = start[k] + sum over c of x[t][c]·weight[k][c]. The weights of one group of ranks stay
+// in the first-level cache for all tokens.
+template <class T, int V>
+void project_in(const T* x, int64_t tokens, int64_t dim, const T* weight, int64_t weight_row,
+                const T* start, int64_t rank, T* out, int64_t out_row) {
+  constexpr int kMany = kMostRanks < V ? kMostRanks : V;
+  constexpr int kFew = kRankGroup < V ? kRankGroup : V;
+  int64_t k = 0;
+  const auto project = [&](auto many) {
+    constexpr int kRanks = decltype(many)::value;
+    const int ranks = rank - k < kRanks ? int(rank - k) : kRanks;
+    const auto some = [&](auto many_tokens, int64_t t) {
+      project_in_tokens<T, V, decltype(many_tokens)::value, kRanks>(
+          x + t * dim, dim, weight + k * weight_row, weight_row, start ? start + k : nullptr, ranks,
+          out + t * out_row + k, out_row);
+    };
+    int64_t t = 0;
+    for (; tokens - t >= kTokensIn; t += kTokensIn) some(Constant<kTokensIn>{}, t);
+    for (; t < tokens; ++t) some(Constant<1>{}, t);
+    k += kRanks;
+  };
+  while (rank - k > kFew) project(Constant<kMany>{});
+  while (rank - k > 0) project(Constant<kFew>{});
+}
+
+// gradient[k][0:kColumns·V] += sum over t of g[t][k]·x[t][0:kColumns·V] for kRanks ranks and, where
+// wanted, column_sums += sum over t of x[t]; only `count` channels of the last vector are read.
+template <class T, int V, int kRanks, int kColumns, bool kSums>
+inline void outer_tile(const T* x, int64_t tokens, int64_t dim, const T* g, int64_t g_row,
+                       T* gradient, int64_t gradient_row, T* column_sums, int count, const T* ahead,
+                       int64_t ahead_step) {
+  Vec<T, V> sum[kRanks][kColumns], column[kColumns];
+#pragma GCC unroll kUnroll
+  for (int v = 0; v < kColumns; ++v) {
+    column[v] = Vec<T, V>{};
+#pragma GCC unroll kUnroll
+    for (int k = 0; k < kRanks; ++k)
+      sum[k][v] = load_aligned<V>(gradient + k * gradient_row + v * V);
+  }
+  for (int64_t t = 0; t < tokens; ++t, x += dim, g += g_row, ahead += ahead_step) {
+    Vec<T, V> channels[kColumns];
+#pragma GCC unroll kUnroll
+    for (int v = 0; v < kColumns; ++v) {
+      __builtin_prefetch(ahead + v * V, 0, 2);
+      channels[v] = kColumns > 1 ? load<T, V>(x + v * V) : load_some<T, V, T>(x + v * V, count);
+      keep_in_register(channels[v]);
+      if (kSums) column[v] += channels[v];
+    }
+#pragma GCC unroll kUnroll
+    for (int k = 0; k < kRanks; ++k) {
+      Vec<T, V> factor = splat<T, V>(g[k]);
+      keep_in_register(factor);
+#pragma GCC unroll kUnroll
+      for (int v = 0; v < kColumns; ++v) sum[k][v] += channels[v] * factor;
     }
   }
+#pragma GCC unroll kUnroll
+  for (int v = 0; v < kColumns; ++v) {
+#pragma GCC unroll kUnroll
+    for (int k = 0; k < kRanks; ++k)
+      store_aligned<V>(gradient + k * gradient_row + v * V, sum[k][v]);
+    if (kSums)
+      store_aligned<V>(column_sums + v * V, load_aligned<V>(column_sums + v * V) + column[v]);
+  }
 }
 
-template <class T, int V, int kTokens = kTileTokens>
-void outer(const T* x, int64_t tokens, int64_t dim, const T* g, int64_t g_stride, T* gradient) {
-  if constexpr (kTokens > 0) {
-    for (; tokens >= kTokens; tokens -= kTokens, x += kTokens * dim, g += kTokens * g_stride)
-      outer_tile<T, V, kTokens>(x, dim, g, g_stride, gradient);
-    if (tokens > 0) outer<T, V, kTokens / 2>(x, tokens, dim, g, g_stride, gradient);
-  }
+template <class T, int V, int kRanks, bool kSums>
+void outer_ranks(const T* x, int64_t tokens, int64_t dim, const T* g, int64_t g_row, T* gradient,
+                 int64_t gradient_row, T* column_sums, const T* ahead, int64_t ahead_step) {
+  int64_t c = 0;
+  const auto columns = [&](auto many) {
+    constexpr int kColumns = decltype(many)::value;
+    const int64_t last = dim - c - (kColumns - 1) * V;
+    outer_tile<T, V, kRanks, kColumns, kSums>(
+        x + c, tokens, dim, g, g_row, gradient + c, gradient_row, kSums ? column_sums + c : nullptr,
+        last < V ? int(last) : V, ahead, ahead_step * kColumns);
+    c += kColumns * V;
+    ahead += tokens * ahead_step * kColumns;
+  };
+  while (c + kVectors * V <= dim) columns(Constant<kVectors>{});
+  while (c < dim) columns(Constant<1>{});
+}
+
+// gradient[k][c] += sum over t of g[t][k]·x[t][c] and, unless null, column_sums[c] += sum over t of
+// x[t][c], while the tokens after these are loaded. Rows up to the next multiple of kRankGroup are
+// written, the last ones with whatever follows in g.
+template <class T, int V>
+void outer(const T* x, int64_t tokens, int64_t dim, const T* g, int64_t g_row, int64_t rank,
+           T* gradient, int64_t gradient_row, T* column_sums) {
+  const T* ahead = x + tokens * dim;
+  int64_t ahead_step = V;
+  const auto ranks = [&](auto many, auto sums, int64_t k) {
+    outer_ranks<T, V, decltype(many)::value, decltype(sums)::value != 0>(
+        x, tokens, dim, g + k, g_row, gradient + k * gradient_row, gradient_row, column_sums, ahead,
+        ahead_step);
+    ahead = x;  // once is enough
+    ahead_step = 0;
+  };
+  const auto group = [&](auto many, int64_t k) {
+    if (k == 0 && column_sums)
+      ranks(many, Constant<1>{}, k);
+    else
+      ranks(many, Constant<0>{}, k);
+  };
+  int64_t k = 0;
+  for (; rank - k > kRankGroup; k += kMostRanks) group(Constant<kMostRanks>{}, k);
+  for (; rank - k > 0; k += kRankGroup) group(Constant<kRankGroup>{}, k);
 }
 
 // total[0:count] += sum over t of rows[t][0:count]; each tile is summed on its own first.
 template <class T, int V>
-void add_column_sums(const T* rows, int64_t tokens, int64_t stride, int64_t count, T* total) {
+void add_column_sums(const T* rows, int64_t tokens, int64_t row, int64_t count, T* total) {
   for (int64_t k = 0; k < count; k += V) {
     const int some = count - k < V ? int(count - k) : V;
     Vec<T, V> sum{};
-    for (int64_t t = 0; t < tokens; ++t) sum += load_some<T, V, T>(rows + t * stride + k, some);
+    for (int64_t t = 0; t < tokens; ++t) sum += load_some<T, V, T>(rows + t * row + k, some);
     store_some<T, V, T>(total + k, load_some<T, V, T>(total + k, some) + sum, some);
   }
 }
 
-// y[t][c] = residual[t][c] + start[c] + sum over k of e[t][k]·weight[k][c], into storage S.
-template <class T, int V, int kTokens, class S>
-void project_out_tile(const T* e, int64_t e_stride, int64_t rank, int64_t dim, int64_t dim_padded,
-                      const T* weight, const T* start, const S* residual, S* y) {
-  constexpr int kVectors = 3;
-  for (int64_t c = 0; c < dim; c += kVectors * V) {
-    for (int64_t line = c; line < c + kVectors * V; line += kLine<S>) {
-      prefetch_column<kTokens, 1>(y + kTokens * dim, dim, line);
-      if (residual) prefetch_column<kTokens, 0>(residual + kTokens * dim, dim, line);
-    }
-    Vec<T, V> sum[kTokens][kVectors];
-    // Weights are padded to whole vectors; of the three, those beyond the end are skipped.
-    const int vectors = dim_padded - c >= kVectors * V ? kVectors : int((dim_padded - c) / V);
-    for (int v = 0; v < kVectors; ++v) {
-      const Vec<T, V> first =
-          start && v < vectors ? load_aligned<V>(start + c + v * V) : Vec<T, V>{};
-      for (int t = 0; t < kTokens; ++t) sum[t][v] = first;
-    }
-    if (vectors == kVectors) {
-      for (int64_t k = 0; k < rank; ++k)
-        for (int v = 0; v < kVectors; ++v) {
-          const Vec<T, V> w = load_aligned<V>(weight + k * dim_padded + c + v * V);
-          for (int t = 0; t < kTokens; ++t) sum[t][v] += splat<T, V>(e[t * e_stride + k]) * w;
-        }
-    } else {
-      for (int64_t k = 0; k < rank; ++k)
-        for (int v = 0; v < vectors; ++v) {
-          const Vec<T, V> w = load_aligned<V>(weight + k * dim_padded + c + v * V);
-          for (int t = 0; t < kTokens; ++t) sum[t][v] += splat<T, V>(e[t * e_stride + k]) * w;
-        }
-    }
-    for (int t = 0; t < kTokens; ++t)
-      for (int v = 0; v < vectors; ++v) {
-        const int64_t at = t * dim + c + v * V;
-        const int64_t left = dim - (c + v * V);
-        const int count = left < V ? int(left) : V;
-        if (residual) sum[t][v] += load_some<T, V, S>(residual + at, count);
-        store_some<T, V, S>(y + at, sum[t][v], count);
-      }
+// y[t][c] = residual[t][c] + start[c] + sum over k of e[t][k]·weight[k][c] for kColumns vectors, of
+// the last of which `count` channels exist.
+template <class T, int V, int kTokens, int kColumns, class S>
+inline void project_out_tile(const T* e, int64_t e_row, int64_t rank, int64_t dim, const T* weight,
+                             int64_t weight_row, const T* start, const S* residual, S* y,
+                             int count) {
+  Vec<T, V> sum[kTokens][kColumns];
+#pragma GCC unroll kUnroll
+  for (int v = 0; v < kColumns; ++v) {
+    const Vec<T, V> first = start ? load_aligned<V>(start + v * V) : Vec<T, V>{};
+#pragma GCC unroll kUnroll
+    for (int t = 0; t < kTokens; ++t) sum[t][v] = first;
   }
+  const T* row = weight;
+  for (int64_t k = 0; k < rank; ++k, row += weight_row) {
+    Vec<T, V> w[kColumns];
+#pragma GCC unroll kUnroll
+    for (int v = 0; v < kColumns; ++v) {
+      w[v] = load_aligned<V>(row + v * V);
+      keep_in_register(w[v]);
+    }
+#pragma GCC unroll kUnroll
+    for (int t = 0; t < kTokens; ++t) {
+      Vec<T, V> factor = splat<T, V>(e[t * e_row + k]);
+      keep_in_register(factor);
+#pragma GCC unroll kUnroll
+      for (int v = 0; v < kColumns; ++v) sum[t][v] += factor * w[v];
+    }
+  }
+#pragma GCC unroll kUnroll
+  for (int t = 0; t < kTokens; ++t)
+#pragma GCC unroll kUnroll
+    for (int v = 0; v < kColumns; ++v) {
+      const int64_t at = t * dim + v * V;
+      const int some = kColumns > 1 ? V : count;
+      if (residual) sum[t][v] += load_some<T, V, S>(residual + at, some);
+      store_some<T, V, S>(y + at, sum[t][v], some);
+    }
 }
 
-template <class T, int V, class S, int kTokens = 4>
-void project_out(const T* e, int64_t e_stride, int64_t tokens, int64_t rank, int64_t dim,
-                 int64_t dim_padded, const T* weight, const T* start, const S* residual, S* y) {
-  if constexpr (kTokens > 0) {
-    for (; tokens >= kTokens; tokens -= kTokens) {
-      project_out_tile<T, V, kTokens, S>(e, e_stride, rank, dim, dim_padded, weight, start,
-                                         residual, y);
-      e += kTokens * e_stride;
-      y += kTokens * dim;
-      if (residual) residual += kTokens * dim;
+template <class T, int V, int kTokens, class S>
+void project_out_tokens(const T* e, int64_t e_row, int64_t rank, int64_t dim, const T* weight,
+                        int64_t weight_row, const T* start, const S* residual, S* y) {
+  const char* residual_ahead = reinterpret_cast<const char*>(residual) + kReadAhead;
+  const char* y_ahead = reinterpret_cast<const char*>(y) + kWriteAhead;
+  int64_t c = 0;
+  const auto columns = [&](auto many) {
+    constexpr int kColumns = decltype(many)::value;
+    for (int64_t byte = 0; byte < kTokens * kColumns * V * int64_t(sizeof(S)); byte += 64) {
+      if (residual) __builtin_prefetch(residual_ahead + byte, 0, 2);
+      __builtin_prefetch(y_ahead + byte, 1);
     }
-    if (tokens > 0)
-      project_out<T, V, S, kTokens / 2>(e, e_stride, tokens, rank, dim, dim_padded, weight, start,
-                                        residual, y);
-  }
+    residual_ahead += kTokens * kColumns * V * sizeof(S);
+    y_ahead += kTokens * kColumns * V * sizeof(S);
+    const int64_t last = dim - c - (kColumns - 1) * V;
+    project_out_tile<T, V, kTokens, kColumns, S>(
+        e, e_row, rank, dim, weight + c, weight_row, start ? start + c : nullptr,
+        residual ? residual + c : nullptr, y + c, last < V ? int(last) : V);
+    c += kColumns * V;
+  };
+  while (c + kVectors * V <= dim) columns(Constant<kVectors>{});
+  while (c < dim) columns(Constant<1>{});
+}
+
+// y[t][c] = residual[t][c] + start[c] + sum over k of e[t][k]·weight[k][c], into storage S.
+template <class T, int V, class S>
+void project_out(const T* e, int64_t e_row, int64_t tokens, int64_t rank, int64_t dim,
+                 const T* weight, int64_t weight_row, const T* start, const S* residual, S* y) {
+  const auto some = [&](auto many) {
+    constexpr int kTokens = decltype(many)::value;
+    project_out_tokens<T, V, kTokens, S>(e, e_row, rank, dim, weight, weight_row, start, residual,
+                                         y);
+    e += kTokens * e_row;
+    y += kTokens * dim;
+    if (residual) residual += kTokens * dim;
+    tokens -= kTokens;
+  };
+  while (tokens >= kTokensOut) some(Constant<kTokensOut>{});
+  while (tokens > 0) some(Constant<1>{});
 }
 
 }  // namespace
