@@ -182,39 +182,59 @@ _NUM_ADAPTER_TENSORS = 8
 
 
 class LargeKernelAdapter(torch.autograd.Function):
-    """The fused adapter; arguments are those of ``reference.large_kernel_adapter`` + backend."""
+    """The fused adapter.
+
+    Arguments are those of ``reference.large_kernel_adapter``, the backend, and whether x is its own
+    residual: the residual is then None, and the backward operator adds grad_output to grad_x, which
+    spares autograd a pass over three tensors.
+    """
 
     @staticmethod
-    def forward(ctx, *arguments):
-        *tensors, _residual, seed, ctx.grid_size = arguments[: _NUM_ADAPTER_TENSORS + 2]
-        *ctx.options, ctx.backend = arguments[_NUM_ADAPTER_TENSORS + 2 :]
-        y, z, c = _adapter_forward(*arguments)
-        ctx.mark_non_differentiable(z, c)
+    def forward(ctx, x, *rest):
+        *weights, residual, seed, grid_size = rest[: _NUM_ADAPTER_TENSORS + 1]
+        *options, backend, own_residual = rest[_NUM_ADAPTER_TENSORS + 1 :]
+        y, z, c = ops.ADAPTER[backend].forward(
+            x, *weights, x if own_residual else residual, seed, *grid_size, *options
+        )
+        ctx.call = grid_size, options, backend, own_residual
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, seed, z, c)
-        return y, z, c
+        ctx.save_for_backward(x, *weights, seed, z, c)
+        return y
 
     @staticmethod
-    def backward(ctx, grad_output, _grad_z, _grad_c):
-        num_arguments = _NUM_ADAPTER_TENSORS + 2 + len(ctx.options) + 1
+    def backward(ctx, grad_output):
+        grid_size, options, backend, own_residual = ctx.call
+        num_rest = 2 + len(options) + 2
         if grad_output is None:
-            return (None,) * num_arguments
+            return (None,) * (_NUM_ADAPTER_TENSORS + num_rest)
         *tensors, seed, z, c = ctx.saved_tensors
-        output_mask = list(ctx.needs_input_grad[: len(tensors)])
+        needed = ctx.needs_input_grad
+        output_mask = list(needed[: _NUM_ADAPTER_TENSORS - 1])
         if torch.is_grad_enabled():
             grads = _differentiable_adapter_backward(
-                grad_output, tensors, seed, ctx.grid_size, ctx.options, output_mask
+                grad_output, tensors, seed, grid_size, options, output_mask
             )
+            if own_residual and output_mask[0]:
+                grads[0] = grads[0] + grad_output
         else:
             x, *weights = tensors
-            grads = ops.ADAPTER[ctx.backend].backward(
-                grad_output, x, z, c, *weights, seed, *ctx.grid_size, *ctx.options, output_mask
+            found = ops.ADAPTER[backend].backward(
+                grad_output,
+                x,
+                z,
+                c,
+                *weights,
+                seed,
+                *grid_size,
+                *options,
+                own_residual,
+                output_mask,
             )
             grads = [
-                grad if asked else None for grad, asked in zip(grads, output_mask, strict=True)
+                grad if asked else None for grad, asked in zip(found, output_mask, strict=True)
             ]
-        grad_residual = grad_output if ctx.needs_input_grad[_NUM_ADAPTER_TENSORS - 1] else None
-        return (*grads, grad_residual, *(None,) * (num_arguments - _NUM_ADAPTER_TENSORS))
+        grad_residual = grad_output if needed[_NUM_ADAPTER_TENSORS - 1] else None
+        return (*grads, grad_residual, *(None,) * num_rest)
 
 
 def _differentiable_adapter_backward(grad_output, tensors, seed, grid_size, options, output_mask):
@@ -231,14 +251,15 @@ def _differentiable_adapter_backward(grad_output, tensors, seed, grid_size, opti
     return [next(found) if asked else None for asked in output_mask]
 
 
-def _adapter_forward(*arguments):
-    tensors_and_seed = arguments[: _NUM_ADAPTER_TENSORS + 1]
-    grid_size, *options, backend = arguments[_NUM_ADAPTER_TENSORS + 1 :]
-    return ops.ADAPTER[backend].forward(*tensors_and_seed, *grid_size, *options)
-
-
-def large_kernel_adapter(*arguments) -> Tensor:
-    """Apply the fused adapter and return its output alone."""
-    if records(*arguments[:_NUM_ADAPTER_TENSORS]):
-        return LargeKernelAdapter.apply(*arguments)[0]
-    return _adapter_forward(*arguments)[0]
+def large_kernel_adapter(x, *rest) -> Tensor:
+    """Apply the fused adapter: the arguments of ``reference.large_kernel_adapter``, the backend."""
+    *weights, residual, seed, grid_size = rest[: _NUM_ADAPTER_TENSORS + 1]
+    *options, backend = rest[_NUM_ADAPTER_TENSORS + 1 :]
+    if records(x, *weights, residual):
+        own_residual = residual is x
+        if own_residual:
+            residual = None
+        return LargeKernelAdapter.apply(
+            x, *weights, residual, seed, grid_size, *options, backend, own_residual
+        )
+    return ops.ADAPTER[backend].forward(x, *weights, residual, seed, *grid_size, *options)[0]

@@ -228,8 +228,11 @@ def large_kernel_adapter(
     late_residual = None
     if residual is not None and residual.dtype != x.dtype:
         late_residual, residual = residual, None
+    own_residual = residual is x  # autograd.large_kernel_adapter makes use of it
     tokens = x.flatten(1, 2) if x.dim() == 4 else x
-    if residual is not None and residual.dim() == 4:
+    if own_residual:
+        residual = tokens
+    elif residual is not None and residual.dim() == 4:
         residual = residual.flatten(1, 2)
     arguments = (
         tokens,

@@ -47,10 +47,11 @@ ADAPTER_SCHEMAS = {
         f"(Tensor x, {_ADAPTER_WEIGHTS}, Tensor? residual, {_ADAPTER_OPTIONS}) "
         "-> (Tensor y, Tensor z, Tensor c)"
     ),
-    # output_mask follows the order of the results; a result not asked for has no elements.
+    # residual_is_x: grad_output is part of x's gradient. output_mask follows the order of the
+    # results; a result not asked for has no elements.
     "backward": (
         f"(Tensor grad_output, Tensor x, Tensor z, Tensor c, {_ADAPTER_WEIGHTS}, "
-        f"{_ADAPTER_OPTIONS}, bool[7] output_mask) "
+        f"{_ADAPTER_OPTIONS}, bool residual_is_x, bool[7] output_mask) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 }

@@ -50,4 +50,6 @@ def test_adapter(dtype):
     y, z, c = operators.forward(x, *weights, x, *options)
     torch.library.opcheck(operators.forward, (x, *weights, x, *options))
     mask = [True, True, False, True, False, True, True]
-    torch.library.opcheck(operators.backward, (y, x, z, c, *weights, *options, mask))
+    for residual_is_x in (False, True):
+        arguments = (y, x, z, c, *weights, *options, residual_is_x, mask)
+        torch.library.opcheck(operators.backward, arguments)

@@ -45,6 +45,7 @@ struct AdapterParams {
 struct AdapterGradients {
   const void* grad_output;  // (batch, tokens, dim) storage
   void* grad_x;             // likewise, or null if not needed
+  bool add_grad_output;     // to grad_x: x was its own residual
   bool need_down, need_conv, need_up;
   const void* conv_flipped;  // [rank block][kernel_h·kernel_w][V]
 

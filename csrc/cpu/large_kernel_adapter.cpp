@@ -261,7 +261,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> large_kernel_
     const std::optional<Tensor>& up_bias, const std::optional<Tensor>& seed, int64_t height,
     int64_t width, int64_t num_prefix_tokens, const std::string& prefix_mode, int64_t dilation,
     const std::string& activation, const std::string& activation_position, double dropout_p,
-    double scale, const std::vector<bool>& output_mask) {
+    double scale, bool residual_is_x, const std::vector<bool>& output_mask) {
   const Tensor x = torch::stable::contiguous(x_any);
   const Tensor grad_output = torch::stable::contiguous(grad_output_any);
   check(grad_output.scalar_type() == x.scalar_type(), "grad_output must have the dtype of x");
@@ -296,6 +296,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> large_kernel_
   AdapterGradients g = {};
   g.grad_output = grad_output.data_ptr();
   g.grad_x = output_mask[0] ? grads[0].data_ptr() : nullptr;
+  g.add_grad_output = residual_is_x;
   g.need_down = output_mask[1] || output_mask[2];
   g.need_conv = output_mask[3] || output_mask[4];
   g.need_up = output_mask[5] || output_mask[6];

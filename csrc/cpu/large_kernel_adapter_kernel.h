@@ -265,6 +265,7 @@ void adapter_backward_parts(const AdapterParams& p, const AdapterGradients& g, i
                             int64_t part_end, T* scratch) {
   const int64_t taps = p.kernel_h * p.kernel_w, padded = p.rank_padded;
   const int64_t per_image = p.tokens * padded;
+  const bool whole = padded == p.rank;
   Arena<T> arena(scratch);
   T* tile = arena.take(tokens_in_tile(p) * p.dim);
   T* dense = arena.take(p.tokens * p.rank);   // a, or dropout(act(c)), rank apart
@@ -300,11 +301,20 @@ void adapter_backward_parts(const AdapterParams& p, const AdapterGradients& g, i
         for (int64_t t = 0; t < p.tokens; ++t)
           memcpy(to + t * padded, from + t * p.rank, p.rank * sizeof(T));
       };
+      // grad *= act'(at)·factors
+      const auto through = [&](Activation activation, const T* at, const T* factors) {
+        if (whole && !factors)
+          return map_activation<T, V, true>(activation, at, grad, grad, per_image);
+        map_activation<T, V, true>(activation, at, factors, dense, p.tokens * p.rank);
+        widen_rank(dense, wide);
+        for (int64_t i = 0; i < per_image; i += V)
+          store<T, V>(grad + i, load<T, V>(grad + i) * load<T, V>(wide + i));
+      };
 
       // grad_output, once: gradients of the up-projection and of its input.
-      adapter_bottleneck_output<T, V>(p, image, 0, p.tokens, factor, dense);
-      widen_rank(dense, wide);
-      memset(grad, 0, per_image * sizeof(T));
+      adapter_bottleneck_output<T, V>(p, image, 0, p.tokens, factor, whole ? wide : dense);
+      if (!whole) widen_rank(dense, wide);
+      memset(grad, 0, (whole ? first_token * padded : per_image) * sizeof(T));
       for (int64_t t = first_token; t < p.tokens; t += step) {
         const int64_t tokens = p.tokens - t < step ? p.tokens - t : step;
         const T* dy = widen<T, V, S>(grad_output + t * p.dim, tokens * p.dim, tile);
@@ -317,13 +327,9 @@ void adapter_backward_parts(const AdapterParams& p, const AdapterGradients& g, i
       if (!g.need_down && !g.need_conv && !g.grad_x) continue;
 
       // Through dropout and the activation after the convolution: grad = dc. `wide` is free again.
-      if (p.activate_after || p.dropout) {
-        map_activation<T, V, true>(p.activate_after ? p.activation : Activation::none, c,
-                                   p.dropout ? factor : nullptr, dense, p.tokens * p.rank);
-        widen_rank(dense, wide);
-        for (int64_t i = 0; i < per_image; i += V)
-          store<T, V>(grad + i, load<T, V>(grad + i) * load<T, V>(wide + i));
-      }
+      if (p.activate_after || p.dropout)
+        through(p.activate_after ? p.activation : Activation::none, c,
+                p.dropout ? factor : nullptr);
 
       // The convolution: gradients of its weights, its bias and its input.
       if (p.activate_before)
@@ -373,12 +379,7 @@ void adapter_backward_parts(const AdapterParams& p, const AdapterGradients& g, i
       if (!g.need_down && !g.grad_x) continue;
 
       // Through the activation before the convolution: grad = dz.
-      if (p.activate_before) {
-        map_activation<T, V, true>(p.activation, z, nullptr, dense, p.tokens * p.rank);
-        widen_rank(dense, wide);
-        for (int64_t i = 0; i < per_image; i += V)
-          store<T, V>(grad + i, load<T, V>(grad + i) * load<T, V>(wide + i));
-      }
+      if (p.activate_before) through(p.activation, z, nullptr);
 
       // x, once: gradients of the down-projection and of x.
       if (g.need_down) {
@@ -392,11 +393,16 @@ void adapter_backward_parts(const AdapterParams& p, const AdapterGradients& g, i
       }
       if (g.grad_x) {
         S* grad_x = static_cast<S*>(g.grad_x) + image * p.tokens * p.dim;
-        memset(static_cast<void*>(grad_x), 0, first_token * p.dim * sizeof(S));
+        const S* residual = g.add_grad_output ? grad_output : nullptr;
+        const int64_t skipped = first_token * p.dim;
+        if (residual)
+          memcpy(grad_x, residual, skipped * sizeof(S));
+        else
+          memset(static_cast<void*>(grad_x), 0, skipped * sizeof(S));
         project_out<T, kWide, S>(grad + first_token * padded, padded, p.tokens - first_token,
                                  p.rank, p.dim, static_cast<const T*>(p.down), p.dim_padded,
-                                 static_cast<const T*>(nullptr), static_cast<const S*>(nullptr),
-                                 grad_x + first_token * p.dim);
+                                 static_cast<const T*>(nullptr),
+                                 residual ? residual + skipped : nullptr, grad_x + skipped);
       }
     }
   }

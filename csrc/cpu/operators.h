@@ -44,6 +44,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> large_kernel_
     const std::optional<Tensor>& up_bias, const std::optional<Tensor>& seed, int64_t height,
     int64_t width, int64_t num_prefix_tokens, const std::string& prefix_mode, int64_t dilation,
     const std::string& activation, const std::string& activation_position, double dropout_p,
-    double scale, const std::vector<bool>& output_mask);
+    double scale, bool residual_is_x, const std::vector<bool>& output_mask);
 
 }  // namespace lka::cpu
