@@ -184,19 +184,31 @@ _NUM_ADAPTER_TENSORS = 8
 class LargeKernelAdapter(torch.autograd.Function):
     """The fused adapter.
 
-    Arguments are those of ``reference.large_kernel_adapter``, the backend, and whether x is its own
-    residual: the residual is then None, and the backward operator adds grad_output to grad_x, which
-    spares autograd a pass over three tensors.
+    Arguments are the tensors of ``reference.large_kernel_adapter`` and, in one tuple, as each costs
+    time, its options, the backend, and whether x is its own residual: the residual is then None,
+    and the backward operator adds grad_output to grad_x, which spares autograd a pass over three
+    tensors.
     """
 
     @staticmethod
-    def forward(ctx, x, *rest):
-        *weights, residual, seed, grid_size = rest[: _NUM_ADAPTER_TENSORS + 1]
-        *options, backend, own_residual = rest[_NUM_ADAPTER_TENSORS + 1 :]
+    def forward(
+        ctx,
+        x,
+        down_weight,
+        down_bias,
+        conv_weight,
+        conv_bias,
+        up_weight,
+        up_bias,
+        residual,
+        seed,
+        call,
+    ):
+        grid_size, options, backend, own_residual = ctx.call = call
+        weights = (down_weight, down_bias, conv_weight, conv_bias, up_weight, up_bias)
         y, z, c = ops.ADAPTER[backend].forward(
             x, *weights, x if own_residual else residual, seed, *grid_size, *options
         )
-        ctx.call = grid_size, options, backend, own_residual
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *weights, seed, z, c)
         return y
@@ -204,9 +216,8 @@ class LargeKernelAdapter(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         grid_size, options, backend, own_residual = ctx.call
-        num_rest = 2 + len(options) + 2
         if grad_output is None:
-            return (None,) * (_NUM_ADAPTER_TENSORS + num_rest)
+            return (None,) * (_NUM_ADAPTER_TENSORS + 2)
         *tensors, seed, z, c = ctx.saved_tensors
         needed = ctx.needs_input_grad
         output_mask = list(needed[: _NUM_ADAPTER_TENSORS - 1])
@@ -234,7 +245,7 @@ class LargeKernelAdapter(torch.autograd.Function):
                 grad if asked else None for grad, asked in zip(found, output_mask, strict=True)
             ]
         grad_residual = grad_output if needed[_NUM_ADAPTER_TENSORS - 1] else None
-        return (*grads, grad_residual, *(None,) * num_rest)
+        return (*grads, grad_residual, None, None)
 
 
 def _differentiable_adapter_backward(grad_output, tensors, seed, grid_size, options, output_mask):
@@ -259,7 +270,6 @@ def large_kernel_adapter(x, *rest) -> Tensor:
         own_residual = residual is x
         if own_residual:
             residual = None
-        return LargeKernelAdapter.apply(
-            x, *weights, residual, seed, grid_size, *options, backend, own_residual
-        )
+        call = grid_size, tuple(options), backend, own_residual
+        return LargeKernelAdapter.apply(x, *weights, residual, seed, call)
     return ops.ADAPTER[backend].forward(x, *weights, residual, seed, *grid_size, *options)[0]

@@ -44,7 +44,7 @@ struct Normal {
   Vec<T, V> distribution, density;
 };
 
-template <int V>
+template <bool kDensity, int V>
 inline Normal<float, V> normal(Vec<float, V> x) {
   // Φ(-t) = exp(-t²/2)·R(t) for t >= 0, where R (half of erfcx(t/√2)) is smooth: a polynomial in
   // s = (t - 3)/(t + 3), fitted for least relative error on [0, 13.5] (6.7e-9 before rounding).
@@ -65,12 +65,13 @@ inline Normal<float, V> normal(Vec<float, V> x) {
   return {x < 0 ? tail : 1.0f - tail, bell * 0.398942280f};
 }
 
-template <int V>
+template <bool kDensity, int V>
 inline Normal<double, V> normal(Vec<double, V> x) {
-  Normal<double, V> n;
+  Normal<double, V> n{};
   for (int i = 0; i < V; ++i) {
     n.distribution[i] = 0.5 * std::erfc(-x[i] * 0.70710678118654752440);
-    n.density[i] = 0.39894228040143267794 * std::exp(-0.5 * x[i] * x[i]);
+    // Asked for, as the compiler must not leave out a call that may set errno.
+    if (kDensity) n.density[i] = 0.39894228040143267794 * std::exp(-0.5 * x[i] * x[i]);
   }
   return n;
 }
@@ -94,62 +95,74 @@ inline Vec<T, V> tanh_argument(Vec<T, V> x) {
   return T(0.79788456080286535588) * (x + T(0.044715) * x * x * x);
 }
 
-template <class T, int V, Activation kActivation>
-inline Vec<T, V> activated(Vec<T, V> x) {
-  if constexpr (kActivation == Activation::gelu) return x * normal<V>(x).distribution;
-  // (1 + tanh u)/2 = logistic(2u)
-  if constexpr (kActivation == Activation::gelu_tanh)
-    return x * logistic<T, V>(T(2) * tanh_argument<T, V>(x)).value;
-  if constexpr (kActivation == Activation::relu) return x <= 0 ? Vec<T, V>{} : x;
-  if constexpr (kActivation == Activation::silu) return x * logistic<T, V>(x).value;
-  return x;
-}
+// act(x) and, if asked for, act'(x).
+template <class T, int V>
+struct Activated {
+  Vec<T, V> value, slope;
+};
 
-template <class T, int V, Activation kActivation>
-inline Vec<T, V> derivative(Vec<T, V> x) {
+template <class T, int V, Activation kActivation, bool kSlope>
+inline Activated<T, V> activate(Vec<T, V> x) {
   if constexpr (kActivation == Activation::gelu) {
-    const Normal<T, V> n = normal<V>(x);
-    return n.distribution + x * n.density;
+    const Normal<T, V> n = normal<kSlope, V>(x);
+    return {x * n.distribution, n.distribution + x * n.density};
   }
   if constexpr (kActivation == Activation::gelu_tanh) {
+    // (1 + tanh u)/2 = logistic(2u)
     const Logistic<T, V> s = logistic<T, V>(T(2) * tanh_argument<T, V>(x));
     const Vec<T, V> inner = T(0.79788456080286535588) * (T(1) + T(3 * 0.044715) * x * x);
-    return s.value + T(2) * x * s.slope * inner;
+    return {x * s.value, s.value + T(2) * x * s.slope * inner};
   }
-  if constexpr (kActivation == Activation::relu) return x <= 0 ? Vec<T, V>{} : splat<T, V>(T(1));
+  if constexpr (kActivation == Activation::relu)
+    return {x <= 0 ? Vec<T, V>{} : x, x <= 0 ? Vec<T, V>{} : splat<T, V>(T(1))};
   if constexpr (kActivation == Activation::silu) {
     const Logistic<T, V> s = logistic<T, V>(x);
-    return s.value + x * s.slope;
+    return {x * s.value, s.value + x * s.slope};
   }
-  return splat<T, V>(T(1));
+  return {x, splat<T, V>(T(1))};
 }
 
-template <class T, int V, Activation kActivation, bool kDerivative>
-void map_activation(const T* x, const T* factor, T* out, int64_t count) {
+template <class T, int V, Activation kActivation, bool kValue, bool kSlope>
+void map_activation(const T* x, const T* factor, T* value, T* slope, int64_t count) {
   for (int64_t i = 0; i < count; i += V) {
     const int some = count - i < V ? int(count - i) : V;
-    const Vec<T, V> in = load_some<T, V, T>(x + i, some);
-    Vec<T, V> value =
-        kDerivative ? derivative<T, V, kActivation>(in) : activated<T, V, kActivation>(in);
-    if (factor) value *= load_some<T, V, T>(factor + i, some);
-    store_some<T, V, T>(out + i, value, some);
+    auto result = activate<T, V, kActivation, kSlope>(load_some<T, V, T>(x + i, some));
+    if (factor) {
+      const Vec<T, V> f = load_some<T, V, T>(factor + i, some);
+      result.value *= f;
+      result.slope *= f;
+    }
+    if (kValue) store_some<T, V, T>(value + i, result.value, some);
+    if (kSlope) store_some<T, V, T>(slope + i, result.slope, some);
   }
 }
 
-// out = act(x)·factor, or act'(x)·factor; `factor` may be null, `out` may be either input.
-template <class T, int V, bool kDerivative>
-void map_activation(Activation activation, const T* x, const T* factor, T* out, int64_t count) {
+template <class T, int V, Activation kActivation>
+void map_activation(const T* x, const T* factor, T* value, T* slope, int64_t count) {
+  if (value && slope)
+    map_activation<T, V, kActivation, true, true>(x, factor, value, slope, count);
+  else if (value)
+    map_activation<T, V, kActivation, true, false>(x, factor, value, slope, count);
+  else if (slope)
+    map_activation<T, V, kActivation, false, true>(x, factor, value, slope, count);
+}
+
+// value = act(x)·factor and slope = act'(x)·factor, each unless null. `factor` may be null, and a
+// result may be written over x or factor.
+template <class T, int V>
+void map_activation(Activation activation, const T* x, const T* factor, T* value, T* slope,
+                    int64_t count) {
   switch (activation) {
     case Activation::gelu:
-      return map_activation<T, V, Activation::gelu, kDerivative>(x, factor, out, count);
+      return map_activation<T, V, Activation::gelu>(x, factor, value, slope, count);
     case Activation::gelu_tanh:
-      return map_activation<T, V, Activation::gelu_tanh, kDerivative>(x, factor, out, count);
+      return map_activation<T, V, Activation::gelu_tanh>(x, factor, value, slope, count);
     case Activation::relu:
-      return map_activation<T, V, Activation::relu, kDerivative>(x, factor, out, count);
+      return map_activation<T, V, Activation::relu>(x, factor, value, slope, count);
     case Activation::silu:
-      return map_activation<T, V, Activation::silu, kDerivative>(x, factor, out, count);
+      return map_activation<T, V, Activation::silu>(x, factor, value, slope, count);
     case Activation::none:
-      return map_activation<T, V, Activation::none, kDerivative>(x, factor, out, count);
+      return map_activation<T, V, Activation::none>(x, factor, value, slope, count);
   }
 }
 

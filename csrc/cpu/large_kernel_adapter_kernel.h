@@ -180,7 +180,7 @@ void adapter_down(const AdapterParams& p, int64_t image, int64_t begin, int64_t 
 }
 
 // c = conv(act(z)) for one image.
-template <class T, int V>
+template <class T, int V, int kWide>
 void adapter_convolve(const AdapterParams& p, int64_t image, T* scratch) {
   Arena<T> arena(scratch);
   T* a = arena.take(p.tokens * p.rank);
@@ -190,7 +190,8 @@ void adapter_convolve(const AdapterParams& p, int64_t image, T* scratch) {
   const T* z = static_cast<const T*>(p.z) + image * p.tokens * p.rank;
   T* c = static_cast<T*>(p.c) + image * p.tokens * p.rank;
   if (p.activate_before)
-    map_activation<T, V, false>(p.activation, z, nullptr, a, p.tokens * p.rank);
+    map_activation<T, kWide>(p.activation, z, static_cast<const T*>(nullptr), a,
+                             static_cast<T*>(nullptr), p.tokens * p.rank);
   else
     memcpy(a, z, p.tokens * p.rank * sizeof(T));
 
@@ -217,15 +218,15 @@ void adapter_convolve(const AdapterParams& p, int64_t image, T* scratch) {
 }
 
 // e = dropout(act(c)) for tokens [begin, begin + tokens) of an image.
-template <class T, int V>
+template <class T, int kWide>
 void adapter_bottleneck_output(const AdapterParams& p, int64_t image, int64_t begin, int64_t tokens,
                                T* factor, T* e) {
   const int64_t first = (image * p.tokens + begin) * p.rank, count = tokens * p.rank;
   const T* c = static_cast<const T*>(p.c) + first;
   if (p.dropout)
     dropout_factors<T>(p.seed, p.drop_threshold, T(p.keep_factor), first, count, factor);
-  map_activation<T, V, false>(p.activate_after ? p.activation : Activation::none, c,
-                              p.dropout ? factor : nullptr, e, count);
+  map_activation<T, kWide>(p.activate_after ? p.activation : Activation::none, c,
+                           p.dropout ? factor : nullptr, e, static_cast<T*>(nullptr), count);
 }
 
 // y = residual + scale·(dropout(act(c))·up + bias) for tokens [begin, end) of an image.
@@ -240,7 +241,7 @@ void adapter_up(const AdapterParams& p, int64_t image, int64_t begin, int64_t en
     const int64_t row = image * p.tokens + t;
     S* y = static_cast<S*>(p.y) + row * p.dim;
     const S* residual = p.residual ? static_cast<const S*>(p.residual) + row * p.dim : nullptr;
-    adapter_bottleneck_output<T, V>(p, image, t, tokens, factor, e);
+    adapter_bottleneck_output<T, kWide>(p, image, t, tokens, factor, e);
     const T* from = e;
     if (p.prefix_mode == PrefixMode::zero && t < p.num_prefix_tokens) {
       const int64_t left = p.num_prefix_tokens - t;
@@ -301,18 +302,15 @@ void adapter_backward_parts(const AdapterParams& p, const AdapterGradients& g, i
         for (int64_t t = 0; t < p.tokens; ++t)
           memcpy(to + t * padded, from + t * p.rank, p.rank * sizeof(T));
       };
-      // grad *= act'(at)·factors
-      const auto through = [&](Activation activation, const T* at, const T* factors) {
-        if (whole && !factors)
-          return map_activation<T, V, true>(activation, at, grad, grad, per_image);
-        map_activation<T, V, true>(activation, at, factors, dense, p.tokens * p.rank);
-        widen_rank(dense, wide);
+      const auto multiply_grad = [&](const T* by) {
+        if (!whole) widen_rank(by, wide);
+        const T* factors = whole ? by : wide;
         for (int64_t i = 0; i < per_image; i += V)
-          store<T, V>(grad + i, load<T, V>(grad + i) * load<T, V>(wide + i));
+          store<T, V>(grad + i, load<T, V>(grad + i) * load<T, V>(factors + i));
       };
 
       // grad_output, once: gradients of the up-projection and of its input.
-      adapter_bottleneck_output<T, V>(p, image, 0, p.tokens, factor, whole ? wide : dense);
+      adapter_bottleneck_output<T, kWide>(p, image, 0, p.tokens, factor, whole ? wide : dense);
       if (!whole) widen_rank(dense, wide);
       memset(grad, 0, (whole ? first_token * padded : per_image) * sizeof(T));
       for (int64_t t = first_token; t < p.tokens; t += step) {
@@ -327,13 +325,18 @@ void adapter_backward_parts(const AdapterParams& p, const AdapterGradients& g, i
       if (!g.need_down && !g.need_conv && !g.grad_x) continue;
 
       // Through dropout and the activation after the convolution: grad = dc. `wide` is free again.
-      if (p.activate_after || p.dropout)
-        through(p.activate_after ? p.activation : Activation::none, c,
-                p.dropout ? factor : nullptr);
+      if (p.activate_after || p.dropout) {
+        map_activation<T, kWide>(p.activate_after ? p.activation : Activation::none, c,
+                                 p.dropout ? factor : nullptr, static_cast<T*>(nullptr), dense,
+                                 p.tokens * p.rank);
+        multiply_grad(dense);
+      }
 
-      // The convolution: gradients of its weights, its bias and its input.
+      // The convolution: gradients of its weights, its bias and its input. `factor` is free again.
+      T* slope = factor;  // of the activation before the convolution
       if (p.activate_before)
-        map_activation<T, V, false>(p.activation, z, nullptr, dense, p.tokens * p.rank);
+        map_activation<T, kWide>(p.activation, z, static_cast<const T*>(nullptr), dense, slope,
+                                 p.tokens * p.rank);
       else
         memcpy(dense, z, p.tokens * p.rank * sizeof(T));
       const int64_t tap = center_tap(p);
@@ -379,7 +382,7 @@ void adapter_backward_parts(const AdapterParams& p, const AdapterGradients& g, i
       if (!g.need_down && !g.grad_x) continue;
 
       // Through the activation before the convolution: grad = dz.
-      if (p.activate_before) through(p.activation, z, nullptr);
+      if (p.activate_before) multiply_grad(slope);
 
       // x, once: gradients of the down-projection and of x.
       if (g.need_down) {
@@ -424,9 +427,9 @@ void adapter_down_of(const AdapterParams& p, int64_t image, int64_t begin, int64
   });
 }
 
-template <class T, int V>
+template <class T, int V, int kWide>
 void adapter_convolve_of(const AdapterParams& p, int64_t image, void* scratch) {
-  adapter_convolve<T, V>(p, image, static_cast<T*>(scratch));
+  adapter_convolve<T, V, kWide>(p, image, static_cast<T*>(scratch));
 }
 
 template <class T, int V, int kWide>
