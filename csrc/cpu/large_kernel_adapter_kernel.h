@@ -48,10 +48,10 @@ const T* widen(const S* from, int64_t count, T* tile) {
   }
 }
 
-// Tokens that a projection takes before the next group of ranks, or that both projections of
-// grad_output take in turn: 64 KiB of float, in the second-level cache beside the weights.
+// Tokens that a projection takes before the next group of ranks, or that both products with
+// grad_output take in turn: 128 KiB of float, in the second-level cache beside the weights.
 inline int64_t tokens_in_tile(const AdapterParams& p) {
-  const int64_t fit = 16 * 1024 / p.dim / kTokensIn * kTokensIn;
+  const int64_t fit = 32 * 1024 / p.dim / kTokensIn * kTokensIn;
   return fit < 12 ? 12 : fit > 96 ? 96 : fit;
 }
 
@@ -217,16 +217,19 @@ void adapter_convolve(const AdapterParams& p, int64_t image, T* scratch) {
     }
 }
 
-// e = dropout(act(c)) for tokens [begin, begin + tokens) of an image.
+// dropout(act(c)) for tokens [begin, begin + tokens) of an image: c itself where that is all.
+// `factor` receives the dropout factors, `e` the result.
 template <class T, int kWide>
-void adapter_bottleneck_output(const AdapterParams& p, int64_t image, int64_t begin, int64_t tokens,
-                               T* factor, T* e) {
+const T* adapter_bottleneck_output(const AdapterParams& p, int64_t image, int64_t begin,
+                                   int64_t tokens, T* factor, T* e) {
   const int64_t first = (image * p.tokens + begin) * p.rank, count = tokens * p.rank;
   const T* c = static_cast<const T*>(p.c) + first;
+  if (!p.activate_after && !p.dropout) return c;
   if (p.dropout)
     dropout_factors<T>(p.seed, p.drop_threshold, T(p.keep_factor), first, count, factor);
   map_activation<T, kWide>(p.activate_after ? p.activation : Activation::none, c,
                            p.dropout ? factor : nullptr, e, static_cast<T*>(nullptr), count);
+  return e;
 }
 
 // y = residual + scale·(dropout(act(c))·up + bias) for tokens [begin, end) of an image.
@@ -241,8 +244,7 @@ void adapter_up(const AdapterParams& p, int64_t image, int64_t begin, int64_t en
     const int64_t row = image * p.tokens + t;
     S* y = static_cast<S*>(p.y) + row * p.dim;
     const S* residual = p.residual ? static_cast<const S*>(p.residual) + row * p.dim : nullptr;
-    adapter_bottleneck_output<T, kWide>(p, image, t, tokens, factor, e);
-    const T* from = e;
+    const T* from = adapter_bottleneck_output<T, kWide>(p, image, t, tokens, factor, e);
     if (p.prefix_mode == PrefixMode::zero && t < p.num_prefix_tokens) {
       const int64_t left = p.num_prefix_tokens - t;
       const int64_t prefix = left < tokens ? left : tokens;
@@ -266,7 +268,8 @@ void adapter_backward_parts(const AdapterParams& p, const AdapterGradients& g, i
                             int64_t part_end, T* scratch) {
   const int64_t taps = p.kernel_h * p.kernel_w, padded = p.rank_padded;
   const int64_t per_image = p.tokens * padded;
-  const bool whole = padded == p.rank;
+  // Then the bottleneck's tensors are read as they are, without zeros between the tokens.
+  const bool whole = padded == p.rank && p.rank % kRankGroup == 0;
   Arena<T> arena(scratch);
   T* tile = arena.take(tokens_in_tile(p) * p.dim);
   T* dense = arena.take(p.tokens * p.rank);   // a, or dropout(act(c)), rank apart
@@ -310,8 +313,8 @@ void adapter_backward_parts(const AdapterParams& p, const AdapterGradients& g, i
       };
 
       // grad_output, once: gradients of the up-projection and of its input.
-      adapter_bottleneck_output<T, kWide>(p, image, 0, p.tokens, factor, whole ? wide : dense);
-      if (!whole) widen_rank(dense, wide);
+      const T* e = adapter_bottleneck_output<T, kWide>(p, image, 0, p.tokens, factor, dense);
+      if (!whole) widen_rank(e, wide), e = wide;
       memset(grad, 0, (whole ? first_token * padded : per_image) * sizeof(T));
       for (int64_t t = first_token; t < p.tokens; t += step) {
         const int64_t tokens = p.tokens - t < step ? p.tokens - t : step;
@@ -319,7 +322,7 @@ void adapter_backward_parts(const AdapterParams& p, const AdapterGradients& g, i
         project_in<T, kWide>(dy, tokens, p.dim, static_cast<const T*>(p.up), p.dim_padded,
                              static_cast<const T*>(nullptr), p.rank, grad + t * padded, padded);
         if (g.need_up)
-          outer<T, kWide>(dy, tokens, p.dim, wide + t * padded, padded, p.rank, up, p.dim_padded,
+          outer<T, kWide>(dy, tokens, p.dim, e + t * padded, padded, p.rank, up, p.dim_padded,
                           up_bias);
       }
       if (!g.need_down && !g.need_conv && !g.grad_x) continue;
