@@ -43,7 +43,7 @@ def depthwise_conv2d(
         TypeError: an argument has the wrong type, or dtypes differ.
         RuntimeError: the backend asked for by ``use_backend`` cannot serve the call.
     """
-    key = remembered_calls.key(input, weight, bias, stride, padding, dilation, method)
+    key = remembered_calls.depthwise_key(input, weight, bias, stride, padding, dilation, method)
     known = remembered_calls.find(key)
     if known is not None:
         stride, padding, dilation, channels_last, backend = known
@@ -192,42 +192,28 @@ def large_kernel_adapter(
     Raises:
         ValueError, TypeError, RuntimeError: as ``depthwise_conv2d``.
     """
-    grid_size = _check_adapter(
-        x,
-        down_weight,
-        down_bias,
-        conv_weight,
-        conv_bias,
-        up_weight,
-        up_bias,
-        residual,
-        grid_size,
-        num_prefix_tokens,
-    )
-    checks.one_of("prefix_mode", prefix_mode, checks.PREFIX_MODES)
-    checks.one_of("activation", activation, checks.ACTIVATIONS)
-    checks.one_of("activation_position", activation_position, checks.ACTIVATION_POSITIONS)
-    if not checks.is_int(dilation):
-        raise TypeError(f"dilation must be an int; got {dilation!r}")
-    if dilation < 1:
-        raise ValueError(f"dilation must be at least 1; got {dilation}")
-    checks.is_number("dropout_p", dropout_p)
-    checks.is_number("scale", scale)
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1]; got {dropout_p}")
-
     weights = (down_weight, down_bias, conv_weight, conv_bias, up_weight, up_bias)
-    if _autocast_enabled(x.device.type):
-        x, *weights = _autocast(x.device.type, x, *weights)
-    names = ("down_weight", "down_bias", "conv_weight", "conv_bias", "up_weight", "up_bias")
-    checks.dtypes_and_devices_agree("x", x, zip(names, weights, strict=True))
-
-    choice = dispatch.choose_adapter(x, activation)
-    seed = philox.new_seed(x.device) if training and dropout_p > 0 else None
-    # The fused kernels add a residual of x's dtype; any other follows torch's type promotion.
+    options = (num_prefix_tokens, prefix_mode, dilation, activation, activation_position)
+    key = remembered_calls.adapter_key(
+        (x, *weights, residual), (grid_size, *options, dropout_p, scale)
+    )
+    known = remembered_calls.find(key)
     late_residual = None
-    if residual is not None and residual.dtype != x.dtype:
-        late_residual, residual = residual, None
+    if known is not None:
+        grid_size, backend = known
+    else:
+        grid_size = _check_adapter(x, *weights, residual, grid_size, *options, dropout_p, scale)
+        if _autocast_enabled(x.device.type):
+            x, *weights = _autocast(x.device.type, x, *weights)
+        names = ("down_weight", "down_bias", "conv_weight", "conv_bias", "up_weight", "up_bias")
+        checks.dtypes_and_devices_agree("x", x, zip(names, weights, strict=True))
+        backend = dispatch.choose_adapter(x, activation).backend
+        # The fused kernels add a residual of x's dtype; any other follows torch's type promotion.
+        if residual is not None and residual.dtype != x.dtype:
+            late_residual, residual = residual, None
+        elif key is not None:
+            remembered_calls.remember(key, (grid_size, backend))
+    seed = philox.new_seed(x.device) if training and dropout_p > 0 else None
     own_residual = residual is x  # autograd.large_kernel_adapter makes use of it
     tokens = x.flatten(1, 2) if x.dim() == 4 else x
     if own_residual:
@@ -240,18 +226,14 @@ def large_kernel_adapter(
         residual,
         seed,
         grid_size,
-        num_prefix_tokens,
-        prefix_mode,
-        dilation,
-        activation,
-        activation_position,
+        *options,
         float(dropout_p),
         float(scale),
     )
-    if choice.backend == "torch":
+    if backend == "torch":
         y = reference.large_kernel_adapter(*arguments)
     else:
-        y = autograd.large_kernel_adapter(*arguments, choice.backend)
+        y = autograd.large_kernel_adapter(*arguments, backend)
     if x.dim() == 4:
         y = y.unflatten(1, grid_size)
     return y if late_residual is None else late_residual + y
@@ -268,8 +250,14 @@ def _check_adapter(
     residual,
     grid_size,
     num_prefix_tokens,
+    prefix_mode,
+    dilation,
+    activation,
+    activation_position,
+    dropout_p,
+    scale,
 ) -> tuple[int, int]:
-    """Check types and shapes; return the grid size."""
+    """Check types, shapes and options; return the grid size."""
     checks.is_tensor("x", x)
     if x.dim() not in (3, 4):
         raise ValueError(f"x must be (B, P+N, C) or (B, H, W, C); got {tuple(x.shape)}")
@@ -308,7 +296,19 @@ def _check_adapter(
             )
         if residual.device != x.device:
             raise ValueError(f"residual must be on {x.device}; got {residual.device}")
-    return _check_grid(x, grid_size, num_prefix_tokens)
+    grid_size = _check_grid(x, grid_size, num_prefix_tokens)
+    checks.one_of("prefix_mode", prefix_mode, checks.PREFIX_MODES)
+    checks.one_of("activation", activation, checks.ACTIVATIONS)
+    checks.one_of("activation_position", activation_position, checks.ACTIVATION_POSITIONS)
+    if not checks.is_int(dilation):
+        raise TypeError(f"dilation must be an int; got {dilation!r}")
+    if dilation < 1:
+        raise ValueError(f"dilation must be at least 1; got {dilation}")
+    checks.is_number("dropout_p", dropout_p)
+    checks.is_number("scale", scale)
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1]; got {dropout_p}")
+    return grid_size
 
 
 def _check_grid(x: Tensor, grid_size, num_prefix_tokens) -> tuple[int, int]:

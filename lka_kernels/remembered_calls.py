@@ -1,4 +1,4 @@
-"""Calls of ``depthwise_conv2d`` that have passed the checks, so that a like call need not.
+"""Calls of the two operators that have passed the checks, so that a like call need not.
 
 The checks and the choice of a backend touch much of Python's memory, which a large convolution has
 just pushed out of the caches: there they were seen to take 0.1 ms, where they take 0.02 in a tight
@@ -12,51 +12,83 @@ from torch import Tensor
 
 from lka_kernels import dispatch
 
-# key -> (stride, padding, dilation, channels_last, backend)
+# key -> what the operator needs beside the arguments, in normal form.
 _CALLS: dict[tuple, tuple] = {}
 _MOST_CALLS = 1024
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def key(input, weight, bias, stride, padding, dilation, method) -> tuple | None:
-    """Everything that the checks and the choice of a backend look at, or None if they must run.
-
-    They must for tensors other than plain ones on the CPU, under autocast, and while a call is
-    being traced or transformed: what a tracer sees must not depend on earlier calls.
-    """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or dispatch.transformed():
+def depthwise_key(input, weight, bias, stride, padding, dilation, method) -> tuple | None:
+    """Everything that the checks and the choice of a backend look at, or None if they must run."""
+    if not _ordinary() or not (_plain(input) and _plain(weight)):
         return None
-    if torch._C._len_torch_dispatch_stack():  # make_fx, FakeTensorMode and the like
+    if bias is not None and not _plain(bias):
         return None
-    if type(input) not in _PLAIN or type(weight) not in _PLAIN:
-        return None
-    if bias is not None and (type(bias) not in _PLAIN or not bias.is_cpu):
-        return None
-    if not (input.is_cpu and weight.is_cpu) or torch.is_autocast_enabled("cpu"):
-        return None
-    found = (
-        input.shape,
-        input.stride(),
-        input.dtype,
-        weight.shape,
-        weight.stride(),
-        weight.dtype,
-        None if bias is None else (bias.shape, bias.dtype),
-        (stride, padding, dilation, method, dispatch.requested_backend()),
-        # True and 1.0 equal 1, but are not accepted.
-        _types(stride),
-        _types(padding),
-        _types(dilation),
+    return _hashable(
+        (
+            input.shape,
+            input.stride(),
+            input.dtype,
+            weight.shape,
+            weight.stride(),
+            weight.dtype,
+            None if bias is None else (bias.shape, bias.dtype),
+            (stride, padding, dilation, method, dispatch.requested_backend()),
+            # True and 1.0 equal 1, but are not accepted.
+            _types(stride),
+            _types(padding),
+            _types(dilation),
+        )
     )
-    try:
-        hash(found)
-    except TypeError:  # a list
+
+
+def adapter_key(tensors: tuple[Tensor | None, ...], options: tuple) -> tuple | None:
+    """The same for ``large_kernel_adapter``, whose checks look at no strides."""
+    if not _ordinary():
         return None
-    return found
+    found = ["adapter", dispatch.requested_backend(), options]
+    for option in options:
+        found.append(_types(option))
+    for t in tensors:
+        if t is None:
+            found.append(None)
+        elif _plain(t):
+            found.append(t.shape)
+            found.append(t.dtype)
+        else:
+            return None
+    return _hashable(tuple(found))
+
+
+def _ordinary() -> bool:
+    """Whether a call may be remembered.
+
+    Not under autocast, and not while it is being traced or transformed: what a tracer sees must
+    not depend on earlier calls.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or dispatch.transformed()
+        or torch._C._len_torch_dispatch_stack()  # make_fx, FakeTensorMode and the like
+        or torch.is_autocast_enabled("cpu")
+    )
+
+
+def _plain(t) -> bool:
+    return type(t) in _PLAIN and t.is_cpu
+
+
+def _hashable(key: tuple) -> tuple | None:
+    try:
+        hash(key)
+    except TypeError:  # a list among the arguments
+        return None
+    return key
 
 
 def find(key: tuple | None) -> tuple | None:
-    """(stride, padding, dilation, channels_last, backend) of a remembered call."""
+    """What was remembered of a call."""
     return None if key is None else _CALLS.get(key)
 
 

@@ -7,7 +7,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lka_kernels import FusedLKA, available_backends, dispatch, explain, use_backend
-from lka_kernels.functional import depthwise_conv2d
+from lka_kernels.functional import depthwise_conv2d, large_kernel_adapter
 
 READY = [name for name, status in available_backends().items() if status == "ready"]
 NOT_READY = [name for name, status in available_backends().items() if status != "ready"]
@@ -197,3 +197,44 @@ def test_other_devices_are_served_by_torch():
     assert FusedLKA(8, device="meta")(tokens).shape == tokens.shape
     with use_backend("cpu"), pytest.raises(RuntimeError, match="input is on meta"):
         depthwise_conv2d(**arguments)
+
+
+def test_remembered_adapter_calls_are_told_apart():
+    """What the checks refuse is refused also after a like call was accepted."""
+    x = torch.zeros(2, 4, 6)
+    weights = {
+        "down_weight": torch.zeros(3, 6),
+        "down_bias": torch.zeros(3),
+        "conv_weight": torch.zeros(3, 1, 3, 3),
+        "conv_bias": None,
+        "up_weight": torch.zeros(6, 3),
+        "up_bias": torch.zeros(6),
+    }
+    for _ in range(2):
+        assert large_kernel_adapter(x, **weights, residual=x).dtype == torch.float32
+        large_kernel_adapter(x, **weights, grid_size=(1, 4), scale=1, dropout_p=0)
+        for changes, error in (
+            ({"num_prefix_tokens": False}, TypeError),
+            ({"dilation": True}, TypeError),
+            ({"dilation": 1.0}, TypeError),
+            ({"scale": True}, TypeError),
+            ({"dropout_p": False}, TypeError),
+            ({"dropout_p": 2}, ValueError),
+            ({"grid_size": (2, 3)}, ValueError),
+            ({"grid_size": (1.0, 4)}, TypeError),
+            ({"activation": "tanh"}, ValueError),
+            ({"prefix_mode": "none"}, ValueError),
+            ({"residual": torch.zeros(2, 4, 5)}, ValueError),
+            ({"conv_bias": torch.zeros(4)}, ValueError),
+            ({"conv_bias": torch.zeros(3, dtype=torch.float64)}, TypeError),
+            ({"up_weight": torch.zeros(6, 4)}, ValueError),
+        ):
+            with pytest.raises(error):
+                large_kernel_adapter(x, **{**weights, **changes})
+        with torch.autocast("cpu", torch.bfloat16):
+            assert large_kernel_adapter(x, **weights).dtype == torch.bfloat16
+        # A residual of another dtype is added by PyTorch's promotion.
+        assert large_kernel_adapter(x, **weights, residual=x.double()).dtype == torch.float64
+        with use_backend("torch"):
+            operators = served_by(lambda: large_kernel_adapter(x, **weights, residual=x))
+        assert not any("adapter" in name for name in operators)

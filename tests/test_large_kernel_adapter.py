@@ -534,3 +534,37 @@ def test_map_takes_no_prefix_and_only_its_own_grid():
         large_kernel_adapter(**arguments, num_prefix_tokens=1)
     with pytest.raises(ValueError, match=r"grid_size must be \(4, 5\).*got \(5, 4\)"):
         large_kernel_adapter(**arguments, grid_size=(5, 4))
+
+
+@pytest.mark.usefixtures("compiled_cpu")
+@pytest.mark.parametrize("prefix_mode", ["center_tap", "zero"])
+@pytest.mark.parametrize("as_map", [False, True])
+def test_x_as_its_own_residual_has_both_gradients(prefix_mode, as_map):
+    """Also where one pass writes their sum, with some gradients not asked for, and twice."""
+    torch.manual_seed(0)
+    prefix = 0 if as_map else 2
+    shape = (2, 3, 3, 20) if as_map else (2, 2 + 9, 20)
+    parameters = [torch.randn(s, dtype=torch.float64) for s in ((3, 20), (3,), (3, 1, 3, 3), (3,))]
+    parameters += [torch.randn(s, dtype=torch.float64) for s in ((20, 3), (20,))]
+    for wanted in (parameters, []):
+        for p in parameters:
+            p.requires_grad_(bool(wanted))
+
+        def gradients(residual_of, x, wanted=wanted):
+            y = large_kernel_adapter(
+                x,
+                *parameters,
+                residual=residual_of(x),
+                num_prefix_tokens=prefix,
+                prefix_mode=prefix_mode,
+            )
+            first = torch.autograd.grad(y, (x, *wanted), y.detach().sin(), create_graph=True)
+            (second,) = torch.autograd.grad(first[0].square().sum(), x)
+            fast = torch.autograd.grad(y, (x, *wanted), y.detach().sin())
+            return [y, *first, second, *fast]
+
+        x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for found, expected in zip(
+            gradients(lambda x: x, x), gradients(lambda x: x.view_as(x), x), strict=True
+        ):
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
