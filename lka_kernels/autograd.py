@@ -221,6 +221,8 @@ class LargeKernelAdapter(torch.autograd.Function):
         *tensors, seed, z, c = ctx.saved_tensors
         needed = ctx.needs_input_grad
         output_mask = list(needed[: _NUM_ADAPTER_TENSORS - 1])
+        if not any(output_mask):  # then it is the residual that wants its gradient
+            return (*(None,) * len(output_mask), grad_output, None, None)
         if torch.is_grad_enabled():
             grads = _differentiable_adapter_backward(
                 grad_output, tensors, seed, grid_size, options, output_mask

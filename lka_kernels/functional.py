@@ -321,10 +321,10 @@ def _check_grid(x: Tensor, grid_size, num_prefix_tokens) -> tuple[int, int]:
             raise ValueError(
                 f"num_prefix_tokens must be 0 for x (B, H, W, C); got {num_prefix_tokens}"
             )
-        if grid_size is not None and tuple(grid_size) != (x.shape[1], x.shape[2]):
+        shape = (x.shape[1], x.shape[2])
+        if grid_size is not None and checks.pair("grid_size", grid_size, minimum=1) != shape:
             raise ValueError(
-                f"grid_size must be {(x.shape[1], x.shape[2])}, as x {tuple(x.shape)} has it; "
-                f"got {tuple(grid_size)}"
+                f"grid_size must be {shape}, as x {tuple(x.shape)} has it; got {grid_size!r}"
             )
         return x.shape[1], x.shape[2]
     num_tokens = x.shape[1] - num_prefix_tokens

@@ -568,3 +568,26 @@ def test_x_as_its_own_residual_has_both_gradients(prefix_mode, as_map):
             gradients(lambda x: x, x), gradients(lambda x: x.view_as(x), x), strict=True
         ):
             torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.usefixtures("compiled_cpu")
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_residual_alone_can_want_its_gradient(create_graph):
+    x, residual, grad = torch.randn(3, 2, 9, 5).unbind()
+    weights = (torch.ones(3, 5), None, torch.ones(3, 1, 3, 3), None, torch.ones(5, 3), None)
+    y = large_kernel_adapter(x, *weights, residual=residual.requires_grad_())
+    (found,) = torch.autograd.grad(y, residual, grad, create_graph=create_graph)
+    assert torch.equal(found, grad)
+
+
+@pytest.mark.parametrize(
+    ("grid_size", "error", "message"),
+    [
+        ((3.0, 3.0), TypeError, "grid_size must be an int or a pair of ints"),
+        ((3, 4), ValueError, r"grid_size must be \(3, 3\), as x \(2, 3, 3, 5\) has it"),
+    ],
+)
+def test_a_grid_size_that_is_not_the_maps(grid_size, error, message):
+    weights = (torch.ones(3, 5), None, torch.ones(3, 1, 3, 3), None, torch.ones(5, 3), None)
+    with pytest.raises(error, match=message):
+        large_kernel_adapter(torch.ones(2, 3, 3, 5), *weights, grid_size=grid_size)

@@ -21,8 +21,8 @@ class Packer {
 
   // What the arrays of one call need at most.
   static int64_t elements(const AdapterParams& p) {
-    return 2 * p.rank_rows * p.dim_padded + p.rank_padded * p.kernel_h * p.kernel_w +
-           2 * (p.rank_rows + p.rank_padded) + p.dim_padded + 6 * 64 / int64_t(sizeof(T));
+    return 2 * p.rank_rows * p.dim_padded + p.rank_padded * p.kernel_h * p.kernel_w + p.rank +
+           p.rank_padded + p.dim_padded + 6 * 64 / int64_t(sizeof(T));
   }
 
   // [rank rows][dim padded] of factor·from[k·rank_step + c·channel_step].

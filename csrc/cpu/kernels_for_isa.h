@@ -29,7 +29,7 @@ constexpr lka::cpu::AdapterKernels adapter_kernels() {
           &adapter_scratch<T>,
           &adapter_down_of<T, kWide>,
           &adapter_convolve_of<T, V, kWide>,
-          &adapter_up_of<T, V, kWide>,
+          &adapter_up_of<T, kWide>,
           &adapter_backward_of<T, V, kWide>};
 }
 

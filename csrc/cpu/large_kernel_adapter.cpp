@@ -138,8 +138,7 @@ void pack_forward(AdapterParams& p, const Weights& w, void* memory) {
   p.down = packer.projection(p, elements<S>(w.down), p.dim, 1, T(1));
   p.up = packer.projection(p, elements<S>(w.up), 1, p.rank, T(p.scale));
   p.conv = packer.taps(p, elements<S>(w.conv), false);
-  if (w.has_down_bias)
-    p.down_bias = packer.vector(elements<S>(w.down_bias), p.rank, p.rank_rows, T(1));
+  if (w.has_down_bias) p.down_bias = packer.vector(elements<S>(w.down_bias), p.rank, p.rank, T(1));
   if (w.has_up_bias)
     p.up_bias = packer.vector(elements<S>(w.up_bias), p.dim, p.dim_padded, T(p.scale));
   p.conv_bias = packer.vector(w.has_conv_bias ? elements<S>(w.conv_bias) : nullptr,

@@ -233,7 +233,7 @@ const T* adapter_bottleneck_output(const AdapterParams& p, int64_t image, int64_
 }
 
 // y = residual + scale·(dropout(act(c))·up + bias) for tokens [begin, end) of an image.
-template <class T, int V, int kWide, class S>
+template <class T, int kWide, class S>
 void adapter_up(const AdapterParams& p, int64_t image, int64_t begin, int64_t end, T* scratch) {
   constexpr int64_t kStep = 64;
   Arena<T> arena(scratch);
@@ -285,6 +285,7 @@ void adapter_backward_parts(const AdapterParams& p, const AdapterGradients& g, i
   const int64_t step = tokens_in_tile(p);
   const int64_t first_token = p.prefix_mode == PrefixMode::zero ? p.num_prefix_tokens : 0;
   const int64_t grid_tokens = p.height * p.width;
+  const bool need_bottleneck = g.need_down || g.need_conv || g.grad_x;
 
   for (int64_t part = part_begin; part < part_end; ++part) {
     T* down = static_cast<T*>(g.parts) + part * g.part_elements;
@@ -318,14 +319,15 @@ void adapter_backward_parts(const AdapterParams& p, const AdapterGradients& g, i
       memset(grad, 0, (whole ? first_token * padded : per_image) * sizeof(T));
       for (int64_t t = first_token; t < p.tokens; t += step) {
         const int64_t tokens = p.tokens - t < step ? p.tokens - t : step;
-        const T* dy = widen<T, V, S>(grad_output + t * p.dim, tokens * p.dim, tile);
-        project_in<T, kWide>(dy, tokens, p.dim, static_cast<const T*>(p.up), p.dim_padded,
-                             static_cast<const T*>(nullptr), p.rank, grad + t * padded, padded);
+        const T* dy = widen<T, kWide, S>(grad_output + t * p.dim, tokens * p.dim, tile);
+        if (need_bottleneck)
+          project_in<T, kWide>(dy, tokens, p.dim, static_cast<const T*>(p.up), p.dim_padded,
+                               static_cast<const T*>(nullptr), p.rank, grad + t * padded, padded);
         if (g.need_up)
           outer<T, kWide>(dy, tokens, p.dim, e + t * padded, padded, p.rank, up, p.dim_padded,
                           up_bias);
       }
-      if (!g.need_down && !g.need_conv && !g.grad_x) continue;
+      if (!need_bottleneck) continue;
 
       // Through dropout and the activation after the convolution: grad = dc. `wide` is free again.
       if (p.activate_after || p.dropout) {
@@ -391,7 +393,7 @@ void adapter_backward_parts(const AdapterParams& p, const AdapterGradients& g, i
       if (g.need_down) {
         for (int64_t t = first_token; t < p.tokens; t += step) {
           const int64_t tokens = p.tokens - t < step ? p.tokens - t : step;
-          const T* tokens_x = widen<T, V, S>(x + t * p.dim, tokens * p.dim, tile);
+          const T* tokens_x = widen<T, kWide, S>(x + t * p.dim, tokens * p.dim, tile);
           outer<T, kWide>(tokens_x, tokens, p.dim, grad + t * padded, padded, p.rank, down,
                           p.dim_padded, static_cast<T*>(nullptr));
           add_column_sums<T, V>(grad + t * padded, tokens, padded, padded, down_bias);
@@ -414,12 +416,17 @@ void adapter_backward_parts(const AdapterParams& p, const AdapterGradients& g, i
   }
 }
 
-// Scratch elements that one thread needs.
+// Scratch elements that one thread needs, for backward or a step of forward. `outer` reads up to
+// kRankGroup - 1 elements behind the last of the four tensors of the bottleneck: others follow it.
 template <class T>
 int64_t adapter_scratch(const AdapterParams& p) {
-  return tokens_in_tile(p) * p.dim + 6 * (p.tokens + 64) * p.rank_padded +
-         2 * grid_buffer(p).elements(p.lanes, sizeof(T)) + p.height * p.width * p.lanes +
-         p.height * p.width * p.lanes + 2 * p.kernel_h + 2 * 64 + 16 * 16;
+  constexpr int64_t kMostPieces = 12, kLine = 64 / sizeof(T);  // each begins on a line of its own
+  const int64_t tile = tokens_in_tile(p) * p.dim;
+  const int64_t bottleneck = (4 * p.tokens + 2 * 64) * p.rank_padded;
+  const int64_t rows = 2 * grid_buffer(p).elements(p.lanes, sizeof(T));
+  const int64_t result_and_dense =
+      2 * p.height * p.width * p.lanes + p.kernel_h * int64_t(sizeof(void*) / sizeof(T)) + 2 * 64;
+  return tile + bottleneck + rows + result_and_dense + kMostPieces * kLine;
 }
 
 template <class T, int kWide>
@@ -435,11 +442,11 @@ void adapter_convolve_of(const AdapterParams& p, int64_t image, void* scratch) {
   adapter_convolve<T, V, kWide>(p, image, static_cast<T*>(scratch));
 }
 
-template <class T, int V, int kWide>
+template <class T, int kWide>
 void adapter_up_of(const AdapterParams& p, int64_t image, int64_t begin, int64_t end,
                    void* scratch) {
   with_storage<T>(p.storage, [&](auto s) {
-    adapter_up<T, V, kWide, decltype(s)>(p, image, begin, end, static_cast<T*>(scratch));
+    adapter_up<T, kWide, decltype(s)>(p, image, begin, end, static_cast<T*>(scratch));
   });
 }
 

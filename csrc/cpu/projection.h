@@ -148,7 +148,7 @@ void project_in(const T* x, int64_t tokens, int64_t dim, const T* weight, int64_
 }
 
 // gradient[k][0:kColumns·V] += sum over t of g[t][k]·x[t][0:kColumns·V] for kRanks ranks and, where
-// wanted, column_sums += sum over t of x[t]; only `count` channels of the last vector are read.
+// wanted, column_sums += sum over t of x[t]. Of a single vector only `count` channels exist.
 template <class T, int V, int kRanks, int kColumns, bool kSums>
 inline void outer_tile(const T* x, int64_t tokens, int64_t dim, const T* g, int64_t g_row,
                        T* gradient, int64_t gradient_row, T* column_sums, int count, const T* ahead,
@@ -207,7 +207,7 @@ void outer_ranks(const T* x, int64_t tokens, int64_t dim, const T* g, int64_t g_
 
 // gradient[k][c] += sum over t of g[t][k]·x[t][c] and, unless null, column_sums[c] += sum over t of
 // x[t][c], while the tokens after these are loaded. Rows up to the next multiple of kRankGroup are
-// written, the last ones with whatever follows in g.
+// written, the last ones with whatever follows in g, also behind the last token.
 template <class T, int V>
 void outer(const T* x, int64_t tokens, int64_t dim, const T* g, int64_t g_row, int64_t rank,
            T* gradient, int64_t gradient_row, T* column_sums) {
@@ -242,8 +242,8 @@ void add_column_sums(const T* rows, int64_t tokens, int64_t row, int64_t count, 
   }
 }
 
-// y[t][c] = residual[t][c] + start[c] + sum over k of e[t][k]·weight[k][c] for kColumns vectors, of
-// the last of which `count` channels exist.
+// y[t][c] = residual[t][c] + start[c] + sum over k of e[t][k]·weight[k][c] for kColumns vectors. Of
+// a single one only `count` channels exist.
 template <class T, int V, int kTokens, int kColumns, class S>
 inline void project_out_tile(const T* e, int64_t e_row, int64_t rank, int64_t dim, const T* weight,
                              int64_t weight_row, const T* start, const S* residual, S* y,
