@@ -44,6 +44,31 @@ def is_number(name: str, value) -> None:
         raise TypeError(f"{name} must be a number; got {value!r}")
 
 
+def probability(name: str, value) -> None:
+    """Raise unless ``value`` is a number in [0, 1]."""
+    is_number(name, value)
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} must be in [0, 1]; got {value}")
+
+
+def adapter_options(
+    num_prefix_tokens, prefix_mode, dilation, activation, activation_position, scale
+) -> None:
+    """Raise for what ``large_kernel_adapter`` and its modules refuse of these, whatever x is."""
+    if not is_int(num_prefix_tokens):
+        raise TypeError(f"num_prefix_tokens must be an int; got {num_prefix_tokens!r}")
+    if num_prefix_tokens < 0:
+        raise ValueError(f"num_prefix_tokens must not be negative; got {num_prefix_tokens}")
+    one_of("prefix_mode", prefix_mode, PREFIX_MODES)
+    one_of("activation", activation, ACTIVATIONS)
+    one_of("activation_position", activation_position, ACTIVATION_POSITIONS)
+    if not is_int(dilation):
+        raise TypeError(f"dilation must be an int; got {dilation!r}")
+    if dilation < 1:
+        raise ValueError(f"dilation must be at least 1; got {dilation}")
+    is_number("scale", scale)
+
+
 def pair(name: str, value, *, minimum: int) -> tuple[int, int]:
     """Return (height, width) from an int or a pair of ints, each at least ``minimum``."""
     if is_int(value):

@@ -296,26 +296,14 @@ def _check_adapter(
             )
         if residual.device != x.device:
             raise ValueError(f"residual must be on {x.device}; got {residual.device}")
-    grid_size = _check_grid(x, grid_size, num_prefix_tokens)
-    checks.one_of("prefix_mode", prefix_mode, checks.PREFIX_MODES)
-    checks.one_of("activation", activation, checks.ACTIVATIONS)
-    checks.one_of("activation_position", activation_position, checks.ACTIVATION_POSITIONS)
-    if not checks.is_int(dilation):
-        raise TypeError(f"dilation must be an int; got {dilation!r}")
-    if dilation < 1:
-        raise ValueError(f"dilation must be at least 1; got {dilation}")
-    checks.is_number("dropout_p", dropout_p)
-    checks.is_number("scale", scale)
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1]; got {dropout_p}")
-    return grid_size
+    checks.adapter_options(
+        num_prefix_tokens, prefix_mode, dilation, activation, activation_position, scale
+    )
+    checks.probability("dropout_p", dropout_p)
+    return _check_grid(x, grid_size, num_prefix_tokens)
 
 
 def _check_grid(x: Tensor, grid_size, num_prefix_tokens) -> tuple[int, int]:
-    if not checks.is_int(num_prefix_tokens):
-        raise TypeError(f"num_prefix_tokens must be an int; got {num_prefix_tokens!r}")
-    if num_prefix_tokens < 0:
-        raise ValueError(f"num_prefix_tokens must not be negative; got {num_prefix_tokens}")
     if x.dim() == 4:
         if num_prefix_tokens:
             raise ValueError(

@@ -76,27 +76,16 @@ class FusedLKA(nn.Module):
         device=None,
         dtype=None,
     ):
-        for name, value in (
-            ("dim", dim),
-            ("bottleneck_dim", bottleneck_dim),
-            ("dilation", dilation),
-        ):
+        for name, value in (("dim", dim), ("bottleneck_dim", bottleneck_dim)):
             if not checks.is_int(value):
                 raise TypeError(f"{name} must be an int; got {value!r}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")
-        if not checks.is_int(num_prefix_tokens):
-            raise TypeError(f"num_prefix_tokens must be an int; got {num_prefix_tokens!r}")
-        if num_prefix_tokens < 0:
-            raise ValueError(f"num_prefix_tokens must not be negative; got {num_prefix_tokens}")
-        checks.is_number("dropout", dropout)
-        checks.is_number("scale", scale)
-        if not 0.0 <= dropout <= 1.0:
-            raise ValueError(f"dropout must be in [0, 1]; got {dropout}")
         kernel_size = checks.pair("kernel_size", kernel_size, minimum=1)
-        checks.one_of("activation", activation, checks.ACTIVATIONS)
-        checks.one_of("activation_position", activation_position, checks.ACTIVATION_POSITIONS)
-        checks.one_of("prefix_mode", prefix_mode, checks.PREFIX_MODES)
+        checks.adapter_options(
+            num_prefix_tokens, prefix_mode, dilation, activation, activation_position, scale
+        )
+        checks.probability("dropout", dropout)
         checks.one_of("init", init, checks.INITS)
         checks.one_of("data_format", data_format, DATA_FORMATS)
         if data_format == "channels_first" and num_prefix_tokens:
