@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lka_kernels import _extension
+from lka_kernels.backends import triton as triton_backend
 from lka_kernels.checks import ACTIVATIONS, FLOAT_DTYPES, one_of
 
 BACKENDS = ("cpu", "triton", "cuda", "torch")
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Choice(NamedTuple):
@@ -63,7 +65,7 @@ def available_backends() -> dict[str, str]:
     """Backend name -> "ready" or the reason why it is not."""
     return {
         "cpu": _extension.STATUS,
-        "triton": "this version has no Triton kernels yet",
+        "triton": triton_backend.status(),
         "cuda": _cuda_status(),
         "torch": "ready",
     }
@@ -96,6 +98,8 @@ def _cannot_run_depthwise(backend: str, input: Tensor, weight: Tensor) -> str | 
     """Why ``backend`` cannot serve this depthwise convolution, or None if it can."""
     if backend == "torch":
         return None
+    if backend == "triton":
+        return "the triton backend has no depthwise convolution yet"
     device = "cpu" if backend == "cpu" else "cuda"
     if input.device.type != device:
         return f"it serves {device} tensors; input is on {input.device}"
@@ -190,14 +194,17 @@ _FUSED_CPU = Choice("cpu", "fused", "one fused CPU operator forward and one back
 def _cannot_run_adapter(backend: str, x: Tensor, activation: str) -> str | None:
     if backend == "torch":
         return None
-    if backend != "cpu":
-        return f"the {backend} backend has no fused adapter yet"
-    if _extension.MODULE is None:
+    if backend == "cuda":
+        return "the cuda backend has no fused adapter yet"
+    if backend == "cpu" and _extension.MODULE is None:
         return _extension.STATUS
-    if x.device.type != "cpu":
-        return f"it serves cpu tensors; x is on {x.device}"
-    if x.dtype not in FLOAT_DTYPES:
-        return f"it serves float32, float64, bfloat16 and float16; x is {x.dtype}"
+    device = "cpu" if backend == "cpu" else triton_backend.device_type()
+    if x.device.type != device:
+        return f"it serves {device} tensors; x is on {x.device}"
+    dtypes = FLOAT_DTYPES if backend == "cpu" else TRITON_DTYPES
+    if x.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        return f"it serves {names}; x is {x.dtype}"
     if activation not in ACTIVATIONS:
         return f"activation {activation!r}"
     if transformed():

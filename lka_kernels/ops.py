@@ -124,6 +124,13 @@ def _fake_adapter_forward(x, down_weight, *rest) -> tuple[Tensor, Tensor, Tensor
     )
 
 
+def _fake_triton_adapter_forward(x, down_weight, *rest) -> tuple[Tensor, Tensor, Tensor]:
+    # Channel-major, in the dtype of x; y follows the strides of x, so that a map with channels
+    # first needs no copy.
+    shape = (x.shape[0], down_weight.shape[0], x.shape[1])
+    return torch.empty_like(x), x.new_empty(shape), x.new_empty(shape)
+
+
 def _fake_adapter_backward(
     grad_output,
     x,
@@ -146,12 +153,23 @@ def _fake_adapter_backward(
     )
 
 
+def _fake_triton_adapter_backward(grad_output, x, *rest) -> tuple[Tensor, ...]:
+    grad_x, *others = _fake_adapter_backward(grad_output, x, *rest)
+    return torch.empty_like(x) if rest[-1][0] else grad_x, *others
+
+
 _DEPTHWISE_FAKES = {
     "forward": _fake_depthwise_forward,
     "backward_input": _fake_depthwise_backward_input,
     "backward_weight": _fake_depthwise_backward_weight,
 }
-_ADAPTER_FAKES = {"forward": _fake_adapter_forward, "backward": _fake_adapter_backward}
+_ADAPTER_FAKES = {
+    "cpu": {"forward": _fake_adapter_forward, "backward": _fake_adapter_backward},
+    "triton": {
+        "forward": _fake_triton_adapter_forward,
+        "backward": _fake_triton_adapter_backward,
+    },
+}
 
 
 def _define(operator: str, backend: str, schemas: dict, fakes: dict) -> list:
@@ -170,6 +188,6 @@ DEPTHWISE: dict[str, DepthwiseOps] = {
     for name in ("cpu", "cuda", "fft")
 }
 ADAPTER: dict[str, AdapterOps] = {
-    name: AdapterOps(*_define("large_kernel_adapter", name, ADAPTER_SCHEMAS, _ADAPTER_FAKES))
-    for name in ("cpu",)
+    name: AdapterOps(*_define("large_kernel_adapter", name, ADAPTER_SCHEMAS, fakes))
+    for name, fakes in _ADAPTER_FAKES.items()
 }

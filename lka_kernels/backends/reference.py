@@ -37,18 +37,21 @@ def activate(x: Tensor, activation: str) -> Tensor:
     return x
 
 
-def center_tap(conv_weight: Tensor, dilation: int) -> Tensor | None:
-    """The weights (r,) that a 1×1 image meets under "same" padding, or None if none does.
+def center_tap_index(kernel_size, dilation: int) -> tuple[int, int] | None:
+    """Row and column of the tap that a 1×1 image meets under "same" padding, or None if none does.
 
     With an even kernel and a dilation above 1 the padding falls between two taps.
     """
-    index = []
-    for size in conv_weight.shape[2:]:
-        before, _ = same_padding(size, dilation)
-        if before % dilation:
-            return None
-        index.append(before // dilation)
-    return conv_weight[:, 0, index[0], index[1]]
+    before = [same_padding(size, dilation)[0] for size in kernel_size]
+    if any(b % dilation for b in before):
+        return None
+    return before[0] // dilation, before[1] // dilation
+
+
+def center_tap(conv_weight: Tensor, dilation: int) -> Tensor | None:
+    """The weights (r,) of ``center_tap_index``."""
+    index = center_tap_index(conv_weight.shape[2:], dilation)
+    return None if index is None else conv_weight[:, 0, index[0], index[1]]
 
 
 def convolve_tokens(

@@ -1,0 +1,395 @@
+"""The fused adapter on a GPU: which kernels are launched, with which arguments.
+
+``plan_forward`` and ``plan_backward`` describe the launches without running them: from tensors on
+the meta device too, which is how they are compiled and their bytes are counted without a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lka_kernels import philox, tiles
+from lka_kernels.backends.reference import center_tap_index
+from lka_kernels.backends.triton import adapter_kernels as kernels
+from lka_kernels.backends.triton.launch import Launch, run
+from lka_kernels.checks import same_padding
+
+# Programs of the weight's gradient that a multiprocessor should have, to hide what each waits for.
+_PROGRAMS_PER_MULTIPROCESSOR = 4
+
+
+class _Call(NamedTuple):
+    """What all launches of one call share."""
+
+    tokens: tuple  # M, T
+    grid: tuple  # P, H, W
+    geometry: tuple  # TOP, LEFT, D, KY0, KY1, KX0, KX1
+    kernel: dict  # constants of every kernel that convolves
+    dropout: tuple  # seed, threshold, keep factor
+    pre: str  # activation in front of the convolution
+    post: str  # activation behind it
+    precision: str
+    tiles: tiles.AdapterTiles
+
+
+def _taps_that_touch(size: int, taps: int, before: int, dilation: int) -> tuple[int, int]:
+    """The range of taps with an element of a map of ``size`` in reach of some output."""
+    first = max(0, -((size - 1 - before) // dilation))
+    end = min(taps, (size - 1 + before) // dilation + 1)
+    return first, max(first, end)
+
+
+def _describe(
+    x: Tensor,
+    down_weight: Tensor,
+    conv_weight: Tensor,
+    seed: Tensor | None,
+    height: int,
+    width: int,
+    num_prefix_tokens: int,
+    prefix_mode: str,
+    dilation: int,
+    activation: str,
+    activation_position: str,
+    dropout_p: float,
+) -> _Call:
+    batch, num_tokens, dim = x.shape
+    r = down_weight.shape[0]
+    kernel_height, kernel_width = conv_weight.shape[2:]
+    top, left = (same_padding(k, dilation)[0] for k in (kernel_height, kernel_width))
+    rows = _taps_that_touch(height, kernel_height, top, dilation)
+    columns = _taps_that_touch(width, kernel_width, left, dilation)
+    chosen = tiles.adapter_tiles(
+        batch * num_tokens,
+        dim,
+        r,
+        (rows[1] - rows[0], columns[1] - columns[0]),
+        x.dtype,
+        tiles.multiprocessors(x.device),
+    )
+    center = center_tap_index(conv_weight.shape[2:], dilation) if prefix_mode == "center_tap" else None
+    # Only float32 has a choice, and obeys the switch that torch's own matrix products obey.
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    dropped = seed is not None and dropout_p > 0
+    return _Call(
+        tokens=(batch * num_tokens, num_tokens),
+        grid=(num_prefix_tokens, height, width),
+        geometry=(top, left, dilation, *rows, *columns),
+        kernel={
+            "KH": kernel_height,
+            "KW": kernel_width,
+            "UNROLL": chosen.unroll,
+            "PREFIX": prefix_mode if num_prefix_tokens else None,
+            "CENTER": -1 if center is None else center[0] * kernel_width + center[1],
+        },
+        dropout=(
+            (
+                seed,
+                philox.drop_threshold(dropout_p),
+                0.0 if dropout_p >= 1.0 else 1.0 / (1.0 - dropout_p),
+            )
+            if dropped
+            else (None, 0, 0.0)
+        ),
+        pre=activation if activation_position in ("pre", "both") else "none",
+        post=activation if activation_position in ("post", "both") else "none",
+        precision="tf32" if tf32 else "ieee",
+        tiles=chosen,
+    )
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def plan_forward(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    *options,
+) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:
+    """The launches of the forward operator, and the results they fill: y, z (B, r, T) and c."""
+    *geometry, scale = options
+    batch, num_tokens, dim = x.shape
+    r = down_weight.shape[0]
+    down_weight, conv_weight, up_weight = (
+        w.contiguous() for w in (down_weight, conv_weight, up_weight)
+    )
+    call = _describe(x, down_weight, conv_weight, seed, *geometry)
+    t = call.tiles
+    y = torch.empty_like(x)
+    z = x.new_empty((batch, r, num_tokens))
+    c = torch.empty_like(z)
+    a = None if call.pre == "none" else torch.empty_like(z)
+    source = z if a is None else a
+    programs = _cdiv(call.tokens[0], t.block_t)
+    launches = [
+        Launch(
+            kernels.down_kernel,
+            programs,
+            (x, down_weight, down_bias, z, a, *call.tokens, dim, r, *x.stride()),
+            {
+                "ACTIVATION": call.pre,
+                "BLOCK_T": t.block_t,
+                "BLOCK_C": t.block_c,
+                "BLOCK_R": t.block_r,
+                "PRECISION": call.precision,
+            },
+            t.num_warps,
+            t.num_stages,
+        )
+    ]
+    if not t.convolve_in_up:
+        block_r = min(t.block_r, 8)
+        launches.append(
+            Launch(
+                kernels.convolve_kernel,
+                programs * _cdiv(r, block_r),
+                (source, conv_weight, conv_bias, c, *call.tokens, *call.grid, r, *call.geometry),
+                {**call.kernel, "BLOCK_T": t.block_t, "BLOCK_R": block_r},
+                t.num_warps,
+                t.num_stages,
+            )
+        )
+    launches.append(
+        Launch(
+            kernels.up_kernel,
+            programs * _cdiv(dim, t.blocks_of_c * t.block_c),
+            (
+                source if t.convolve_in_up else None,
+                conv_weight if t.convolve_in_up else None,
+                conv_bias if t.convolve_in_up else None,
+                c,
+                up_weight,
+                up_bias,
+                residual,
+                y,
+                *call.dropout,
+                scale,
+                *call.tokens,
+                dim,
+                *call.grid,
+                r,
+                *call.geometry,
+                *y.stride(),
+                *((0, 0, 0) if residual is None else residual.stride()),
+            ),
+            {
+                **call.kernel,
+                "CONVOLVE": t.convolve_in_up,
+                "ACTIVATION": call.post,
+                "R_IS_MULTIPLE_OF_4": r % 4 == 0,
+                "PAD": t.pad,
+                "BLOCKS_OF_C": t.blocks_of_c,
+                "BLOCK_T": t.block_t,
+                "BLOCK_C": t.block_c,
+                "BLOCK_R": t.block_r,
+                "PRECISION": call.precision,
+            },
+            t.num_warps,
+            t.num_stages,
+        )
+    )
+    return launches, (y, z, c)
+
+
+def plan_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    z: Tensor,
+    c: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    seed: Tensor | None,
+    *options,
+) -> tuple[list[Launch], list[Tensor | None]]:
+    """The launches of the backward operator, and the gradients they fill, None if not asked for."""
+    *geometry, scale, residual_is_x, output_mask = options
+    dim, r = up_weight.shape
+    down_weight, conv_weight, up_weight = (
+        w.contiguous() for w in (down_weight, conv_weight, up_weight)
+    )
+    call = _describe(x, down_weight, conv_weight, seed, *geometry)
+    t = call.tiles
+    shapes = (None, (r, dim), (r,), conv_weight.shape, (r,), (dim, r), (dim,))
+    grad_x = torch.empty_like(x) if output_mask[0] else None
+    grads = [grad_x] + [
+        x.new_empty(shape) if asked else None
+        for shape, asked in zip(shapes[1:], output_mask[1:], strict=True)
+    ]
+    _, grad_down, grad_down_bias, grad_conv, grad_conv_bias, grad_up, grad_up_bias = grads
+    need_down = any(output_mask[:3])
+    need_conv = any(output_mask[:5])
+    grad_c = torch.empty_like(c) if need_conv else None
+    grad_z = torch.empty_like(z) if need_down else None
+    num_sms = tiles.multiprocessors(x.device)
+    programs = _cdiv(call.tokens[0], t.block_t)
+    taps = conv_weight.shape[2:].numel()
+
+    def workspace(rows: int, row: int) -> Tensor:
+        return x.new_empty((rows, row), dtype=torch.float32)
+
+    up_partials = workspace(programs, dim * r + dim + r)
+    matrices = {
+        "BLOCK_T": t.block_t,
+        "BLOCK_C": t.block_c,
+        "BLOCK_R": t.block_r,
+        "PRECISION": call.precision,
+    }
+    launches = [
+        Launch(
+            kernels.up_backward_kernel,
+            programs,
+            (
+                grad_output,
+                c,
+                up_weight,
+                grad_c,
+                up_partials,
+                *call.dropout,
+                scale,
+                *call.tokens,
+                dim,
+                call.grid[0],
+                r,
+                *grad_output.stride(),
+            ),
+            {
+                "PREFIX": call.kernel["PREFIX"],
+                "ACTIVATION": call.post,
+                "R_IS_MULTIPLE_OF_4": r % 4 == 0,
+                "NEED_WEIGHT": grad_up is not None,
+                "NEED_BIAS": grad_up_bias is not None,
+                **matrices,
+            },
+            t.num_warps,
+            t.num_stages,
+        )
+    ]
+    conv_rows = 0
+    conv_partials = None
+    if need_down or grad_conv is not None:
+        block_r = min(t.block_r, 8)
+        input_programs = programs * _cdiv(r, block_r) if need_down else 0
+        block_kx = min(8, tiles.next_power_of_2(conv_weight.shape[3]))
+        weight_programs = 0
+        tokens_per_group = call.tokens[0]
+        if grad_conv is not None:
+            per_group = r * conv_weight.shape[2] * _cdiv(conv_weight.shape[3], block_kx)
+            groups = _cdiv(_PROGRAMS_PER_MULTIPROCESSOR * num_sms, per_group)
+            tokens_per_group = _cdiv(_cdiv(call.tokens[0], groups), t.block_t) * t.block_t
+            conv_rows = _cdiv(call.tokens[0], tokens_per_group)
+            weight_programs = per_group * conv_rows
+            conv_partials = workspace(conv_rows, r * taps)
+        launches.append(
+            Launch(
+                kernels.convolve_backward_kernel,
+                input_programs + weight_programs,
+                (
+                    grad_c,
+                    z,
+                    conv_weight,
+                    grad_z,
+                    conv_partials,
+                    input_programs,
+                    tokens_per_group,
+                    *call.tokens,
+                    *call.grid,
+                    r,
+                    *call.geometry,
+                ),
+                {
+                    **call.kernel,
+                    "ACTIVATION": call.pre,
+                    "BLOCK_T": t.block_t,
+                    "BLOCK_R": block_r,
+                    "BLOCK_KX": block_kx,
+                },
+                t.num_warps,
+                t.num_stages,
+            )
+        )
+    down_partials = None
+    if need_down:
+        own_residual = grad_output if residual_is_x and grad_x is not None else None
+        down_partials = workspace(programs, r * dim + r)
+        launches.append(
+            Launch(
+                kernels.down_backward_kernel,
+                programs,
+                (
+                    grad_z,
+                    x,
+                    own_residual,
+                    down_weight,
+                    grad_x,
+                    down_partials,
+                    *call.tokens,
+                    dim,
+                    r,
+                    *x.stride(),
+                    *grad_output.stride(),
+                    *((0, 0, 0) if grad_x is None else grad_x.stride()),
+                ),
+                {"NEED_WEIGHT": grad_down is not None, "PAD": t.pad, **matrices},
+                t.num_warps,
+                t.num_stages,
+            )
+        )
+    block = 64
+    weight_grads = (grad_up, grad_up_bias, grad_conv_bias, grad_conv, grad_down, grad_down_bias)
+    sums = sum(_cdiv(grad.numel(), block) for grad in weight_grads if grad is not None)
+    if sums:
+        launches.append(
+            Launch(
+                kernels.sum_partials_kernel,
+                sums,
+                (
+                    up_partials,
+                    programs,
+                    conv_partials,
+                    conv_rows,
+                    down_partials,
+                    programs,
+                    *weight_grads,
+                    dim,
+                    r,
+                    taps,
+                ),
+                {"BLOCK": block, "ROWS": 32},
+                4,
+                t.num_stages,
+            )
+        )
+    return launches, grads
+
+
+def forward(x: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator ``large_kernel_adapter_forward_triton``."""
+    launches, results = plan_forward(x, *arguments)
+    if x.numel():
+        run(launches, x.device)
+    return results
+
+
+def backward(grad_output: Tensor, x: Tensor, *arguments) -> tuple[Tensor, ...]:
+    """The operator ``large_kernel_adapter_backward_triton``."""
+    launches, grads = plan_backward(grad_output, x, *arguments)
+    if x.numel():
+        run(launches, x.device)
+    else:
+        grads = [None if grad is None else grad.zero_() for grad in grads]
+    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)

@@ -1,0 +1,678 @@
+"""The kernels of the fused adapter.
+
+Tokens of all images stand in one row, numbered m = b·T + t with t = 0 … T - 1 (prefix tokens first,
+then the grid row by row), and a program takes BLOCK_T of them: no program is idle because an image
+is smaller than a tile. x, y and their gradients have any strides. The rank-r tensors z, a, c and
+their gradients are channel-major, (B, r, T): a tap of the convolution then reads neighbouring
+tokens from neighbouring addresses.
+
+Forward: ``down`` reads x once; ``up`` convolves (or reads what ``convolve`` has left), and writes y
+once. Backward: ``up_backward`` reads grad_y once, ``convolve_backward`` works on r channels,
+``down_backward`` reads x once and writes grad_x. Each leaves partial sums of weight gradients, one
+row for every program, which ``sum_partials`` adds in a fixed order.
+
+Names in this file: M tokens in all, T of them an image, P prefix tokens, H×W the grid, C the width,
+R the rank, KH×KW the kernel, D its dilation, TOP and LEFT its padding. BLOCK_R is a power of two
+that holds R. The first tap that can touch the grid is KY0, KX0; KY1, KX1 end them.
+"""
+
+import triton
+import triton.language as tl
+
+from lka_kernels.backends.triton.activation import activate, slope
+from lka_kernels.backends.triton.dropout import dropout_factors
+
+
+@triton.jit
+def _tokens_for_dot(e, PAD: tl.constexpr):
+    """Transpose [R, tokens]; with PAD, zeros follow every channel: [tokens, 2·R].
+
+    The tensor cores take no fewer than 16 terms of a sum in 16-bit types.
+    """
+    if PAD:
+        e = tl.join(e, tl.zeros_like(e))
+        e = e.permute(1, 0, 2).reshape(e.shape[1], 2 * e.shape[0])
+    else:
+        e = tl.trans(e)
+    return e
+
+
+@triton.jit
+def _channels_for_dot(R, BLOCK_R: tl.constexpr, PAD: tl.constexpr):
+    """The channel of every column of ``_tokens_for_dot``, and whether it is one."""
+    if PAD:
+        k = tl.arange(0, 2 * BLOCK_R)
+        channel = k // 2
+        valid = (k % 2 == 0) & (channel < R)
+    else:
+        channel = tl.arange(0, BLOCK_R)
+        valid = channel < R
+    return channel, valid
+
+
+@triton.jit
+def _image_offsets(m, T, stride_b, stride_t):
+    """Offsets, in int64, of the first channel of tokens m."""
+    b = m // T
+    return b.to(tl.int64) * stride_b + (m - b * T).to(tl.int64) * stride_t
+
+
+@triton.jit
+def _rank_offsets(m, r, T, R):
+    """Offsets [channels, tokens] into a tensor (B, R, T)."""
+    b = m // T
+    return (b.to(tl.int64) * R * T + (m - b * T))[None, :] + r.to(tl.int64)[:, None] * T
+
+
+@triton.jit
+def down_kernel(
+    x,
+    weight,
+    bias,
+    z,
+    a,
+    M,
+    T,
+    C,
+    R,
+    stride_xb,
+    stride_xt,
+    stride_xc,
+    ACTIVATION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """z = x·weightᵀ + bias and a = act(z); ``a`` is None where the activation comes later."""
+    m = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    r = tl.arange(0, BLOCK_R)
+    rows = x + _image_offsets(m, T, stride_xb, stride_xt)[:, None]
+    sums = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
+    for c0 in range(0, C, BLOCK_C):
+        c = c0 + tl.arange(0, BLOCK_C)
+        x_tile = tl.load(
+            rows + c.to(tl.int64)[None, :] * stride_xc,
+            mask=(m < M)[:, None] & (c < C)[None, :],
+            other=0.0,
+        )
+        w_tile = tl.load(
+            weight + r[None, :] * C + c[:, None],
+            mask=(r < R)[None, :] & (c < C)[:, None],
+            other=0.0,
+        )
+        sums = tl.dot(x_tile, w_tile, sums, input_precision=PRECISION)
+    if bias is not None:
+        sums += tl.load(bias + r, mask=r < R, other=0.0).to(tl.float32)[None, :]
+    result = tl.trans(sums)
+    to = _rank_offsets(m, r, T, R)
+    valid = (r < R)[:, None] & (m < M)[None, :]
+    tl.store(z + to, result.to(z.dtype.element_ty), mask=valid)
+    if a is not None:
+        # Of z as it is stored, so that backward sees the same argument.
+        rounded = result.to(z.dtype.element_ty).to(tl.float32)
+        tl.store(a + to, activate(rounded, ACTIVATION).to(a.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def _convolve(
+    source,
+    weight,
+    m,
+    r,
+    M,
+    T,
+    P,
+    H,
+    W,
+    R,
+    TOP,
+    LEFT,
+    D,
+    KY0,
+    KY1,
+    KX0,
+    KX1,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    UNROLL: tl.constexpr,
+    PREFIX: tl.constexpr,
+    CENTER: tl.constexpr,
+    FLIP: tl.constexpr,
+):
+    """Sums [channels, tokens] over the taps; with FLIP of the transposed convolution.
+
+    PREFIX is None without prefix tokens; CENTER is the tap, ky·KW + kx, that they meet in mode
+    "center_tap", or -1 for none.
+    """
+    t = m % T
+    n = t - P
+    iy = n // W
+    ix = n - iy * W
+    on_grid = (m < M) & (n >= 0)
+    offsets = _rank_offsets(m, r, T, R)
+    valid_r = r < R
+    taps = weight + r * (KH * KW)
+    sums = tl.zeros([r.shape[0], m.shape[0]], tl.float32)
+    for ky in range(KY0, KY1):
+        dy = ky * D - TOP
+        if FLIP:
+            dy = -dy
+        row_exists = on_grid & (iy + dy >= 0) & (iy + dy < H)
+        for kx0 in range(KX0, KX1, UNROLL):
+            for j in tl.static_range(UNROLL):
+                kx = kx0 + j
+                dx = kx * D - LEFT
+                if FLIP:
+                    dx = -dx
+                exists = row_exists & (ix + dx >= 0) & (ix + dx < W) & (kx < KX1)
+                value = tl.load(
+                    source + offsets + (dy * W + dx),
+                    mask=exists[None, :] & valid_r[:, None],
+                    other=0.0,
+                )
+                tap = tl.load(taps + (ky * KW + kx), mask=valid_r & (kx < KX1), other=0.0)
+                sums += value.to(tl.float32) * tap.to(tl.float32)[:, None]
+    if PREFIX is not None:
+        own = tl.load(
+            source + offsets, mask=((m < M) & (n < 0))[None, :] & valid_r[:, None], other=0.0
+        ).to(tl.float32)
+        if PREFIX == "skip":
+            sums += own
+        elif CENTER >= 0:
+            sums += own * tl.load(taps + CENTER, mask=valid_r, other=0.0).to(tl.float32)[:, None]
+    return sums
+
+
+@triton.jit
+def _convolve_with_bias(
+    source,
+    weight,
+    bias,
+    m,
+    r,
+    M,
+    T,
+    P,
+    H,
+    W,
+    R,
+    TOP,
+    LEFT,
+    D,
+    KY0,
+    KY1,
+    KX0,
+    KX1,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    UNROLL: tl.constexpr,
+    PREFIX: tl.constexpr,
+    CENTER: tl.constexpr,
+):
+    sums = _convolve(
+        source, weight, m, r, M, T, P, H, W, R, TOP, LEFT, D, KY0, KY1, KX0, KX1,
+        KH, KW, UNROLL, PREFIX, CENTER, False,
+    )  # fmt: skip
+    if bias is not None:
+        b = tl.load(bias + r, mask=r < R, other=0.0).to(tl.float32)[:, None]
+        if PREFIX == "skip":
+            b = tl.where((m % T >= P)[None, :], b, 0.0)
+        sums += b
+    return sums
+
+
+@triton.jit
+def convolve_kernel(
+    source,
+    weight,
+    bias,
+    c,
+    M,
+    T,
+    P,
+    H,
+    W,
+    R,
+    TOP,
+    LEFT,
+    D,
+    KY0,
+    KY1,
+    KX0,
+    KX1,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    UNROLL: tl.constexpr,
+    PREFIX: tl.constexpr,
+    CENTER: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """c = convolution of ``source``: where it costs more than to write and read c once again."""
+    blocks_r = tl.cdiv(R, BLOCK_R)
+    m = tl.program_id(0) // blocks_r * BLOCK_T + tl.arange(0, BLOCK_T)
+    r = tl.program_id(0) % blocks_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    sums = _convolve_with_bias(
+        source, weight, bias, m, r, M, T, P, H, W, R, TOP, LEFT, D, KY0, KY1, KX0, KX1,
+        KH, KW, UNROLL, PREFIX, CENTER,
+    )  # fmt: skip
+    valid = (r < R)[:, None] & (m < M)[None, :]
+    tl.store(c + _rank_offsets(m, r, T, R), sums.to(c.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def up_kernel(
+    source,
+    conv_weight,
+    conv_bias,
+    c,
+    weight,
+    bias,
+    residual,
+    y,
+    seed,
+    threshold,
+    keep_factor,
+    scale,
+    M,
+    T,
+    C,
+    P,
+    H,
+    W,
+    R,
+    TOP,
+    LEFT,
+    D,
+    KY0,
+    KY1,
+    KX0,
+    KX1,
+    stride_yb,
+    stride_yt,
+    stride_yc,
+    stride_resb,
+    stride_rest,
+    stride_resc,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    UNROLL: tl.constexpr,
+    PREFIX: tl.constexpr,
+    CENTER: tl.constexpr,
+    CONVOLVE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    R_IS_MULTIPLE_OF_4: tl.constexpr,
+    PAD: tl.constexpr,
+    BLOCKS_OF_C: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """y = residual + scale·(dropout(act(c))·weightᵀ + bias) for BLOCKS_OF_C blocks of channels.
+
+    With CONVOLVE, c is computed from ``source`` and kept for backward; otherwise it is read.
+    """
+    width: tl.constexpr = BLOCKS_OF_C * BLOCK_C
+    splits = tl.cdiv(C, width)
+    split = tl.program_id(0) % splits
+    m = tl.program_id(0) // splits * BLOCK_T + tl.arange(0, BLOCK_T)
+    r = tl.arange(0, BLOCK_R)
+    rank_offsets = _rank_offsets(m, r, T, R)
+    valid = (r < R)[:, None] & (m < M)[None, :]
+    if CONVOLVE:
+        sums = _convolve_with_bias(
+            source, conv_weight, conv_bias, m, r, M, T, P, H, W, R, TOP, LEFT, D,
+            KY0, KY1, KX0, KX1, KH, KW, UNROLL, PREFIX, CENTER,
+        )  # fmt: skip
+        rounded = sums.to(c.dtype.element_ty)
+        if split == 0:
+            tl.store(c + rank_offsets, rounded, mask=valid)
+        sums = rounded.to(tl.float32)  # backward sees c as it is stored
+    else:
+        sums = tl.load(c + rank_offsets, mask=valid, other=0.0).to(tl.float32)
+    e = activate(sums, ACTIVATION)
+    if seed is not None:
+        e *= dropout_factors(
+            seed, m.to(tl.int64), R, threshold, keep_factor, BLOCK_R, R_IS_MULTIPLE_OF_4
+        )
+    # Channels beyond R may hold anything but must not be NaN times zero.
+    e = tl.where(valid, e, 0.0).to(weight.dtype.element_ty)
+    operand = _tokens_for_dot(e, PAD)
+    k, is_channel = _channels_for_dot(R, BLOCK_R, PAD)
+    to = y + _image_offsets(m, T, stride_yb, stride_yt)[:, None]
+    if residual is not None:
+        rest = residual + _image_offsets(m, T, stride_resb, stride_rest)[:, None]
+    for i in range(BLOCKS_OF_C):
+        channel = split * width + i * BLOCK_C + tl.arange(0, BLOCK_C)
+        w_tile = tl.load(
+            weight + channel[None, :] * R + k[:, None],
+            mask=is_channel[:, None] & (channel < C)[None, :],
+            other=0.0,
+        )
+        result = tl.dot(operand, w_tile, input_precision=PRECISION)
+        if bias is not None:
+            b = tl.load(bias + channel, mask=channel < C, other=0.0)
+            result += b.to(tl.float32)[None, :]
+        result *= scale
+        if PREFIX == "zero":
+            result = tl.where((m % T >= P)[:, None], result, 0.0)
+        mask = (m < M)[:, None] & (channel < C)[None, :]
+        if residual is not None:
+            at = rest + channel.to(tl.int64)[None, :] * stride_resc
+            result += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(
+            to + channel.to(tl.int64)[None, :] * stride_yc,
+            result.to(y.dtype.element_ty),
+            mask=mask,
+        )
+
+
+@triton.jit
+def up_backward_kernel(
+    grad_y,
+    c,
+    weight,
+    grad_c,
+    partials,
+    seed,
+    threshold,
+    keep_factor,
+    scale,
+    M,
+    T,
+    C,
+    P,
+    R,
+    stride_gb,
+    stride_gt,
+    stride_gc,
+    PREFIX: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    R_IS_MULTIPLE_OF_4: tl.constexpr,
+    NEED_WEIGHT: tl.constexpr,
+    NEED_BIAS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """grad_c, and partial sums [grad weight (C, R) | grad bias (C) | grad conv bias (R)].
+
+    ``grad_c`` is None where only weight and bias are asked for.
+    """
+    pid = tl.program_id(0)
+    m = pid * BLOCK_T + tl.arange(0, BLOCK_T)
+    r = tl.arange(0, BLOCK_R)
+    rank_offsets = _rank_offsets(m, r, T, R)
+    valid = (r < R)[:, None] & (m < M)[None, :]
+    conv_sums = tl.load(c + rank_offsets, mask=valid, other=0.0).to(tl.float32)
+    factors = tl.full([BLOCK_R, BLOCK_T], 1.0, tl.float32)
+    if seed is not None:
+        factors = dropout_factors(
+            seed, m.to(tl.int64), R, threshold, keep_factor, BLOCK_R, R_IS_MULTIPLE_OF_4
+        )
+    e = tl.where(valid, activate(conv_sums, ACTIVATION) * factors, 0.0)
+    operand = tl.trans(e.to(weight.dtype.element_ty))
+    has_grad = m < M
+    if PREFIX == "zero":
+        has_grad &= m % T >= P
+    rows = grad_y + _image_offsets(m, T, stride_gb, stride_gt)[:, None]
+    own = partials + pid.to(tl.int64) * (C * R + C + R)
+    grad_e = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
+    for c0 in range(0, C, BLOCK_C):
+        channel = c0 + tl.arange(0, BLOCK_C)
+        g = tl.load(
+            rows + channel.to(tl.int64)[None, :] * stride_gc,
+            mask=has_grad[:, None] & (channel < C)[None, :],
+            other=0.0,
+        )
+        at = channel[:, None] * R + r[None, :]
+        mask = (channel < C)[:, None] & (r < R)[None, :]
+        if grad_c is not None:
+            w_tile = tl.load(weight + at, mask=mask, other=0.0)
+            grad_e = tl.dot(g, w_tile, grad_e, input_precision=PRECISION)
+        if NEED_WEIGHT:
+            product = tl.dot(tl.trans(g), operand, input_precision=PRECISION)
+            tl.store(own + at, product * scale, mask=mask)
+        if NEED_BIAS:
+            total = tl.sum(g.to(tl.float32), axis=0)
+            tl.store(own + C * R + channel, total * scale, mask=channel < C)
+    if grad_c is not None:
+        result = tl.trans(grad_e) * (scale * factors) * slope(conv_sums, ACTIVATION)
+        result = tl.where(valid, result, 0.0).to(grad_c.dtype.element_ty)
+        tl.store(grad_c + rank_offsets, result, mask=valid)
+        meets_bias = tl.full([BLOCK_T], True, tl.int1)
+        if PREFIX == "skip":
+            meets_bias = m % T >= P
+        total = tl.sum(tl.where(meets_bias[None, :], result.to(tl.float32), 0.0), axis=1)
+        tl.store(own + C * R + C + r, total, mask=r < R)
+
+
+@triton.jit
+def convolve_backward_kernel(
+    grad_c,
+    z,
+    weight,
+    grad_z,
+    partials,
+    input_programs,
+    tokens_per_group,
+    M,
+    T,
+    P,
+    H,
+    W,
+    R,
+    TOP,
+    LEFT,
+    D,
+    KY0,
+    KY1,
+    KX0,
+    KX1,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    UNROLL: tl.constexpr,
+    PREFIX: tl.constexpr,
+    CENTER: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_KX: tl.constexpr,
+):
+    """Two kinds of programs in one launch, none of which needs the other's result.
+
+    The first ``input_programs`` write grad_z = act'(z)·(transposed convolution of grad_c). The
+    others write partial sums (groups, R, KH, KW) of the weight's gradient, each for one channel,
+    one kernel row, BLOCK_KX of its taps and one group of tokens.
+    """
+    pid = tl.program_id(0)
+    if pid < input_programs:
+        blocks_r = tl.cdiv(R, BLOCK_R)
+        m = pid // blocks_r * BLOCK_T + tl.arange(0, BLOCK_T)
+        r = pid % blocks_r * BLOCK_R + tl.arange(0, BLOCK_R)
+        sums = _convolve(
+            grad_c, weight, m, r, M, T, P, H, W, R, TOP, LEFT, D, KY0, KY1, KX0, KX1,
+            KH, KW, UNROLL, PREFIX, CENTER, True,
+        )  # fmt: skip
+        offsets = _rank_offsets(m, r, T, R)
+        valid = (r < R)[:, None] & (m < M)[None, :]
+        if ACTIVATION != "none":
+            values = tl.load(z + offsets, mask=valid, other=0.0).to(tl.float32)
+            sums *= slope(values, ACTIVATION)
+        tl.store(grad_z + offsets, sums.to(grad_z.dtype.element_ty), mask=valid)
+    else:
+        blocks_x: tl.constexpr = (KW + BLOCK_KX - 1) // BLOCK_KX
+        index = pid - input_programs
+        kx = index % blocks_x * BLOCK_KX + tl.arange(0, BLOCK_KX)
+        index = index // blocks_x
+        ky = index % KH
+        index = index // KH
+        r = index % R
+        group = index // R
+        dy = ky * D - TOP
+        dx = kx * D - LEFT
+        sums = tl.zeros([BLOCK_KX, BLOCK_T], tl.float32)
+        first = group * tokens_per_group
+        for m0 in range(first, min(first + tokens_per_group, M), BLOCK_T):
+            m = m0 + tl.arange(0, BLOCK_T)
+            in_group = m < min(first + tokens_per_group, M)
+            b = m // T
+            t = m - b * T
+            n = t - P
+            iy = n // W
+            ix = n - iy * W
+            offsets = (b.to(tl.int64) * R + r) * T + t
+            a = tl.load(z + offsets, mask=in_group, other=0.0).to(tl.float32)
+            a = tl.where(in_group, activate(a, ACTIVATION), 0.0)
+            # The input at (iy, ix) meets tap (ky, kx) on its way to the output at (iy - dy, ix - dx).
+            exists = (in_group & (n >= 0) & (iy - dy >= 0) & (iy - dy < H))[None, :]
+            exists &= (ix[None, :] - dx[:, None] >= 0) & (ix[None, :] - dx[:, None] < W)
+            if PREFIX == "center_tap":
+                center = (ky * KW + kx == CENTER)[:, None] & (in_group & (n < 0))[None, :]
+                shift = tl.where((n < 0)[None, :], 0, dy * W + dx[:, None])
+                exists |= center
+            else:
+                shift = dy * W + dx[:, None]
+            g = tl.load(
+                grad_c + offsets[None, :] - shift,
+                mask=exists & (kx < KW)[:, None],
+                other=0.0,
+            )
+            sums += a[None, :] * g.to(tl.float32)
+        to = (group.to(tl.int64) * R + r) * (KH * KW) + ky * KW + kx
+        tl.store(partials + to, tl.sum(sums, axis=1), mask=kx < KW)
+
+
+@triton.jit
+def down_backward_kernel(
+    grad_z,
+    x,
+    grad_y,
+    weight,
+    grad_x,
+    partials,
+    M,
+    T,
+    C,
+    R,
+    stride_xb,
+    stride_xt,
+    stride_xc,
+    stride_yb,
+    stride_yt,
+    stride_yc,
+    stride_gb,
+    stride_gt,
+    stride_gc,
+    NEED_WEIGHT: tl.constexpr,
+    PAD: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """grad_x = grad_z·weight (+ grad_y), and partial sums [grad weight (R, C) | grad bias (R)].
+
+    ``grad_x`` is None where it is not asked for, ``grad_y`` unless x is its own residual.
+    """
+    pid = tl.program_id(0)
+    m = pid * BLOCK_T + tl.arange(0, BLOCK_T)
+    r = tl.arange(0, BLOCK_R)
+    valid = (r < R)[:, None] & (m < M)[None, :]
+    g = tl.load(grad_z + _rank_offsets(m, r, T, R), mask=valid, other=0.0)
+    own = partials + pid.to(tl.int64) * (R * C + R)
+    tl.store(own + R * C + r, tl.sum(g.to(tl.float32), axis=1), mask=r < R)
+    g_of_token = tl.trans(g)
+    operand = _tokens_for_dot(g, PAD)
+    k, is_channel = _channels_for_dot(R, BLOCK_R, PAD)
+    x_rows = x + _image_offsets(m, T, stride_xb, stride_xt)[:, None]
+    for c0 in range(0, C, BLOCK_C):
+        channel = c0 + tl.arange(0, BLOCK_C)
+        mask = (m < M)[:, None] & (channel < C)[None, :]
+        if NEED_WEIGHT:
+            x_tile = tl.load(
+                x_rows + channel.to(tl.int64)[None, :] * stride_xc, mask=mask, other=0.0
+            )
+            product = tl.dot(tl.trans(x_tile), g_of_token, input_precision=PRECISION)
+            at = r[None, :] * C + channel[:, None]
+            tl.store(own + at, product, mask=(channel < C)[:, None] & (r < R)[None, :])
+        if grad_x is not None:
+            w_tile = tl.load(
+                weight + k[:, None] * C + channel[None, :],
+                mask=is_channel[:, None] & (channel < C)[None, :],
+                other=0.0,
+            )
+            result = tl.dot(operand, w_tile, input_precision=PRECISION)
+            if grad_y is not None:
+                at = grad_y + _image_offsets(m, T, stride_yb, stride_yt)[:, None]
+                at += channel.to(tl.int64)[None, :] * stride_yc
+                result += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+            to = grad_x + _image_offsets(m, T, stride_gb, stride_gt)[:, None]
+            to += channel.to(tl.int64)[None, :] * stride_gc
+            tl.store(to, result.to(grad_x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _sum_rows(partials, rows, row, first, size, to, block, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """to[j] = sum over rows of partials[·, first + j] for one block of j, in a fixed order."""
+    j = block * BLOCK + tl.arange(0, BLOCK)
+    i = tl.arange(0, ROWS)
+    sums = tl.zeros([ROWS, BLOCK], tl.float32)
+    for i0 in range(0, rows, ROWS):
+        at = (i0 + i).to(tl.int64)[:, None] * row + (first + j)[None, :]
+        mask = (i0 + i < rows)[:, None] & (j < size)[None, :]
+        sums += tl.load(partials + at, mask=mask, other=0.0)
+    tl.store(to + j, tl.sum(sums, axis=0).to(to.dtype.element_ty), mask=j < size)
+
+
+@triton.jit
+def sum_partials_kernel(
+    up_partials,
+    up_rows,
+    conv_partials,
+    conv_rows,
+    down_partials,
+    down_rows,
+    up_weight,
+    up_bias,
+    conv_bias,
+    conv_weight,
+    down_weight,
+    down_bias,
+    C,
+    R,
+    TAPS,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Weight gradients from the partial sums; one that is None is not asked for."""
+    pid = tl.program_id(0)
+    size = C * R
+    if up_weight is not None:
+        if (pid >= 0) & (pid < tl.cdiv(size, BLOCK)):
+            _sum_rows(up_partials, up_rows, size + C + R, 0, size, up_weight, pid, BLOCK, ROWS)
+        pid -= tl.cdiv(size, BLOCK)
+    if up_bias is not None:
+        if (pid >= 0) & (pid < tl.cdiv(C, BLOCK)):
+            _sum_rows(up_partials, up_rows, size + C + R, size, C, up_bias, pid, BLOCK, ROWS)
+        pid -= tl.cdiv(C, BLOCK)
+    if conv_bias is not None:
+        if (pid >= 0) & (pid < tl.cdiv(R, BLOCK)):
+            _sum_rows(up_partials, up_rows, size + C + R, size + C, R, conv_bias, pid, BLOCK, ROWS)
+        pid -= tl.cdiv(R, BLOCK)
+    if conv_weight is not None:
+        if (pid >= 0) & (pid < tl.cdiv(R * TAPS, BLOCK)):
+            _sum_rows(
+                conv_partials, conv_rows, R * TAPS, 0, R * TAPS, conv_weight, pid, BLOCK, ROWS
+            )
+        pid -= tl.cdiv(R * TAPS, BLOCK)
+    if down_weight is not None:
+        if (pid >= 0) & (pid < tl.cdiv(size, BLOCK)):
+            _sum_rows(down_partials, down_rows, size + R, 0, size, down_weight, pid, BLOCK, ROWS)
+        pid -= tl.cdiv(size, BLOCK)
+    if down_bias is not None:  # noqa: SIM102  (a compile-time question around one of run time)
+        if (pid >= 0) & (pid < tl.cdiv(R, BLOCK)):
+            _sum_rows(down_partials, down_rows, size + R, size, R, down_bias, pid, BLOCK, ROWS)

@@ -1,0 +1,37 @@
+"""One launch of a Triton kernel as data: run it, compile it for another device, count its bytes."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+
+
+class Launch(NamedTuple):
+    """A kernel, the number of its programs, its arguments.
+
+    ``arguments`` are those of run time in the order of the kernel's signature; ``constants`` are
+    its ``tl.constexpr`` parameters by name.
+    """
+
+    kernel: object
+    programs: int
+    arguments: tuple
+    constants: dict
+    num_warps: int
+    num_stages: int
+
+
+def run(launches: list[Launch], device: torch.device) -> None:
+    """Run launches one after another on the current stream of ``device``."""
+    # Triton launches on the current device, whatever device its arguments are on.
+    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        for launch in launches:
+            launch.kernel[(launch.programs,)](
+                *launch.arguments,
+                **launch.constants,
+                num_warps=launch.num_warps,
+                num_stages=launch.num_stages,
+            )

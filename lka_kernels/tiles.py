@@ -1,0 +1,89 @@
+"""Tile sizes of the Triton kernels: pure functions of shape, dtype and number of multiprocessors.
+
+None of these numbers has been measured on a GPU yet; each is reasoned, and the reason stands beside
+it. ``docs/kernel-notes.md`` has the estimates they lead to.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+# Of an H100 (SXM). Used where there is no device to ask.
+DEFAULT_MULTIPROCESSORS = 132
+
+
+class AdapterTiles(NamedTuple):
+    """What the kernels of the adapter are built with.
+
+    Attributes:
+        block_t: tokens of a program.
+        block_c: channels of the width at a time.
+        block_r: channels of the rank, a power of two not below r.
+        pad: whether the rank must be padded to twice its block for the tensor cores.
+        convolve_in_up: whether the up-projection's program convolves its own tokens.
+        blocks_of_c: blocks of channels that one program of the up-projection writes.
+        unroll: taps of a kernel row that are unrolled.
+        num_warps, num_stages: of every kernel but the sum of partial sums.
+    """
+
+    block_t: int
+    block_c: int
+    block_r: int
+    pad: bool
+    convolve_in_up: bool
+    blocks_of_c: int
+    unroll: int
+    num_warps: int
+    num_stages: int
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is not below n ≥ 1."""
+    return 1 << (n - 1).bit_length()
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of ``device``; those of an H100 where it has none."""
+    if device.type != "cuda":
+        return DEFAULT_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def adapter_tiles(
+    num_tokens: int, dim: int, r: int, taps: tuple[int, int], dtype: torch.dtype, num_sms: int
+) -> AdapterTiles:
+    """Tiles for ``num_tokens`` tokens of ``dim`` channels; ``taps`` are those that can touch."""
+    # 8 is the narrowest column block of the matrix instructions. Their sums have at least 16
+    # terms in 16-bit types, 8 in float32.
+    block_r = max(8, next_power_of_2(r))
+    pad = dtype != torch.float32 and block_r < 16
+    # One row of a tile is then 128 bytes, a full line of the cache.
+    block_c = 32 if dtype == torch.float32 else 64
+    # The [rank, tokens] sums of the convolution and the [tokens, channels] tile of the projection
+    # stay below 64 registers a thread each. Partial sums of the weights' gradients are one row for
+    # every program: long tiles make few of them.
+    block_t = 128 if block_r <= 16 else 64 if block_r <= 64 else 32
+    while block_t > 32 and num_tokens < block_t * num_sms:
+        block_t //= 2  # few tokens: rather use every multiprocessor
+    blocks = -(-dim // block_c)
+    programs = -(-num_tokens // block_t)
+    # With still fewer programs than multiprocessors, each convolves the same tokens again for a
+    # part of the channels: the rank-r tensor is in the cache, and the convolution is short.
+    splits = max(1, min(blocks, num_sms // max(1, programs)))
+    # The convolution makes about 4 instructions for a tap, channel and token, the projection about
+    # 1/8 for a channel of each: above that, convolve once, in a launch of its own.
+    convolve_in_up = taps[0] * taps[1] * r * splits <= 64 * dim
+    return AdapterTiles(
+        block_t=block_t,
+        block_c=block_c,
+        block_r=block_r,
+        pad=pad,
+        convolve_in_up=convolve_in_up,
+        blocks_of_c=-(-blocks // splits),
+        # All loads of an unrolled row are under way together; longer rows take it in pieces.
+        unroll=taps[1] if taps[1] <= 13 else 8,
+        num_warps=4,
+        num_stages=3,
+    )
