@@ -72,9 +72,11 @@ def adapter_tiles(
     # With still fewer programs than multiprocessors, each convolves the same tokens again for a
     # part of the channels: the rank-r tensor is in the cache, and the convolution is short.
     splits = max(1, min(blocks, num_sms // max(1, programs)))
-    # The convolution makes about 4 instructions for a tap, channel and token, the projection about
-    # 1/8 for a channel of each: above that, convolve once, in a launch of its own.
-    convolve_in_up = taps[0] * taps[1] * r * splits <= 64 * dim
+    # A tap, channel and token takes about 5 instructions of the 128 that a multiprocessor makes in
+    # a cycle; a channel of x, y and the residual takes 6 bytes of the 13 that an H100's memory
+    # gives each of them: below about 8 taps a channel the convolution hides behind memory.
+    # Sums of more than 16 channels would leave the projection too few registers.
+    convolve_in_up = block_r <= 16 and taps[0] * taps[1] * r * splits <= 8 * dim
     return AdapterTiles(
         block_t=block_t,
         block_c=block_c,

@@ -451,6 +451,118 @@ def up_backward_kernel(
 
 
 @triton.jit
+def _convolve_backward_input(
+    index,
+    grad_c,
+    z,
+    weight,
+    grad_z,
+    M,
+    T,
+    P,
+    H,
+    W,
+    R,
+    TOP,
+    LEFT,
+    D,
+    KY0,
+    KY1,
+    KX0,
+    KX1,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    UNROLL: tl.constexpr,
+    PREFIX: tl.constexpr,
+    CENTER: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """grad_z = act'(z)·(transposed convolution of grad_c), for one block of channels and tokens."""
+    blocks_r = tl.cdiv(R, BLOCK_R)
+    m = index // blocks_r * BLOCK_T + tl.arange(0, BLOCK_T)
+    r = index % blocks_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    sums = _convolve(
+        grad_c, weight, m, r, M, T, P, H, W, R, TOP, LEFT, D, KY0, KY1, KX0, KX1,
+        KH, KW, UNROLL, PREFIX, CENTER, True,
+    )  # fmt: skip
+    offsets = _rank_offsets(m, r, T, R)
+    valid = (r < R)[:, None] & (m < M)[None, :]
+    if ACTIVATION != "none":
+        values = tl.load(z + offsets, mask=valid, other=0.0).to(tl.float32)
+        sums *= slope(values, ACTIVATION)
+    tl.store(grad_z + offsets, sums.to(grad_z.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def _convolve_backward_weight(
+    index,
+    grad_c,
+    z,
+    partials,
+    tokens_per_group,
+    M,
+    T,
+    P,
+    H,
+    W,
+    R,
+    TOP,
+    LEFT,
+    D,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    PREFIX: tl.constexpr,
+    CENTER: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_KX: tl.constexpr,
+):
+    """Partial sums (groups, R, KH, KW) of the weight's gradient.
+
+    One program has one channel, one kernel row, BLOCK_KX of its taps and one group of tokens; it
+    adds over the lanes of a tile once, at the end.
+    """
+    blocks_x: tl.constexpr = (KW + BLOCK_KX - 1) // BLOCK_KX
+    kx = index % blocks_x * BLOCK_KX + tl.arange(0, BLOCK_KX)
+    ky = index // blocks_x % KH
+    r = index // (blocks_x * KH) % R
+    group = index // (blocks_x * KH) // R
+    dy = ky * D - TOP
+    dx = kx * D - LEFT
+    sums = tl.zeros([BLOCK_KX, BLOCK_T], tl.float32)
+    first = group * tokens_per_group
+    end = tl.minimum(first + tokens_per_group, M)
+    for m0 in range(first, end, BLOCK_T):
+        m = m0 + tl.arange(0, BLOCK_T)
+        in_group = m < end
+        b = m // T
+        t = m - b * T
+        n = t - P
+        iy = n // W
+        ix = n - iy * W
+        offsets = (b.to(tl.int64) * R + r) * T + t
+        a = tl.load(z + offsets, mask=in_group, other=0.0).to(tl.float32)
+        a = tl.where(in_group, activate(a, ACTIVATION), 0.0)
+        # The input at (iy, ix) meets tap (ky, kx) on its way to the output at (iy - dy, ix - dx).
+        exists = (in_group & (n >= 0) & (iy - dy >= 0) & (iy - dy < H))[None, :]
+        to_x = ix[None, :] - dx[:, None]
+        exists = exists & (to_x >= 0) & (to_x < W)
+        shift = (dy * W + dx)[:, None]
+        if PREFIX == "center_tap":
+            is_prefix = (in_group & (n < 0))[None, :]
+            exists = exists | (is_prefix & (ky * KW + kx == CENTER)[:, None])
+            shift = tl.where(is_prefix, 0, shift)
+        g = tl.load(
+            grad_c + offsets[None, :] - shift, mask=exists & (kx < KW)[:, None], other=0.0
+        )
+        sums += a[None, :] * g.to(tl.float32)
+    to = (group.to(tl.int64) * R + r) * (KH * KW) + ky * KW + kx
+    tl.store(partials + to, tl.sum(sums, axis=1), mask=kx < KW)
+
+
+@triton.jit
 def convolve_backward_kernel(
     grad_c,
     z,
@@ -482,68 +594,23 @@ def convolve_backward_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_KX: tl.constexpr,
 ):
-    """Two kinds of programs in one launch, none of which needs the other's result.
+    """The first ``input_programs`` write grad_z, the others partial sums of grad weight.
 
-    The first ``input_programs`` write grad_z = act'(z)·(transposed convolution of grad_c). The
-    others write partial sums (groups, R, KH, KW) of the weight's gradient, each for one channel,
-    one kernel row, BLOCK_KX of its taps and one group of tokens.
+    One launch for both, as neither needs the other's result. grad_z or partials may be None.
     """
     pid = tl.program_id(0)
     if pid < input_programs:
-        blocks_r = tl.cdiv(R, BLOCK_R)
-        m = pid // blocks_r * BLOCK_T + tl.arange(0, BLOCK_T)
-        r = pid % blocks_r * BLOCK_R + tl.arange(0, BLOCK_R)
-        sums = _convolve(
-            grad_c, weight, m, r, M, T, P, H, W, R, TOP, LEFT, D, KY0, KY1, KX0, KX1,
-            KH, KW, UNROLL, PREFIX, CENTER, True,
-        )  # fmt: skip
-        offsets = _rank_offsets(m, r, T, R)
-        valid = (r < R)[:, None] & (m < M)[None, :]
-        if ACTIVATION != "none":
-            values = tl.load(z + offsets, mask=valid, other=0.0).to(tl.float32)
-            sums *= slope(values, ACTIVATION)
-        tl.store(grad_z + offsets, sums.to(grad_z.dtype.element_ty), mask=valid)
+        if grad_z is not None:
+            _convolve_backward_input(
+                pid, grad_c, z, weight, grad_z, M, T, P, H, W, R, TOP, LEFT, D,
+                KY0, KY1, KX0, KX1, KH, KW, UNROLL, PREFIX, CENTER, ACTIVATION, BLOCK_T, BLOCK_R,
+            )  # fmt: skip
     else:
-        blocks_x: tl.constexpr = (KW + BLOCK_KX - 1) // BLOCK_KX
-        index = pid - input_programs
-        kx = index % blocks_x * BLOCK_KX + tl.arange(0, BLOCK_KX)
-        index = index // blocks_x
-        ky = index % KH
-        index = index // KH
-        r = index % R
-        group = index // R
-        dy = ky * D - TOP
-        dx = kx * D - LEFT
-        sums = tl.zeros([BLOCK_KX, BLOCK_T], tl.float32)
-        first = group * tokens_per_group
-        for m0 in range(first, min(first + tokens_per_group, M), BLOCK_T):
-            m = m0 + tl.arange(0, BLOCK_T)
-            in_group = m < min(first + tokens_per_group, M)
-            b = m // T
-            t = m - b * T
-            n = t - P
-            iy = n // W
-            ix = n - iy * W
-            offsets = (b.to(tl.int64) * R + r) * T + t
-            a = tl.load(z + offsets, mask=in_group, other=0.0).to(tl.float32)
-            a = tl.where(in_group, activate(a, ACTIVATION), 0.0)
-            # The input at (iy, ix) meets tap (ky, kx) on its way to the output at (iy - dy, ix - dx).
-            exists = (in_group & (n >= 0) & (iy - dy >= 0) & (iy - dy < H))[None, :]
-            exists &= (ix[None, :] - dx[:, None] >= 0) & (ix[None, :] - dx[:, None] < W)
-            if PREFIX == "center_tap":
-                center = (ky * KW + kx == CENTER)[:, None] & (in_group & (n < 0))[None, :]
-                shift = tl.where((n < 0)[None, :], 0, dy * W + dx[:, None])
-                exists |= center
-            else:
-                shift = dy * W + dx[:, None]
-            g = tl.load(
-                grad_c + offsets[None, :] - shift,
-                mask=exists & (kx < KW)[:, None],
-                other=0.0,
-            )
-            sums += a[None, :] * g.to(tl.float32)
-        to = (group.to(tl.int64) * R + r) * (KH * KW) + ky * KW + kx
-        tl.store(partials + to, tl.sum(sums, axis=1), mask=kx < KW)
+        if partials is not None:
+            _convolve_backward_weight(
+                pid - input_programs, grad_c, z, partials, tokens_per_group, M, T, P, H, W, R,
+                TOP, LEFT, D, KH, KW, PREFIX, CENTER, ACTIVATION, BLOCK_T, BLOCK_KX,
+            )  # fmt: skip
 
 
 @triton.jit

@@ -1,0 +1,98 @@
+"""Compile a launch of a Triton kernel for a GPU that is not there, and read what came out."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+_TYPES = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+}
+_BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class Compiled(NamedTuple):
+    """What the assembler made of a kernel.
+
+    Attributes:
+        registers: of a thread.
+        spilled: bytes of a thread's stack, where registers that did not fit are kept.
+        shared: bytes of shared memory of a program.
+        sass: the machine code, as text.
+    """
+
+    registers: int
+    spilled: int
+    shared: int
+    sass: str
+
+    def count(self, instruction: str) -> int:
+        """How many instructions begin with ``instruction``, e.g. "HMMA"."""
+        return len(re.findall(rf"\b{instruction}", self.sass))
+
+
+def signature(launch) -> tuple[dict, dict, dict]:
+    """Types, constants and divisibility of a launch's arguments, as Triton would find at run time.
+
+    Integers that are 1 and arguments that are None become constants; integers that are multiples
+    of 16, and all pointers as torch allocates, are known to be so.
+    """
+    names = launch.kernel.arg_names
+    types, constants, attributes = {}, {}, {}
+    for index, name in enumerate(names):
+        if index >= len(launch.arguments):
+            types[name] = "constexpr"
+            constants[(index,)] = launch.constants[name]
+            continue
+        value = launch.arguments[index]
+        if value is None or (isinstance(value, int) and value == 1):
+            types[name] = "constexpr"
+            constants[(index,)] = value
+        elif isinstance(value, torch.Tensor):
+            types[name] = _TYPES[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            types[name] = "fp32"
+        else:
+            types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    return types, constants, attributes
+
+
+def compile_launch(launch, capability: int) -> Compiled:
+    """Compile for compute capability ``capability`` (90 for 9.0)."""
+    types, constants, attributes = signature(launch)
+    source = ASTSource(launch.kernel, types, constants, attributes)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _run("cuobjdump", "-res-usage", file.name)
+        sass = _run("nvdisasm", "-c", file.name)
+    found = {key: int(number) for key, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return Compiled(
+        registers=found["REG"],
+        spilled=found["STACK"] + found["LOCAL"],
+        shared=kernel.metadata.shared,
+        sass=sass,
+    )
+
+
+def _run(program: str, *arguments: str) -> str:
+    return subprocess.run(
+        [_BINARIES / program, *arguments], check=True, capture_output=True, text=True
+    ).stdout
