@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from lka_kernels import _extension
 from lka_kernels.backends import triton as triton_backend
 from lka_kernels.checks import ACTIVATIONS, FLOAT_DTYPES, one_of
+from lka_kernels.tiles import MOST_RANK
 
 BACKENDS = ("cpu", "triton", "cuda", "torch")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -169,14 +170,14 @@ def _choose_fft(input: Tensor, weight: Tensor) -> Choice:
     return Choice("fft", "fft", "asked for by method='fft'; torch.fft on any device")
 
 
-def choose_adapter(x: Tensor, activation: str) -> Choice:
+def choose_adapter(x: Tensor, activation: str, r: int) -> Choice:
     """Choose for one call of ``large_kernel_adapter`` with checked arguments.
 
     Raises:
         RuntimeError: a backend asked for by ``use_backend`` cannot serve the call.
     """
     requested = _Requested.backend
-    refusal = _cannot_run_adapter("cpu" if requested == "auto" else requested, x, activation)
+    refusal = _cannot_run_adapter("cpu" if requested == "auto" else requested, x, activation, r)
     if requested == "auto":
         if refusal is None:
             return _FUSED_CPU
@@ -191,7 +192,7 @@ def choose_adapter(x: Tensor, activation: str) -> Choice:
 _FUSED_CPU = Choice("cpu", "fused", "one fused CPU operator forward and one backward")
 
 
-def _cannot_run_adapter(backend: str, x: Tensor, activation: str) -> str | None:
+def _cannot_run_adapter(backend: str, x: Tensor, activation: str, r: int) -> str | None:
     if backend == "torch":
         return None
     if backend == "cuda":
@@ -205,6 +206,8 @@ def _cannot_run_adapter(backend: str, x: Tensor, activation: str) -> str | None:
     if x.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         return f"it serves {names}; x is {x.dtype}"
+    if backend == "triton" and r > MOST_RANK:
+        return f"it serves a rank r of at most {MOST_RANK}; down_weight has {r}"
     if activation not in ACTIVATIONS:
         return f"activation {activation!r}"
     if transformed():

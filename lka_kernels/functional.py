@@ -207,7 +207,7 @@ def large_kernel_adapter(
             x, *weights = _autocast(x.device.type, x, *weights)
         names = ("down_weight", "down_bias", "conv_weight", "conv_bias", "up_weight", "up_bias")
         checks.dtypes_and_devices_agree("x", x, zip(names, weights, strict=True))
-        backend = dispatch.choose_adapter(x, activation).backend
+        backend = dispatch.choose_adapter(x, activation, down_weight.shape[0]).backend
         # The fused kernels add a residual of x's dtype; any other follows torch's type promotion.
         if residual is not None and residual.dtype != x.dtype:
             late_residual, residual = residual, None

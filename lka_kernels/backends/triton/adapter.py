@@ -34,6 +34,22 @@ class _Call(NamedTuple):
     precision: str
     tiles: tiles.AdapterTiles
 
+    @property
+    def matrices(self) -> dict:
+        """Constants of every kernel that multiplies matrices."""
+        return {
+            "BLOCK_T": self.tiles.block_t,
+            "BLOCK_C": self.tiles.block_c,
+            "BLOCK_R": self.tiles.block_r,
+            "PRECISION": self.precision,
+        }
+
+    def launch(self, kernel, programs: int, *arguments, **constants) -> Launch:
+        """A launch with this call's number of warps and stages."""
+        return Launch(
+            kernel, programs, arguments, constants, self.tiles.num_warps, self.tiles.num_stages
+        )
+
 
 def _taps_that_touch(size: int, taps: int, before: int, dilation: int) -> tuple[int, int]:
     """The range of taps with an element of a map of ``size`` in reach of some output."""
@@ -70,7 +86,9 @@ def _describe(
         x.dtype,
         tiles.multiprocessors(x.device),
     )
-    center = center_tap_index(conv_weight.shape[2:], dilation) if prefix_mode == "center_tap" else None
+    center = (
+        center_tap_index(conv_weight.shape[2:], dilation) if prefix_mode == "center_tap" else None
+    )
     # Only float32 has a choice, and obeys the switch that torch's own matrix products obey.
     tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     dropped = seed is not None and dropout_p > 0
@@ -133,73 +151,98 @@ def plan_forward(
     source = z if a is None else a
     programs = _cdiv(call.tokens[0], t.block_t)
     launches = [
-        Launch(
+        call.launch(
             kernels.down_kernel,
             programs,
-            (x, down_weight, down_bias, z, a, *call.tokens, dim, r, *x.stride()),
-            {
-                "ACTIVATION": call.pre,
-                "BLOCK_T": t.block_t,
-                "BLOCK_C": t.block_c,
-                "BLOCK_R": t.block_r,
-                "PRECISION": call.precision,
-            },
-            t.num_warps,
-            t.num_stages,
+            x,
+            down_weight,
+            down_bias,
+            z,
+            a,
+            *call.tokens,
+            dim,
+            r,
+            *x.stride(),
+            ACTIVATION=call.pre,
+            **call.matrices,
         )
     ]
     if not t.convolve_in_up:
         block_r = min(t.block_r, 8)
         launches.append(
-            Launch(
+            call.launch(
                 kernels.convolve_kernel,
                 programs * _cdiv(r, block_r),
-                (source, conv_weight, conv_bias, c, *call.tokens, *call.grid, r, *call.geometry),
-                {**call.kernel, "BLOCK_T": t.block_t, "BLOCK_R": block_r},
-                t.num_warps,
-                t.num_stages,
-            )
-        )
-    launches.append(
-        Launch(
-            kernels.up_kernel,
-            programs * _cdiv(dim, t.blocks_of_c * t.block_c),
-            (
-                source if t.convolve_in_up else None,
-                conv_weight if t.convolve_in_up else None,
-                conv_bias if t.convolve_in_up else None,
+                source,
+                conv_weight,
+                conv_bias,
                 c,
-                up_weight,
-                up_bias,
-                residual,
-                y,
-                *call.dropout,
-                scale,
                 *call.tokens,
-                dim,
                 *call.grid,
                 r,
                 *call.geometry,
-                *y.stride(),
-                *((0, 0, 0) if residual is None else residual.stride()),
-            ),
-            {
                 **call.kernel,
-                "CONVOLVE": t.convolve_in_up,
-                "ACTIVATION": call.post,
-                "R_IS_MULTIPLE_OF_4": r % 4 == 0,
-                "PAD": t.pad,
-                "BLOCKS_OF_C": t.blocks_of_c,
-                "BLOCK_T": t.block_t,
-                "BLOCK_C": t.block_c,
-                "BLOCK_R": t.block_r,
-                "PRECISION": call.precision,
-            },
-            t.num_warps,
-            t.num_stages,
+                BLOCK_T=t.block_t,
+                BLOCK_R=block_r,
+            )
+        )
+    launches.append(
+        call.launch(
+            kernels.up_kernel,
+            programs * _cdiv(dim, t.blocks_of_c * t.block_c),
+            *((source, conv_weight, conv_bias) if t.convolve_in_up else (None, None, None)),
+            c,
+            up_weight,
+            up_bias,
+            residual,
+            y,
+            *call.dropout,
+            scale,
+            *call.tokens,
+            dim,
+            *call.grid,
+            r,
+            *call.geometry,
+            *y.stride(),
+            *((0, 0, 0) if residual is None else residual.stride()),
+            **call.kernel,
+            CONVOLVE=t.convolve_in_up,
+            ACTIVATION=call.post,
+            R_IS_MULTIPLE_OF_4=r % 4 == 0,
+            PAD=t.pad,
+            BLOCKS_OF_C=t.blocks_of_c,
+            **call.matrices,
         )
     )
     return launches, (y, z, c)
+
+
+class _PartialSums:
+    """Gradients that are first written as partial sums, and the launch that adds these up."""
+
+    _BLOCK = 64
+
+    def __init__(self):
+        self._segments: list[tuple] = []
+        self._programs = 0
+
+    def rows(self, total: Tensor | None, count: int) -> Tensor | None:
+        """A workspace (count, elements of total), or None without a total."""
+        if total is None:
+            return None
+        partials = total.new_empty((count, total.numel()), dtype=torch.float32)
+        self._segments.append((partials, count, total.numel(), total))
+        self._programs += _cdiv(total.numel(), self._BLOCK)
+        return partials
+
+    def launches(self) -> list[Launch]:
+        """The launch, if there is anything to add."""
+        if not self._segments:
+            return []
+        missing = [(None, 0, 0, None)] * (6 - len(self._segments))
+        arguments = tuple(value for segment in self._segments + missing for value in segment)
+        constants = {"BLOCK": self._BLOCK, "ROWS": 32}
+        return [Launch(kernels.sum_partials_kernel, self._programs, arguments, constants, 4, 3)]
 
 
 def plan_backward(
@@ -223,42 +266,34 @@ def plan_backward(
         w.contiguous() for w in (down_weight, conv_weight, up_weight)
     )
     call = _describe(x, down_weight, conv_weight, seed, *geometry)
-    t = call.tiles
-    shapes = (None, (r, dim), (r,), conv_weight.shape, (r,), (dim, r), (dim,))
-    grad_x = torch.empty_like(x) if output_mask[0] else None
-    grads = [grad_x] + [
+    shapes = ((r, dim), (r,), conv_weight.shape, (r,), (dim, r), (dim,))
+    grads = [torch.empty_like(x) if output_mask[0] else None] + [
         x.new_empty(shape) if asked else None
-        for shape, asked in zip(shapes[1:], output_mask[1:], strict=True)
+        for shape, asked in zip(shapes, output_mask[1:], strict=True)
     ]
-    _, grad_down, grad_down_bias, grad_conv, grad_conv_bias, grad_up, grad_up_bias = grads
-    need_down = any(output_mask[:3])
-    need_conv = any(output_mask[:5])
-    grad_c = torch.empty_like(c) if need_conv else None
-    grad_z = torch.empty_like(z) if need_down else None
+    grad_x, grad_down, grad_down_bias, grad_conv, grad_conv_bias, grad_up, grad_up_bias = grads
+    need_z = any(output_mask[:3])
+    need_c = any(output_mask[:5])
+    grad_c = torch.empty_like(c) if need_c else None
+    grad_z = torch.empty_like(z) if need_z else None
     num_sms = tiles.multiprocessors(x.device)
-    programs = _cdiv(call.tokens[0], t.block_t)
-    taps = conv_weight.shape[2:].numel()
+    programs = _cdiv(call.tokens[0], call.tiles.block_t)
+    apart = call.tiles.weights_apart
+    sums = _PartialSums()
+    launches = []
 
-    def workspace(rows: int, row: int) -> Tensor:
-        return x.new_empty((rows, row), dtype=torch.float32)
-
-    up_partials = workspace(programs, dim * r + dim + r)
-    matrices = {
-        "BLOCK_T": t.block_t,
-        "BLOCK_C": t.block_c,
-        "BLOCK_R": t.block_r,
-        "PRECISION": call.precision,
-    }
-    launches = [
-        Launch(
-            kernels.up_backward_kernel,
-            programs,
-            (
+    if need_c or grad_up_bias is not None or (grad_up is not None and not apart):
+        launches.append(
+            call.launch(
+                kernels.up_backward_kernel,
+                programs,
                 grad_output,
                 c,
                 up_weight,
                 grad_c,
-                up_partials,
+                None if apart else sums.rows(grad_up, programs),
+                sums.rows(grad_up_bias, programs),
+                sums.rows(grad_conv_bias, programs),
                 *call.dropout,
                 scale,
                 *call.tokens,
@@ -266,115 +301,123 @@ def plan_backward(
                 call.grid[0],
                 r,
                 *grad_output.stride(),
-            ),
-            {
-                "PREFIX": call.kernel["PREFIX"],
-                "ACTIVATION": call.post,
-                "R_IS_MULTIPLE_OF_4": r % 4 == 0,
-                "NEED_WEIGHT": grad_up is not None,
-                "NEED_BIAS": grad_up_bias is not None,
-                **matrices,
-            },
-            t.num_warps,
-            t.num_stages,
+                PREFIX=call.kernel["PREFIX"],
+                ACTIVATION=call.post,
+                R_IS_MULTIPLE_OF_4=r % 4 == 0,
+                **call.matrices,
+            )
         )
-    ]
-    conv_rows = 0
-    conv_partials = None
-    if need_down or grad_conv is not None:
-        block_r = min(t.block_r, 8)
-        input_programs = programs * _cdiv(r, block_r) if need_down else 0
-        block_kx = min(8, tiles.next_power_of_2(conv_weight.shape[3]))
-        weight_programs = 0
-        tokens_per_group = call.tokens[0]
-        if grad_conv is not None:
-            per_group = r * conv_weight.shape[2] * _cdiv(conv_weight.shape[3], block_kx)
-            groups = _cdiv(_PROGRAMS_PER_MULTIPROCESSOR * num_sms, per_group)
-            tokens_per_group = _cdiv(_cdiv(call.tokens[0], groups), t.block_t) * t.block_t
-            conv_rows = _cdiv(call.tokens[0], tokens_per_group)
-            weight_programs = per_group * conv_rows
-            conv_partials = workspace(conv_rows, r * taps)
+    if grad_up is not None and apart:
         launches.append(
-            Launch(
+            _weight_backward(
+                call, grad_output, c, grad_up, (r, 1), sums, num_sms,
+                dropout=call.dropout, scale=scale, prefix=call.kernel["PREFIX"],
+                activation=call.post,
+            )
+        )  # fmt: skip
+    if need_z or grad_conv is not None:
+        block_r = min(call.tiles.block_r, 8)
+        input_programs = programs * _cdiv(r, block_r) if need_z else 0
+        block_kx = min(8, tiles.next_power_of_2(conv_weight.shape[3]))
+        per_group = r * conv_weight.shape[2] * _cdiv(conv_weight.shape[3], block_kx)
+        groups, tokens_per_group = _groups(call, per_group, num_sms)
+        weight_programs = 0 if grad_conv is None else per_group * groups
+        launches.append(
+            call.launch(
                 kernels.convolve_backward_kernel,
                 input_programs + weight_programs,
-                (
-                    grad_c,
-                    z,
-                    conv_weight,
-                    grad_z,
-                    conv_partials,
-                    input_programs,
-                    tokens_per_group,
-                    *call.tokens,
-                    *call.grid,
-                    r,
-                    *call.geometry,
-                ),
-                {
-                    **call.kernel,
-                    "ACTIVATION": call.pre,
-                    "BLOCK_T": t.block_t,
-                    "BLOCK_R": block_r,
-                    "BLOCK_KX": block_kx,
-                },
-                t.num_warps,
-                t.num_stages,
+                grad_c,
+                z,
+                conv_weight,
+                grad_z,
+                sums.rows(grad_conv, groups),
+                input_programs,
+                tokens_per_group,
+                *call.tokens,
+                *call.grid,
+                r,
+                *call.geometry,
+                **call.kernel,
+                ACTIVATION=call.pre,
+                BLOCK_T=call.tiles.block_t,
+                BLOCK_R=block_r,
+                BLOCK_KX=block_kx,
             )
         )
-    down_partials = None
-    if need_down:
+    if grad_x is not None or grad_down_bias is not None or (grad_down is not None and not apart):
         own_residual = grad_output if residual_is_x and grad_x is not None else None
-        down_partials = workspace(programs, r * dim + r)
         launches.append(
-            Launch(
+            call.launch(
                 kernels.down_backward_kernel,
                 programs,
-                (
-                    grad_z,
-                    x,
-                    own_residual,
-                    down_weight,
-                    grad_x,
-                    down_partials,
-                    *call.tokens,
-                    dim,
-                    r,
-                    *x.stride(),
-                    *grad_output.stride(),
-                    *((0, 0, 0) if grad_x is None else grad_x.stride()),
-                ),
-                {"NEED_WEIGHT": grad_down is not None, "PAD": t.pad, **matrices},
-                t.num_warps,
-                t.num_stages,
+                grad_z,
+                x,
+                own_residual,
+                down_weight,
+                grad_x,
+                None if apart else sums.rows(grad_down, programs),
+                sums.rows(grad_down_bias, programs),
+                *call.tokens,
+                dim,
+                r,
+                *x.stride(),
+                *grad_output.stride(),
+                *((0, 0, 0) if grad_x is None else grad_x.stride()),
+                PAD=call.tiles.pad,
+                **call.matrices,
             )
         )
-    block = 64
-    weight_grads = (grad_up, grad_up_bias, grad_conv_bias, grad_conv, grad_down, grad_down_bias)
-    sums = sum(_cdiv(grad.numel(), block) for grad in weight_grads if grad is not None)
-    if sums:
-        launches.append(
-            Launch(
-                kernels.sum_partials_kernel,
-                sums,
-                (
-                    up_partials,
-                    programs,
-                    conv_partials,
-                    conv_rows,
-                    down_partials,
-                    programs,
-                    *weight_grads,
-                    dim,
-                    r,
-                    taps,
-                ),
-                {"BLOCK": block, "ROWS": 32},
-                4,
-                t.num_stages,
-            )
-        )
-    return launches, grads
+    if grad_down is not None and apart:
+        launches.append(_weight_backward(call, x, grad_z, grad_down, (1, dim), sums, num_sms))
+    return launches + sums.launches(), grads
+
+
+def _groups(call: _Call, programs_per_group: int, num_sms: int) -> tuple[int, int]:
+    """Groups of tokens that give every multiprocessor enough programs, and the tokens of each."""
+    num_tokens, block_t = call.tokens[0], call.tiles.block_t
+    groups = _cdiv(_PROGRAMS_PER_MULTIPROCESSOR * num_sms, programs_per_group)
+    tokens_per_group = max(1, _cdiv(_cdiv(num_tokens, groups), block_t)) * block_t
+    return _cdiv(num_tokens, tokens_per_group), tokens_per_group
+
+
+def _weight_backward(
+    call: _Call,
+    rows: Tensor,
+    columns: Tensor,
+    grad: Tensor,
+    strides: tuple[int, int],
+    sums: _PartialSums,
+    num_sms: int,
+    *,
+    dropout: tuple = (None, 0, 0.0),
+    scale: float = 1.0,
+    prefix: str | None = None,
+    activation: str = "none",
+) -> Launch:
+    """The gradient of a projection's weight; ``strides`` are those of C and R in it."""
+    dim, r = rows.shape[2], columns.shape[1]
+    blocks = _cdiv(dim, call.tiles.block_c)
+    groups, tokens_per_group = _groups(call, blocks, num_sms)
+    return call.launch(
+        kernels.weight_backward_kernel,
+        blocks * groups,
+        rows,
+        columns,
+        sums.rows(grad, groups),
+        *dropout,
+        scale,
+        tokens_per_group,
+        *call.tokens,
+        dim,
+        call.grid[0],
+        r,
+        *rows.stride(),
+        *strides,
+        PREFIX=prefix,
+        ACTIVATION=activation,
+        R_IS_MULTIPLE_OF_4=r % 4 == 0,
+        **call.matrices,
+    )
 
 
 def forward(x: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor]:

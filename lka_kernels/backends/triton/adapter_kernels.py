@@ -9,7 +9,8 @@ tokens from neighbouring addresses.
 Forward: ``down`` reads x once; ``up`` convolves (or reads what ``convolve`` has left), and writes y
 once. Backward: ``up_backward`` reads grad_y once, ``convolve_backward`` works on r channels,
 ``down_backward`` reads x once and writes grad_x. Each leaves partial sums of weight gradients, one
-row for every program, which ``sum_partials`` adds in a fixed order.
+row for every program (for large ranks, ``weight_backward`` does), which ``sum_partials`` adds in a
+fixed order.
 
 Names in this file: M tokens in all, T of them an image, P prefix tokens, H×W the grid, C the width,
 R the rank, KH×KW the kernel, D its dilation, TOP and LEFT its padding. BLOCK_R is a power of two
@@ -375,7 +376,9 @@ def up_backward_kernel(
     c,
     weight,
     grad_c,
-    partials,
+    weight_partials,
+    bias_partials,
+    conv_bias_partials,
     seed,
     threshold,
     keep_factor,
@@ -391,35 +394,31 @@ def up_backward_kernel(
     PREFIX: tl.constexpr,
     ACTIVATION: tl.constexpr,
     R_IS_MULTIPLE_OF_4: tl.constexpr,
-    NEED_WEIGHT: tl.constexpr,
-    NEED_BIAS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """grad_c, and partial sums [grad weight (C, R) | grad bias (C) | grad conv bias (R)].
+    """grad_c, and partial sums of the gradients of weight (C, R), bias (C) and conv bias (R).
 
-    ``grad_c`` is None where only weight and bias are asked for.
+    What is None is not asked for, or left to ``weight_backward_kernel``.
     """
     pid = tl.program_id(0)
     m = pid * BLOCK_T + tl.arange(0, BLOCK_T)
     r = tl.arange(0, BLOCK_R)
     rank_offsets = _rank_offsets(m, r, T, R)
     valid = (r < R)[:, None] & (m < M)[None, :]
-    conv_sums = tl.load(c + rank_offsets, mask=valid, other=0.0).to(tl.float32)
-    factors = tl.full([BLOCK_R, BLOCK_T], 1.0, tl.float32)
-    if seed is not None:
-        factors = dropout_factors(
-            seed, m.to(tl.int64), R, threshold, keep_factor, BLOCK_R, R_IS_MULTIPLE_OF_4
-        )
-    e = tl.where(valid, activate(conv_sums, ACTIVATION) * factors, 0.0)
-    operand = tl.trans(e.to(weight.dtype.element_ty))
+    if weight_partials is not None:
+        e = activate(tl.load(c + rank_offsets, mask=valid, other=0.0).to(tl.float32), ACTIVATION)
+        if seed is not None:
+            e *= dropout_factors(
+                seed, m.to(tl.int64), R, threshold, keep_factor, BLOCK_R, R_IS_MULTIPLE_OF_4
+            )
+        operand = tl.trans(tl.where(valid, e, 0.0).to(weight.dtype.element_ty))
     has_grad = m < M
     if PREFIX == "zero":
         has_grad &= m % T >= P
     rows = grad_y + _image_offsets(m, T, stride_gb, stride_gt)[:, None]
-    own = partials + pid.to(tl.int64) * (C * R + C + R)
     grad_e = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
     for c0 in range(0, C, BLOCK_C):
         channel = c0 + tl.arange(0, BLOCK_C)
@@ -433,21 +432,100 @@ def up_backward_kernel(
         if grad_c is not None:
             w_tile = tl.load(weight + at, mask=mask, other=0.0)
             grad_e = tl.dot(g, w_tile, grad_e, input_precision=PRECISION)
-        if NEED_WEIGHT:
+        if weight_partials is not None:
             product = tl.dot(tl.trans(g), operand, input_precision=PRECISION)
+            own = weight_partials + pid.to(tl.int64) * (C * R)
             tl.store(own + at, product * scale, mask=mask)
-        if NEED_BIAS:
+        if bias_partials is not None:
             total = tl.sum(g.to(tl.float32), axis=0)
-            tl.store(own + C * R + channel, total * scale, mask=channel < C)
+            own = bias_partials + pid.to(tl.int64) * C
+            tl.store(own + channel, total * scale, mask=channel < C)
     if grad_c is not None:
-        result = tl.trans(grad_e) * (scale * factors) * slope(conv_sums, ACTIVATION)
+        result = tl.trans(grad_e) * scale
+        # Dropout and slope again rather than kept: the loop has better use for registers.
+        if seed is not None:
+            result *= dropout_factors(
+                seed, m.to(tl.int64), R, threshold, keep_factor, BLOCK_R, R_IS_MULTIPLE_OF_4
+            )
+        if ACTIVATION != "none":
+            conv_sums = tl.load(c + rank_offsets, mask=valid, other=0.0).to(tl.float32)
+            result *= slope(conv_sums, ACTIVATION)
         result = tl.where(valid, result, 0.0).to(grad_c.dtype.element_ty)
         tl.store(grad_c + rank_offsets, result, mask=valid)
-        meets_bias = tl.full([BLOCK_T], True, tl.int1)
-        if PREFIX == "skip":
-            meets_bias = m % T >= P
-        total = tl.sum(tl.where(meets_bias[None, :], result.to(tl.float32), 0.0), axis=1)
-        tl.store(own + C * R + C + r, total, mask=r < R)
+        if conv_bias_partials is not None:
+            terms = result.to(tl.float32)
+            if PREFIX == "skip":
+                terms = tl.where((m % T >= P)[None, :], terms, 0.0)
+            own = conv_bias_partials + pid.to(tl.int64) * R
+            tl.store(own + r, tl.sum(terms, axis=1), mask=r < R)
+
+
+@triton.jit
+def weight_backward_kernel(
+    rows,
+    columns,
+    partials,
+    seed,
+    threshold,
+    keep_factor,
+    scale,
+    tokens_per_group,
+    M,
+    T,
+    C,
+    P,
+    R,
+    stride_b,
+    stride_t,
+    stride_c,
+    stride_pc,
+    stride_pr,
+    PREFIX: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    R_IS_MULTIPLE_OF_4: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Partial sums of rowsᵀ·e, for rows (B, T, C) and e = dropout(act(columns)), (B, R, T).
+
+    The gradient of a projection's weight, where the rank is so large that partial sums for every
+    tile would cost more than to read the rows again. One program has BLOCK_C channels and one group
+    of tokens.
+    """
+    blocks_c = tl.cdiv(C, BLOCK_C)
+    channel = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    group = tl.program_id(0) // blocks_c
+    r = tl.arange(0, BLOCK_R)
+    sums = tl.zeros([BLOCK_C, BLOCK_R], tl.float32)
+    first = group * tokens_per_group
+    end = tl.minimum(first + tokens_per_group, M)
+    for m0 in range(first, end, BLOCK_T):
+        m = m0 + tl.arange(0, BLOCK_T)
+        has_grad = m < end
+        if PREFIX == "zero":
+            has_grad &= m % T >= P
+        at = _image_offsets(m, T, stride_b, stride_t)[:, None]
+        g = tl.load(
+            rows + at + channel.to(tl.int64)[None, :] * stride_c,
+            mask=has_grad[:, None] & (channel < C)[None, :],
+            other=0.0,
+        )
+        valid = (r < R)[:, None] & (m < end)[None, :]
+        e = tl.load(columns + _rank_offsets(m, r, T, R), mask=valid, other=0.0)
+        if ACTIVATION != "none" or seed is not None:
+            e = activate(e.to(tl.float32), ACTIVATION)
+            if seed is not None:
+                e *= dropout_factors(
+                    seed, m.to(tl.int64), R, threshold, keep_factor, BLOCK_R, R_IS_MULTIPLE_OF_4
+                )
+            e = tl.where(valid, e, 0.0)
+        operand = tl.trans(e.to(g.dtype))
+        sums = tl.dot(tl.trans(g), operand, sums, input_precision=PRECISION)
+    to = partials + group.to(tl.int64) * (C * R)
+    to += channel[:, None] * stride_pc + r[None, :] * stride_pr
+    tl.store(to, sums * scale, mask=(channel < C)[:, None] & (r < R)[None, :])
 
 
 @triton.jit
@@ -554,9 +632,7 @@ def _convolve_backward_weight(
             is_prefix = (in_group & (n < 0))[None, :]
             exists = exists | (is_prefix & (ky * KW + kx == CENTER)[:, None])
             shift = tl.where(is_prefix, 0, shift)
-        g = tl.load(
-            grad_c + offsets[None, :] - shift, mask=exists & (kx < KW)[:, None], other=0.0
-        )
+        g = tl.load(grad_c + offsets[None, :] - shift, mask=exists & (kx < KW)[:, None], other=0.0)
         sums += a[None, :] * g.to(tl.float32)
     to = (group.to(tl.int64) * R + r) * (KH * KW) + ky * KW + kx
     tl.store(partials + to, tl.sum(sums, axis=1), mask=kx < KW)
@@ -620,7 +696,8 @@ def down_backward_kernel(
     grad_y,
     weight,
     grad_x,
-    partials,
+    weight_partials,
+    bias_partials,
     M,
     T,
     C,
@@ -634,24 +711,25 @@ def down_backward_kernel(
     stride_gb,
     stride_gt,
     stride_gc,
-    NEED_WEIGHT: tl.constexpr,
     PAD: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """grad_x = grad_z·weight (+ grad_y), and partial sums [grad weight (R, C) | grad bias (R)].
+    """grad_x = grad_z·weight (+ grad_y), and partial sums of grad weight (R, C) and grad bias (R).
 
-    ``grad_x`` is None where it is not asked for, ``grad_y`` unless x is its own residual.
+    What is None is not asked for, or left to ``weight_backward_kernel``; ``grad_y`` is None unless
+    x is its own residual.
     """
     pid = tl.program_id(0)
     m = pid * BLOCK_T + tl.arange(0, BLOCK_T)
     r = tl.arange(0, BLOCK_R)
     valid = (r < R)[:, None] & (m < M)[None, :]
     g = tl.load(grad_z + _rank_offsets(m, r, T, R), mask=valid, other=0.0)
-    own = partials + pid.to(tl.int64) * (R * C + R)
-    tl.store(own + R * C + r, tl.sum(g.to(tl.float32), axis=1), mask=r < R)
+    if bias_partials is not None:
+        own = bias_partials + pid.to(tl.int64) * R
+        tl.store(own + r, tl.sum(g.to(tl.float32), axis=1), mask=r < R)
     g_of_token = tl.trans(g)
     operand = _tokens_for_dot(g, PAD)
     k, is_channel = _channels_for_dot(R, BLOCK_R, PAD)
@@ -659,12 +737,13 @@ def down_backward_kernel(
     for c0 in range(0, C, BLOCK_C):
         channel = c0 + tl.arange(0, BLOCK_C)
         mask = (m < M)[:, None] & (channel < C)[None, :]
-        if NEED_WEIGHT:
+        if weight_partials is not None:
             x_tile = tl.load(
                 x_rows + channel.to(tl.int64)[None, :] * stride_xc, mask=mask, other=0.0
             )
             product = tl.dot(tl.trans(x_tile), g_of_token, input_precision=PRECISION)
             at = r[None, :] * C + channel[:, None]
+            own = weight_partials + pid.to(tl.int64) * (R * C)
             tl.store(own + at, product, mask=(channel < C)[:, None] & (r < R)[None, :])
         if grad_x is not None:
             w_tile = tl.load(
@@ -683,63 +762,63 @@ def down_backward_kernel(
 
 
 @triton.jit
-def _sum_rows(partials, rows, row, first, size, to, block, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """to[j] = sum over rows of partials[·, first + j] for one block of j, in a fixed order."""
+def _sum_rows(block, partials, rows, size, total, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """One block of total (size,) = the sum of partials (rows, size), in a fixed order."""
     j = block * BLOCK + tl.arange(0, BLOCK)
     i = tl.arange(0, ROWS)
     sums = tl.zeros([ROWS, BLOCK], tl.float32)
     for i0 in range(0, rows, ROWS):
-        at = (i0 + i).to(tl.int64)[:, None] * row + (first + j)[None, :]
+        at = (i0 + i).to(tl.int64)[:, None] * size + j[None, :]
         mask = (i0 + i < rows)[:, None] & (j < size)[None, :]
         sums += tl.load(partials + at, mask=mask, other=0.0)
-    tl.store(to + j, tl.sum(sums, axis=0).to(to.dtype.element_ty), mask=j < size)
+    tl.store(total + j, tl.sum(sums, axis=0).to(total.dtype.element_ty), mask=j < size)
+
+
+@triton.jit
+def _sum_rows_if_mine(block, partials, rows, size, total, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """``_sum_rows`` if ``block`` is one of this total's; returns the block in the next total."""
+    if total is not None:
+        blocks = tl.cdiv(size, BLOCK)
+        if (block >= 0) & (block < blocks):
+            _sum_rows(block, partials, rows, size, total, BLOCK, ROWS)
+        block -= blocks
+    return block
 
 
 @triton.jit
 def sum_partials_kernel(
-    up_partials,
-    up_rows,
-    conv_partials,
-    conv_rows,
-    down_partials,
-    down_rows,
-    up_weight,
-    up_bias,
-    conv_bias,
-    conv_weight,
-    down_weight,
-    down_bias,
-    C,
-    R,
-    TAPS,
+    partials_0,
+    rows_0,
+    size_0,
+    total_0,
+    partials_1,
+    rows_1,
+    size_1,
+    total_1,
+    partials_2,
+    rows_2,
+    size_2,
+    total_2,
+    partials_3,
+    rows_3,
+    size_3,
+    total_3,
+    partials_4,
+    rows_4,
+    size_4,
+    total_4,
+    partials_5,
+    rows_5,
+    size_5,
+    total_5,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Weight gradients from the partial sums; one that is None is not asked for."""
-    pid = tl.program_id(0)
-    size = C * R
-    if up_weight is not None:
-        if (pid >= 0) & (pid < tl.cdiv(size, BLOCK)):
-            _sum_rows(up_partials, up_rows, size + C + R, 0, size, up_weight, pid, BLOCK, ROWS)
-        pid -= tl.cdiv(size, BLOCK)
-    if up_bias is not None:
-        if (pid >= 0) & (pid < tl.cdiv(C, BLOCK)):
-            _sum_rows(up_partials, up_rows, size + C + R, size, C, up_bias, pid, BLOCK, ROWS)
-        pid -= tl.cdiv(C, BLOCK)
-    if conv_bias is not None:
-        if (pid >= 0) & (pid < tl.cdiv(R, BLOCK)):
-            _sum_rows(up_partials, up_rows, size + C + R, size + C, R, conv_bias, pid, BLOCK, ROWS)
-        pid -= tl.cdiv(R, BLOCK)
-    if conv_weight is not None:
-        if (pid >= 0) & (pid < tl.cdiv(R * TAPS, BLOCK)):
-            _sum_rows(
-                conv_partials, conv_rows, R * TAPS, 0, R * TAPS, conv_weight, pid, BLOCK, ROWS
-            )
-        pid -= tl.cdiv(R * TAPS, BLOCK)
-    if down_weight is not None:
-        if (pid >= 0) & (pid < tl.cdiv(size, BLOCK)):
-            _sum_rows(down_partials, down_rows, size + R, 0, size, down_weight, pid, BLOCK, ROWS)
-        pid -= tl.cdiv(size, BLOCK)
-    if down_bias is not None:  # noqa: SIM102  (a compile-time question around one of run time)
-        if (pid >= 0) & (pid < tl.cdiv(R, BLOCK)):
-            _sum_rows(down_partials, down_rows, size + R, size, R, down_bias, pid, BLOCK, ROWS)
+    """Up to six totals (size,) of partial sums (rows, size) in one launch; None is left out."""
+    block = tl.program_id(0)
+    block = _sum_rows_if_mine(block, partials_0, rows_0, size_0, total_0, BLOCK, ROWS)
+    block = _sum_rows_if_mine(block, partials_1, rows_1, size_1, total_1, BLOCK, ROWS)
+    block = _sum_rows_if_mine(block, partials_2, rows_2, size_2, total_2, BLOCK, ROWS)
+    block = _sum_rows_if_mine(block, partials_3, rows_3, size_3, total_3, BLOCK, ROWS)
+    block = _sum_rows_if_mine(block, partials_4, rows_4, size_4, total_4, BLOCK, ROWS)
+    _sum_rows_if_mine(block, partials_5, rows_5, size_5, total_5, BLOCK, ROWS)

@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def _words(seed, group):
-    # Triton's generator is the same Philox 4×32-10; its counter is (group, 0, 0, 0) in 32-bit words.
+    # Triton's generator is the same Philox 4×32-10, with counters of four 32-bit words.
     low = (group & 0xFFFFFFFF).to(tl.uint32)
     high = (group >> 32).to(tl.uint32)
     zero = low * 0
