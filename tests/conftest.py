@@ -15,6 +15,10 @@ import poison
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Triton reads this when a kernel is first imported: its interpreter runs them on the CPU.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 hypothesis.settings.register_profile(
     "default",
     derandomize=True,
