@@ -84,6 +84,9 @@ def adapter_tiles(
     pad = dtype != torch.float32 and block_r < 16
     table = _ADAPTER_FLOAT32 if dtype == torch.float32 else _ADAPTER_16_BIT
     block_t, block_c, num_warps, num_stages = table[max(16, block_r)]
+    if block_t == 128 and num_tokens >= 4 * 256 * num_sms:
+        # Many tokens: half as many partial sums. Two stages, to leave room for a second program.
+        block_t, num_warps, num_stages = 256, 8, 2
     while block_t > 32 and num_tokens < block_t * num_sms:
         block_t //= 2  # few tokens: rather use every multiprocessor
     blocks = -(-dim // block_c)

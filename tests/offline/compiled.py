@@ -28,13 +28,13 @@ class Compiled(NamedTuple):
 
     Attributes:
         registers: of a thread.
-        spilled: bytes of a thread's stack, where registers that did not fit are kept.
+        stack: bytes of a thread's stack, where registers that did not fit are kept.
         shared: bytes of shared memory of a program.
         sass: the machine code, as text.
     """
 
     registers: int
-    spilled: int
+    stack: int
     shared: int
     sass: str
 
@@ -86,7 +86,7 @@ def compile_launch(launch, capability: int) -> Compiled:
     found = {key: int(number) for key, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return Compiled(
         registers=found["REG"],
-        spilled=found["STACK"] + found["LOCAL"],
+        stack=found["STACK"] + found["LOCAL"],
         shared=kernel.metadata.shared,
         sass=sass,
     )

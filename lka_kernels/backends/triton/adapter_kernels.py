@@ -12,6 +12,9 @@ once. Backward: ``up_backward`` reads grad_y once, ``convolve_backward`` works o
 row for every program (for large ranks, ``weight_backward`` does), which ``sum_partials`` adds in a
 fixed order.
 
+What is read once is marked to leave the cache first, so that what the next launch reads (the rank-r
+tensors, the partial sums) stays.
+
 Names in this file: M tokens in all, T of them an image, P prefix tokens, H×W the grid, C the width,
 R the rank, KH×KW the kernel, D its dilation, TOP and LEFT its padding. BLOCK_R is a power of two
 that holds R. The first tap that can touch the grid is KY0, KX0; KY1, KX1 end them.
@@ -25,17 +28,19 @@ from lka_kernels.backends.triton.dropout import dropout_factors
 
 
 @triton.jit
-def _tokens_for_dot(e, PAD: tl.constexpr):
-    """Transpose [R, tokens]; with PAD, zeros follow every channel: [tokens, 2·R].
+def _tokens_for_dot(e, dtype: tl.constexpr, PAD: tl.constexpr):
+    """Transpose [R, tokens] in float32; with PAD, zeros follow every channel: [tokens, 2·R].
 
-    The tensor cores take no fewer than 16 terms of a sum in 16-bit types.
+    The tensor cores take no fewer than 16 terms of a sum in 16-bit types. To ``dtype`` it goes
+    last: on compute capability 10.0 Triton 3.8 fails to compile a product whose operand is itself
+    a reshaped tensor.
     """
     if PAD:
         e = tl.join(e, tl.zeros_like(e))
         e = e.permute(1, 0, 2).reshape(e.shape[1], 2 * e.shape[0])
     else:
         e = tl.trans(e)
-    return e
+    return e.to(dtype)
 
 
 @triton.jit
@@ -96,6 +101,7 @@ def down_kernel(
             rows + c.to(tl.int64)[None, :] * stride_xc,
             mask=(m < M)[:, None] & (c < C)[None, :],
             other=0.0,
+            eviction_policy="evict_first",
         )
         w_tile = tl.load(
             weight + r[None, :] * C + c[:, None],
@@ -339,8 +345,7 @@ def up_kernel(
             seed, m.to(tl.int64), R, threshold, keep_factor, BLOCK_R, R_IS_MULTIPLE_OF_4
         )
     # Channels beyond R may hold anything but must not be NaN times zero.
-    e = tl.where(valid, e, 0.0).to(weight.dtype.element_ty)
-    operand = _tokens_for_dot(e, PAD)
+    operand = _tokens_for_dot(tl.where(valid, e, 0.0), weight.dtype.element_ty, PAD)
     k, is_channel = _channels_for_dot(R, BLOCK_R, PAD)
     to = y + _image_offsets(m, T, stride_yb, stride_yt)[:, None]
     if residual is not None:
@@ -362,7 +367,8 @@ def up_kernel(
         mask = (m < M)[:, None] & (channel < C)[None, :]
         if residual is not None:
             at = rest + channel.to(tl.int64)[None, :] * stride_resc
-            result += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+            rest_tile = tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
+            result += rest_tile.to(tl.float32)
         tl.store(
             to + channel.to(tl.int64)[None, :] * stride_yc,
             result.to(y.dtype.element_ty),
@@ -426,6 +432,7 @@ def up_backward_kernel(
             rows + channel.to(tl.int64)[None, :] * stride_gc,
             mask=has_grad[:, None] & (channel < C)[None, :],
             other=0.0,
+            eviction_policy="evict_first",
         )
         at = channel[:, None] * R + r[None, :]
         mask = (channel < C)[:, None] & (r < R)[None, :]
@@ -731,7 +738,7 @@ def down_backward_kernel(
         own = bias_partials + pid.to(tl.int64) * R
         tl.store(own + r, tl.sum(g.to(tl.float32), axis=1), mask=r < R)
     g_of_token = tl.trans(g)
-    operand = _tokens_for_dot(g, PAD)
+    operand = _tokens_for_dot(g.to(tl.float32), weight.dtype.element_ty, PAD)
     k, is_channel = _channels_for_dot(R, BLOCK_R, PAD)
     x_rows = x + _image_offsets(m, T, stride_xb, stride_xt)[:, None]
     for c0 in range(0, C, BLOCK_C):
@@ -739,7 +746,10 @@ def down_backward_kernel(
         mask = (m < M)[:, None] & (channel < C)[None, :]
         if weight_partials is not None:
             x_tile = tl.load(
-                x_rows + channel.to(tl.int64)[None, :] * stride_xc, mask=mask, other=0.0
+                x_rows + channel.to(tl.int64)[None, :] * stride_xc,
+                mask=mask,
+                other=0.0,
+                eviction_policy="evict_first",
             )
             product = tl.dot(tl.trans(x_tile), g_of_token, input_precision=PRECISION)
             at = r[None, :] * C + channel[:, None]

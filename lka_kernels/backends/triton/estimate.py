@@ -1,0 +1,51 @@
+"""What launches must move, counted from their arguments: an estimate, not a measurement."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lka_kernels.backends.triton.launch import Launch
+
+# A third of an H100's second-level cache: partial sums that fit it are supposed to stay there from
+# the launch that writes them to the one that adds them, as what streams by is marked to be evicted
+# first. Whether they do has not been measured.
+CACHED_BYTES = 50 * 2**20 // 3
+
+
+class Traffic(NamedTuple):
+    """Bytes of a sequence of launches.
+
+    Attributes:
+        memory: bytes that cross between the chip and its memory.
+        cache: bytes of partial sums that are written and read again within the cache.
+        launches: how many there are.
+    """
+
+    memory: int
+    cache: int
+    launches: int
+
+
+def traffic(launches: list[Launch]) -> Traffic:
+    """Count every tensor argument once for each launch that has it.
+
+    This is exact where programs share no input, and supposes that what they do share (weights, the
+    halo of the convolution) is read from memory once. Float32 workspaces of partial sums count as
+    cache traffic if all of them fit ``CACHED_BYTES``.
+    """
+    partial, memory = 0, 0
+    for launch in launches:
+        names = launch.kernel.arg_names
+        for name, argument in zip(names, launch.arguments, strict=False):
+            if not isinstance(argument, Tensor):
+                continue
+            size = argument.numel() * argument.element_size()
+            if "partials" in name:
+                partial += size
+            else:
+                memory += size
+    if partial / 2 <= CACHED_BYTES:  # each workspace is written once and read once
+        return Traffic(memory, partial, len(launches))
+    return Traffic(memory + partial, 0, len(launches))
