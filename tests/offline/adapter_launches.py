@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from lka_kernels.backends.triton import adapter
@@ -44,6 +46,7 @@ def launches(
     return forward, backward
 
 
+@functools.cache
 def to_compile() -> dict[str, Launch]:
     """Launches by a name that says what they are for."""
     half, whole = (torch.bfloat16,), (torch.float32, torch.bfloat16)
