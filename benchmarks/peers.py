@@ -149,6 +149,12 @@ def _ours_adapter(x, *weights_and_prefix) -> Tensor:
     return large_kernel_adapter(x, *weights, num_prefix_tokens=prefix, residual=x)
 
 
+def _ours_adapter_in_triton(*arguments) -> Tensor:
+    # "auto" leaves CUDA tensors to torch until this has been measured.
+    with use_backend("triton"):
+        return _ours_adapter(*arguments)
+
+
 def _eager_contiguous(*arguments) -> Tensor:
     return eager_adapter(*arguments, torch.contiguous_format)
 
@@ -162,7 +168,7 @@ def adapter_peers(device: str) -> list[Peer]:
     on_gpu = device == "cuda"
     mode = "max-autotune-no-cudagraphs" if on_gpu else "default"
     found = [
-        Peer(OURS, _ours_adapter),
+        Peer(OURS, _ours_adapter_in_triton if on_gpu else _ours_adapter),
         Peer("eager_contiguous", _eager_contiguous),
         Peer("eager_channels_last", _eager_channels_last),
         # Compilation takes a minute for each shape on a small CPU.

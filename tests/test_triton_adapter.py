@@ -11,10 +11,11 @@ from lka_kernels import FusedLKA, available_backends, dispatch, ops, philox, til
 from lka_kernels.backends.triton import device_type
 from lka_kernels.functional import large_kernel_adapter
 
-pytestmark = pytest.mark.skipif(
-    available_backends()["triton"] != "ready", reason=available_backends()["triton"]
-)
 DEVICE = device_type()
+STATUS = available_backends()["triton"]
+pytestmark = [pytest.mark.skipif(STATUS != "ready", reason=STATUS)]
+if DEVICE == "cuda":
+    pytestmark.append(pytest.mark.gpu)
 # Triton's interpreter has no bfloat16.
 DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if DEVICE == "cuda" else ())
 
@@ -24,10 +25,13 @@ def names(dtype) -> str:
 
 
 @pytest.mark.parametrize("case", DEFINED, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=names)
-def test_equals_the_specification(case, dtype):
-    if dtype == torch.float16 and case.dropout == 1.0:
-        pytest.skip("float32 has shown it")
+def test_equals_the_specification(case):
+    check_backend(case, torch.float32, "triton", DEVICE)
+
+
+@pytest.mark.parametrize("case", DEFINED[:6], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=names)
+def test_equals_the_specification_in_16_bits(case, dtype):
     check_backend(case, dtype, "triton", DEVICE)
 
 
@@ -63,9 +67,8 @@ PATHS = {
     [
         AdapterCase(2, 40, 12, (5, 4), (5, 5), prefix=1, dropout=0.3, residual=True, scale=0.5),
         AdapterCase(3, 37, 7, (3, 6), (3, 4), position="both", dilation=2, layout="channels_first"),
-        AdapterCase(2, 33, 20, (4, 4), (3, 5), prefix=2, prefix_mode="zero", dropout=0.5),
     ],
-    ids=["center_tap", "channels_first", "zero"],
+    ids=["center_tap", "channels_first"],
 )
 def test_every_path(path, dtype, case, monkeypatch):
     choose = tiles.adapter_tiles
@@ -119,7 +122,7 @@ def test_only_the_gradients_asked_for(wanted, apart, monkeypatch):
 
 
 def test_same_bits_twice():
-    case = AdapterCase(3, 40, 8, (6, 6), (5, 5), prefix=1, dropout=0.1, residual=True)
+    case = AdapterCase(3, 20, 8, (4, 5), (3, 3), prefix=1, dropout=0.1, residual=True)
     tensors = {k: t.to(DEVICE) for k, t in case.tensors(torch.float32).items()}
     grad = torch.randn(tensors["x"].shape, device=DEVICE)
     with use_backend("triton"):

@@ -32,6 +32,7 @@ class _Call(NamedTuple):
     pre: str  # activation in front of the convolution
     post: str  # activation behind it
     precision: str
+    r: int
     tiles: tiles.AdapterTiles
 
     @property
@@ -45,7 +46,8 @@ class _Call(NamedTuple):
         }
 
     def launch(self, kernel, programs: int, *arguments, **constants) -> Launch:
-        """A launch with this call's number of warps and stages."""
+        """A launch with this call's rank, number of warps and stages."""
+        constants = {"R": self.r, **constants}
         return Launch(
             kernel, programs, arguments, constants, self.tiles.num_warps, self.tiles.num_stages
         )
@@ -100,6 +102,7 @@ def _describe(
             "KH": kernel_height,
             "KW": kernel_width,
             "UNROLL": chosen.unroll,
+            "WHOLE_ROW": columns[1] - columns[0] == chosen.unroll,
             "PREFIX": prefix_mode if num_prefix_tokens else None,
             "CENTER": -1 if center is None else center[0] * kernel_width + center[1],
         },
@@ -115,6 +118,7 @@ def _describe(
         pre=activation if activation_position in ("pre", "both") else "none",
         post=activation if activation_position in ("post", "both") else "none",
         precision="tf32" if tf32 else "ieee",
+        r=r,
         tiles=chosen,
     )
 
@@ -161,7 +165,6 @@ def plan_forward(
             a,
             *call.tokens,
             dim,
-            r,
             *x.stride(),
             ACTIVATION=call.pre,
             **call.matrices,
@@ -179,7 +182,6 @@ def plan_forward(
                 c,
                 *call.tokens,
                 *call.grid,
-                r,
                 *call.geometry,
                 **call.kernel,
                 BLOCK_T=t.block_t,
@@ -201,14 +203,12 @@ def plan_forward(
             *call.tokens,
             dim,
             *call.grid,
-            r,
             *call.geometry,
             *y.stride(),
             *((0, 0, 0) if residual is None else residual.stride()),
             **call.kernel,
             CONVOLVE=t.convolve_in_up,
             ACTIVATION=call.post,
-            R_IS_MULTIPLE_OF_4=r % 4 == 0,
             PAD=t.pad,
             BLOCKS_OF_C=t.blocks_of_c,
             **call.matrices,
@@ -299,11 +299,9 @@ def plan_backward(
                 *call.tokens,
                 dim,
                 call.grid[0],
-                r,
                 *grad_output.stride(),
                 PREFIX=call.kernel["PREFIX"],
                 ACTIVATION=call.post,
-                R_IS_MULTIPLE_OF_4=r % 4 == 0,
                 **call.matrices,
             )
         )
@@ -335,7 +333,6 @@ def plan_backward(
                 tokens_per_group,
                 *call.tokens,
                 *call.grid,
-                r,
                 *call.geometry,
                 **call.kernel,
                 ACTIVATION=call.pre,
@@ -359,7 +356,6 @@ def plan_backward(
                 sums.rows(grad_down_bias, programs),
                 *call.tokens,
                 dim,
-                r,
                 *x.stride(),
                 *grad_output.stride(),
                 *((0, 0, 0) if grad_x is None else grad_x.stride()),
@@ -395,7 +391,7 @@ def _weight_backward(
     activation: str = "none",
 ) -> Launch:
     """The gradient of a projection's weight; ``strides`` are those of C and R in it."""
-    dim, r = rows.shape[2], columns.shape[1]
+    dim = rows.shape[2]
     blocks = _cdiv(dim, call.tiles.block_c)
     groups, tokens_per_group = _groups(call, blocks, num_sms)
     return call.launch(
@@ -410,12 +406,10 @@ def _weight_backward(
         *call.tokens,
         dim,
         call.grid[0],
-        r,
         *rows.stride(),
         *strides,
         PREFIX=prefix,
         ACTIVATION=activation,
-        R_IS_MULTIPLE_OF_4=r % 4 == 0,
         **call.matrices,
     )
 

@@ -44,7 +44,7 @@ def _tokens_for_dot(e, dtype: tl.constexpr, PAD: tl.constexpr):
 
 
 @triton.jit
-def _channels_for_dot(R, BLOCK_R: tl.constexpr, PAD: tl.constexpr):
+def _channels_for_dot(R: tl.constexpr, BLOCK_R: tl.constexpr, PAD: tl.constexpr):
     """The channel of every column of ``_tokens_for_dot``, and whether it is one."""
     if PAD:
         k = tl.arange(0, 2 * BLOCK_R)
@@ -80,10 +80,10 @@ def down_kernel(
     M,
     T,
     C,
-    R,
     stride_xb,
     stride_xt,
     stride_xc,
+    R: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -132,7 +132,7 @@ def _convolve(
     P,
     H,
     W,
-    R,
+    R: tl.constexpr,
     TOP,
     LEFT,
     D,
@@ -143,6 +143,7 @@ def _convolve(
     KH: tl.constexpr,
     KW: tl.constexpr,
     UNROLL: tl.constexpr,
+    WHOLE_ROW: tl.constexpr,
     PREFIX: tl.constexpr,
     CENTER: tl.constexpr,
     FLIP: tl.constexpr,
@@ -150,7 +151,7 @@ def _convolve(
     """Sums [channels, tokens] over the taps; with FLIP of the transposed convolution.
 
     PREFIX is None without prefix tokens; CENTER is the tap, ky·KW + kx, that they meet in mode
-    "center_tap", or -1 for none.
+    "center_tap", or -1 for none. WHOLE_ROW: UNROLL taps are all that can touch.
     """
     t = m % T
     n = t - P
@@ -160,6 +161,7 @@ def _convolve(
     offsets = _rank_offsets(m, r, T, R)
     valid_r = r < R
     taps = weight + r * (KH * KW)
+    step = -D if FLIP else D
     sums = tl.zeros([r.shape[0], m.shape[0]], tl.float32)
     for ky in range(KY0, KY1):
         dy = ky * D - TOP
@@ -167,19 +169,24 @@ def _convolve(
             dy = -dy
         row_exists = on_grid & (iy + dy >= 0) & (iy + dy < H)
         for kx0 in range(KX0, KX1, UNROLL):
+            dx = kx0 * D - LEFT
+            if FLIP:
+                dx = -dx
+            # Unrolled taps differ by constants from here on: their addresses need no arithmetic.
+            first_value = source + offsets + (dy * W + dx)
+            first_tap = taps + (ky * KW + kx0)
+            first_x = ix + dx
             for j in tl.static_range(UNROLL):
-                kx = kx0 + j
-                dx = kx * D - LEFT
-                if FLIP:
-                    dx = -dx
-                exists = row_exists & (ix + dx >= 0) & (ix + dx < W) & (kx < KX1)
+                exists = row_exists & (first_x + j * step >= 0) & (first_x + j * step < W)
+                has_tap = valid_r
+                if not WHOLE_ROW:
+                    exists = exists & (kx0 + j < KX1)
+                    has_tap = has_tap & (kx0 + j < KX1)
                 value = tl.load(
-                    source + offsets + (dy * W + dx),
-                    mask=exists[None, :] & valid_r[:, None],
-                    other=0.0,
+                    first_value + j * step, mask=exists[None, :] & valid_r[:, None], other=0.0
                 )
-                tap = tl.load(taps + (ky * KW + kx), mask=valid_r & (kx < KX1), other=0.0)
-                sums += value.to(tl.float32) * tap.to(tl.float32)[:, None]
+                tap = tl.load(first_tap + j, mask=has_tap, other=0.0).to(tl.float32)
+                sums += value.to(tl.float32) * tap[:, None]
     if PREFIX is not None:
         own = tl.load(
             source + offsets, mask=((m < M) & (n < 0))[None, :] & valid_r[:, None], other=0.0
@@ -203,7 +210,7 @@ def _convolve_with_bias(
     P,
     H,
     W,
-    R,
+    R: tl.constexpr,
     TOP,
     LEFT,
     D,
@@ -214,12 +221,13 @@ def _convolve_with_bias(
     KH: tl.constexpr,
     KW: tl.constexpr,
     UNROLL: tl.constexpr,
+    WHOLE_ROW: tl.constexpr,
     PREFIX: tl.constexpr,
     CENTER: tl.constexpr,
 ):
     sums = _convolve(
         source, weight, m, r, M, T, P, H, W, R, TOP, LEFT, D, KY0, KY1, KX0, KX1,
-        KH, KW, UNROLL, PREFIX, CENTER, False,
+        KH, KW, UNROLL, WHOLE_ROW, PREFIX, CENTER, False,
     )  # fmt: skip
     if bias is not None:
         b = tl.load(bias + r, mask=r < R, other=0.0).to(tl.float32)[:, None]
@@ -240,7 +248,6 @@ def convolve_kernel(
     P,
     H,
     W,
-    R,
     TOP,
     LEFT,
     D,
@@ -248,9 +255,11 @@ def convolve_kernel(
     KY1,
     KX0,
     KX1,
+    R: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
     UNROLL: tl.constexpr,
+    WHOLE_ROW: tl.constexpr,
     PREFIX: tl.constexpr,
     CENTER: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -262,7 +271,7 @@ def convolve_kernel(
     r = tl.program_id(0) % blocks_r * BLOCK_R + tl.arange(0, BLOCK_R)
     sums = _convolve_with_bias(
         source, weight, bias, m, r, M, T, P, H, W, R, TOP, LEFT, D, KY0, KY1, KX0, KX1,
-        KH, KW, UNROLL, PREFIX, CENTER,
+        KH, KW, UNROLL, WHOLE_ROW, PREFIX, CENTER,
     )  # fmt: skip
     valid = (r < R)[:, None] & (m < M)[None, :]
     tl.store(c + _rank_offsets(m, r, T, R), sums.to(c.dtype.element_ty), mask=valid)
@@ -288,7 +297,6 @@ def up_kernel(
     P,
     H,
     W,
-    R,
     TOP,
     LEFT,
     D,
@@ -302,14 +310,15 @@ def up_kernel(
     stride_resb,
     stride_rest,
     stride_resc,
+    R: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
     UNROLL: tl.constexpr,
+    WHOLE_ROW: tl.constexpr,
     PREFIX: tl.constexpr,
     CENTER: tl.constexpr,
     CONVOLVE: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    R_IS_MULTIPLE_OF_4: tl.constexpr,
     PAD: tl.constexpr,
     BLOCKS_OF_C: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -331,7 +340,7 @@ def up_kernel(
     if CONVOLVE:
         sums = _convolve_with_bias(
             source, conv_weight, conv_bias, m, r, M, T, P, H, W, R, TOP, LEFT, D,
-            KY0, KY1, KX0, KX1, KH, KW, UNROLL, PREFIX, CENTER,
+            KY0, KY1, KX0, KX1, KH, KW, UNROLL, WHOLE_ROW, PREFIX, CENTER,
         )  # fmt: skip
         rounded = sums.to(c.dtype.element_ty)
         if split == 0:
@@ -341,9 +350,7 @@ def up_kernel(
         sums = tl.load(c + rank_offsets, mask=valid, other=0.0).to(tl.float32)
     e = activate(sums, ACTIVATION)
     if seed is not None:
-        e *= dropout_factors(
-            seed, m.to(tl.int64), R, threshold, keep_factor, BLOCK_R, R_IS_MULTIPLE_OF_4
-        )
+        e *= dropout_factors(seed, m.to(tl.int64), threshold, keep_factor, R, BLOCK_R)
     # Channels beyond R may hold anything but must not be NaN times zero.
     operand = _tokens_for_dot(tl.where(valid, e, 0.0), weight.dtype.element_ty, PAD)
     k, is_channel = _channels_for_dot(R, BLOCK_R, PAD)
@@ -393,13 +400,12 @@ def up_backward_kernel(
     T,
     C,
     P,
-    R,
     stride_gb,
     stride_gt,
     stride_gc,
+    R: tl.constexpr,
     PREFIX: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    R_IS_MULTIPLE_OF_4: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -417,9 +423,7 @@ def up_backward_kernel(
     if weight_partials is not None:
         e = activate(tl.load(c + rank_offsets, mask=valid, other=0.0).to(tl.float32), ACTIVATION)
         if seed is not None:
-            e *= dropout_factors(
-                seed, m.to(tl.int64), R, threshold, keep_factor, BLOCK_R, R_IS_MULTIPLE_OF_4
-            )
+            e *= dropout_factors(seed, m.to(tl.int64), threshold, keep_factor, R, BLOCK_R)
         operand = tl.trans(tl.where(valid, e, 0.0).to(weight.dtype.element_ty))
     has_grad = m < M
     if PREFIX == "zero":
@@ -451,9 +455,7 @@ def up_backward_kernel(
         result = tl.trans(grad_e) * scale
         # Dropout and slope again rather than kept: the loop has better use for registers.
         if seed is not None:
-            result *= dropout_factors(
-                seed, m.to(tl.int64), R, threshold, keep_factor, BLOCK_R, R_IS_MULTIPLE_OF_4
-            )
+            result *= dropout_factors(seed, m.to(tl.int64), threshold, keep_factor, R, BLOCK_R)
         if ACTIVATION != "none":
             conv_sums = tl.load(c + rank_offsets, mask=valid, other=0.0).to(tl.float32)
             result *= slope(conv_sums, ACTIVATION)
@@ -481,15 +483,14 @@ def weight_backward_kernel(
     T,
     C,
     P,
-    R,
     stride_b,
     stride_t,
     stride_c,
     stride_pc,
     stride_pr,
+    R: tl.constexpr,
     PREFIX: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    R_IS_MULTIPLE_OF_4: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -524,9 +525,7 @@ def weight_backward_kernel(
         if ACTIVATION != "none" or seed is not None:
             e = activate(e.to(tl.float32), ACTIVATION)
             if seed is not None:
-                e *= dropout_factors(
-                    seed, m.to(tl.int64), R, threshold, keep_factor, BLOCK_R, R_IS_MULTIPLE_OF_4
-                )
+                e *= dropout_factors(seed, m.to(tl.int64), threshold, keep_factor, R, BLOCK_R)
             e = tl.where(valid, e, 0.0)
         operand = tl.trans(e.to(g.dtype))
         sums = tl.dot(tl.trans(g), operand, sums, input_precision=PRECISION)
@@ -547,7 +546,7 @@ def _convolve_backward_input(
     P,
     H,
     W,
-    R,
+    R: tl.constexpr,
     TOP,
     LEFT,
     D,
@@ -558,6 +557,7 @@ def _convolve_backward_input(
     KH: tl.constexpr,
     KW: tl.constexpr,
     UNROLL: tl.constexpr,
+    WHOLE_ROW: tl.constexpr,
     PREFIX: tl.constexpr,
     CENTER: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -570,7 +570,7 @@ def _convolve_backward_input(
     r = index % blocks_r * BLOCK_R + tl.arange(0, BLOCK_R)
     sums = _convolve(
         grad_c, weight, m, r, M, T, P, H, W, R, TOP, LEFT, D, KY0, KY1, KX0, KX1,
-        KH, KW, UNROLL, PREFIX, CENTER, True,
+        KH, KW, UNROLL, WHOLE_ROW, PREFIX, CENTER, True,
     )  # fmt: skip
     offsets = _rank_offsets(m, r, T, R)
     valid = (r < R)[:, None] & (m < M)[None, :]
@@ -592,7 +592,7 @@ def _convolve_backward_weight(
     P,
     H,
     W,
-    R,
+    R: tl.constexpr,
     TOP,
     LEFT,
     D,
@@ -659,7 +659,6 @@ def convolve_backward_kernel(
     P,
     H,
     W,
-    R,
     TOP,
     LEFT,
     D,
@@ -667,9 +666,11 @@ def convolve_backward_kernel(
     KY1,
     KX0,
     KX1,
+    R: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
     UNROLL: tl.constexpr,
+    WHOLE_ROW: tl.constexpr,
     PREFIX: tl.constexpr,
     CENTER: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -686,7 +687,8 @@ def convolve_backward_kernel(
         if grad_z is not None:
             _convolve_backward_input(
                 pid, grad_c, z, weight, grad_z, M, T, P, H, W, R, TOP, LEFT, D,
-                KY0, KY1, KX0, KX1, KH, KW, UNROLL, PREFIX, CENTER, ACTIVATION, BLOCK_T, BLOCK_R,
+                KY0, KY1, KX0, KX1, KH, KW, UNROLL, WHOLE_ROW, PREFIX, CENTER,
+                ACTIVATION, BLOCK_T, BLOCK_R,
             )  # fmt: skip
     else:
         if partials is not None:
@@ -708,7 +710,6 @@ def down_backward_kernel(
     M,
     T,
     C,
-    R,
     stride_xb,
     stride_xt,
     stride_xc,
@@ -718,6 +719,7 @@ def down_backward_kernel(
     stride_gb,
     stride_gt,
     stride_gc,
+    R: tl.constexpr,
     PAD: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,

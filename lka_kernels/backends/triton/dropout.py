@@ -17,26 +17,25 @@ def _words(seed, group):
 def dropout_factors(
     seed_pointer,
     token,
-    r,
     threshold,
     keep_factor,
+    R: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    R_IS_MULTIPLE_OF_4: tl.constexpr,
 ):
-    """Factors [BLOCK_R, tokens] (0 or ``keep_factor``) of channels 0 … of each token.
+    """Factors [BLOCK_R, tokens] (0 or ``keep_factor``) of channels 0 … R - 1 of each token.
 
-    Element ``token · r + channel`` of the mask is word ``element % 4`` of counter ``element // 4``.
+    Element ``token · R + channel`` of the mask is word ``element % 4`` of counter ``element // 4``.
     ``token`` is int64; ``threshold`` is ``philox.drop_threshold``.
     """
     seed = tl.load(seed_pointer)
-    if R_IS_MULTIPLE_OF_4:
+    if R % 4 == 0:
         # Four neighbouring channels share a counter: compute it once.
         groups = tl.arange(0, BLOCK_R // 4)
-        w0, w1, w2, w3 = _words(seed, (token * (r // 4))[None, :] + groups[:, None])
+        w0, w1, w2, w3 = _words(seed, (token * (R // 4))[None, :] + groups[:, None])
         words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [groups, tokens, 2, 2]
         words = words.permute(0, 2, 3, 1).reshape(BLOCK_R, token.shape[0])
     else:
-        element = (token * r)[None, :] + tl.arange(0, BLOCK_R)[:, None]
+        element = (token * R)[None, :] + tl.arange(0, BLOCK_R)[:, None]
         w0, w1, w2, w3 = _words(seed, element >> 2)
         lane = element & 3
         words = tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
