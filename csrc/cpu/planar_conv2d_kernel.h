@@ -102,35 +102,86 @@ class PlaneRows {
   T* const rows_;
 };
 
-// Outputs of one tile: kRows rows of kVectors vectors that begin at columns `start`. `source` is
-// the buffer row of the first; of the kRows + K - 1 rows from there, those in [live_begin,
-// live_end) are read. Weights stand column by column: tap (m, n) is weight[n·K + m]. The first
-// out_count lanes of every vector are stored.
-template <class T, int V, int K, int kRows, int kVectors>
-void planar_tile(const T* source, int64_t pitch, const int64_t* start, int64_t live_begin,
+// Where tiles find their source: row(index) is the source at the first tap of the first output of
+// a row, pitch() leads to the next row, and load() takes what a vector of outputs meets at a tap.
+template <class T, int V>
+struct PaddedRows {
+  static constexpr int kMostVectors = 2;
+  const PlaneRows<T, V>& rows;
+
+  int64_t pitch() const { return rows.pitch(); }
+  const T* row(int64_t index) const { return rows.row(index); }
+  Vec<T, V> load(const T* at, int tap) const { return ::load<T, V>(at + tap); }
+};
+
+#if defined(LKA_AVX512)
+// The same of rows of outputs that fit a vector, read where they stand: zeros are what a mask
+// leaves out. A row that has only just been copied would be read across the edges of those stores,
+// and such loads wait until the stores have left for the cache.
+template <class T, int V, int K>
+struct RowsInPlace {
+  static constexpr int kMostVectors = 1;
+  const int64_t stride_h;
+  const T* first = nullptr;
+  uint32_t mask[K];
+
+  explicit RowsInPlace(const ConvolvePlan& plan) : stride_h(plan.source.stride_h) {
+    for (int n = 0; n < K; ++n) {
+      mask[n] = 0;
+      for (int lane = 0; lane < V; ++lane) {
+        const int64_t column = plan.origin_x + n + lane;
+        mask[n] |= uint32_t(column >= 0 && column < plan.source.width) << lane;
+      }
+    }
+  }
+
+  // Row 0 and column 0 are element (y, x) of the plane, which may lie outside of it.
+  template <class S>
+  void begin(const S* plane, int64_t y, int64_t x) {
+    first = reinterpret_cast<const T*>(plane) + y * stride_h + x;
+  }
+  int64_t pitch() const { return stride_h; }
+  const T* row(int64_t index) const { return first + index * stride_h; }
+  Vec<T, V> load(const T* at, int tap) const { return load_masked<T, V, T>(at + tap, mask[tap]); }
+};
+#endif
+
+// Outputs of one tile: kRows rows of kVectors vectors that begin at columns `start`. `first` is the
+// source row of the first; of the kRows + K - 1 rows from there, those in [live_begin, live_end)
+// are read. Weights stand column by column: tap (m, n) is weight[n·K + m]. The first out_count
+// lanes of every vector are stored.
+template <class T, int V, int K, int kRows, int kVectors, class Source>
+void planar_tile(const Source& source, const T* first, const int64_t* start, int64_t live_begin,
                  int64_t live_end, const T* weight, T bias, T* out, int64_t out_row,
                  const int64_t* out_start, int out_count) {
   Vec<T, V> sum[kRows][kVectors];
+#pragma GCC unroll kUnroll
   for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll kUnroll
     for (int x = 0; x < kVectors; ++x) sum[r][x] = splat<T, V>(bias);
 #pragma GCC unroll kUnroll
   for (int y = 0; y < kRows + K - 1; ++y) {
     if (y < live_begin || y >= live_end) continue;
-    const T* row = source + y * pitch;
+    const T* row = first + y * source.pitch();
+    keep_in_register(weight);  // all taps of all rows at once would push the sums out of registers
 #pragma GCC unroll kUnroll
     for (int n = 0; n < K; ++n) {
       Vec<T, V> value[kVectors];
-      for (int x = 0; x < kVectors; ++x) value[x] = load<T, V>(row + start[x] + n);
+#pragma GCC unroll kUnroll
+      for (int x = 0; x < kVectors; ++x) value[x] = source.load(row + start[x], n);
 #pragma GCC unroll kUnroll
       for (int r = 0; r < kRows; ++r) {
         const int m = y - r;
         if (m < 0 || m >= K) continue;
         const Vec<T, V> tap = splat<T, V>(weight[n * K + m]);
+#pragma GCC unroll kUnroll
         for (int x = 0; x < kVectors; ++x) sum[r][x] += tap * value[x];
       }
     }
   }
+#pragma GCC unroll kUnroll
   for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll kUnroll
     for (int x = 0; x < kVectors; ++x)
       store_some<T, V, T>(out + r * out_row + out_start[x], sum[r][x], out_count);
 }
@@ -139,10 +190,15 @@ void planar_tile(const T* source, int64_t pitch, const int64_t* start, int64_t l
 constexpr int kTallTile = 7, kLowTile = 4;
 static_assert(kLowTile == lka::cpu::kFewestPlanarRows, "the planner relies on it");
 
+template <int R, int N>
+struct TileShape {
+  static constexpr int kRows = R, kVectors = N;
+};
+
 // Outputs of `rows` rows from `first` on (relative to the source's row origin_y).
-template <class T, int V, int K, class S>
-void convolve_plane(const ConvolvePlan& plan, const PlaneRows<T, V>& source, int64_t first,
-                    int64_t rows, const T* weight, T bias, S* target, Ahead& ahead) {
+template <class T, int V, int K, class S, class Source>
+void convolve_plane(const ConvolvePlan& plan, const Source& source, int64_t first, int64_t rows,
+                    const T* weight, T bias, S* target, Ahead& ahead) {
   const int64_t width = plan.target.width, stride = plan.target.stride_h;
   const int64_t in_height = plan.source.height;
   const bool tall =
@@ -174,16 +230,17 @@ void convolve_plane(const ConvolvePlan& plan, const PlaneRows<T, V>& source, int
         out_start = start;
       }
       const T* from = source.row(row);
-      if (vectors == 2)
-        planar_tile<T, V, K, kLowTile, 2>(from, source.pitch(), start, live_begin, live_end, weight,
-                                          bias, out, out_row, out_start, direct ? lanes : V);
-      else if (tall)
-        planar_tile<T, V, K, kTallTile, 1>(from, source.pitch(), start, live_begin, live_end,
-                                           weight, bias, out, out_row, out_start,
-                                           direct ? lanes : V);
+      const auto tile = [&](auto shape) {
+        planar_tile<T, V, K, decltype(shape)::kRows, decltype(shape)::kVectors>(
+            source, from, start, live_begin, live_end, weight, bias, out, out_row, out_start,
+            direct ? lanes : V);
+      };
+      if (tall)
+        tile(TileShape<kTallTile, 1>{});
+      else if (Source::kMostVectors == 1 || vectors == 1)
+        tile(TileShape<kLowTile, 1>{});
       else
-        planar_tile<T, V, K, kLowTile, 1>(from, source.pitch(), start, live_begin, live_end, weight,
-                                          bias, out, out_row, out_start, direct ? lanes : V);
+        tile(TileShape<kLowTile, Source::kMostVectors>{});
       if (!direct) {
         for (int64_t r = 0; r < height; ++r)
           for (int x = 0; x < vectors; ++x)
@@ -198,6 +255,10 @@ void convolve_plane(const ConvolvePlan& plan, const PlaneRows<T, V>& source, int
 template <class T, int V, int K, class S>
 void convolve_planes(const ConvolvePlan& plan, int64_t begin, int64_t end, void* scratch) {
   PlaneRows<T, V> rows(plan.buffer, static_cast<T*>(scratch));
+#if defined(LKA_AVX512)
+  constexpr bool kInPlace = sizeof(S) == sizeof(T) && kHasMasks<S, V>;
+  RowsInPlace<T, V, K> in_place(plan);
+#endif
   const MapView &in = plan.source, &out = plan.target;
   const int64_t num_bands = plan.num_bands;
   const int64_t num_chunks = (plan.band + plan.chunk - 1) / plan.chunk;
@@ -228,13 +289,23 @@ void convolve_planes(const ConvolvePlan& plan, int64_t begin, int64_t end, void*
         ahead.second.begin_at_rate(plane_region<S>(out, target.data()), write_lines, true);
       }
     }
+#if defined(LKA_AVX512)
+    if constexpr (kInPlace) {
+      if (out.width <= V) {
+        in_place.begin(from, first + plan.origin_y, plan.origin_x);
+        convolve_plane<T, V, K, S>(plan, in_place, first, last - first, weight, bias, to, ahead);
+        continue;
+      }
+    }
+#endif
     int64_t row = first;
     for (int64_t chunk = 1; chunk <= num_chunks; ++chunk) {
       const int64_t row_end =
           chunk == num_chunks ? last : first + chunk * (last - first) / num_chunks;
       rows.template fill<S>(from, in, row + plan.origin_y, plan.origin_x, row_end - row + K - 1,
                             false);
-      convolve_plane<T, V, K, S>(plan, rows, row, row_end - row, weight, bias, to, ahead);
+      convolve_plane<T, V, K, S>(plan, PaddedRows<T, V>{rows}, row, row_end - row, weight, bias, to,
+                                 ahead);
       row = row_end;
     }
   }

@@ -39,25 +39,6 @@ inline void load_ahead(const void* at) {
   __builtin_prefetch(static_cast<const char*>(at) + kAhead, 0, 2);
 }
 
-// Half as many partial sums of a and of b, those of a in the lanes J without bit D.
-template <int D, class V, int... J>
-inline V fold_pair(V a, V b, std::integer_sequence<int, J...>) {
-  constexpr int n = sizeof...(J);
-  return __builtin_shufflevector(a, b, ((J & D) ? n + J - D : J)...) +
-         __builtin_shufflevector(a, b, ((J & D) ? n + J : J + D)...);
-}
-
-// V/N partial sums of each of N vectors kStep apart, side by side; N is a power of two.
-template <class T, int V, int N, int kStep = 1>
-inline Vec<T, V> fold(const Vec<T, V>* vectors) {
-  if constexpr (N == 1)
-    return vectors[0];
-  else
-    return fold_pair<V / N>(fold<T, V, N / 2, 2 * kStep>(vectors),
-                            fold<T, V, N / 2, 2 * kStep>(vectors + kStep),
-                            std::make_integer_sequence<int, V>{});
-}
-
 template <class V, int... J>
 inline auto add_neighbours(V v, std::integer_sequence<int, J...>) {
   return __builtin_shufflevector(v, v, (2 * J)...) + __builtin_shufflevector(v, v, (2 * J + 1)...);

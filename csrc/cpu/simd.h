@@ -52,9 +52,10 @@ struct BitsOf<double> {
   using type = uint64_t;
 };
 
+// Minus zero, not plus: that would make 0 of -0, and so be an addition at run time.
 template <class T, int V>
 inline Vec<T, V> splat(T value) {
-  return Vec<T, V>{} + value;
+  return value - Vec<T, V>{};
 }
 
 template <int V, class T>
@@ -275,7 +276,10 @@ inline void store_some(S* p, Vec<T, V> v, int count) {
 
 template <class T, class S>
 inline T load_one(const S* p) {
-  return load_some<T, 4, S>(p, 1)[0];
+  if constexpr (sizeof(S) > 2)
+    return *p;
+  else
+    return load_some<T, 4, S>(p, 1)[0];
 }
 
 // Swap blocks of D columns between rows I and I + D; all D in turn transpose the square.
@@ -300,6 +304,25 @@ inline void transpose(Vec<T, V> (&rows)[V]) {
     }
     transpose<T, V, D / 2>(rows);
   }
+}
+
+// Half as many partial sums of a and of b, those of a in the lanes J without bit D.
+template <int D, class V, int... J>
+inline V fold_pair(V a, V b, std::integer_sequence<int, J...>) {
+  constexpr int n = sizeof...(J);
+  return __builtin_shufflevector(a, b, ((J & D) ? n + J - D : J)...) +
+         __builtin_shufflevector(a, b, ((J & D) ? n + J : J + D)...);
+}
+
+// V/N partial sums of each of N vectors kStep apart, side by side; N is a power of two.
+template <class T, int V, int N, int kStep = 1>
+inline Vec<T, V> fold(const Vec<T, V>* vectors) {
+  if constexpr (N == 1)
+    return vectors[0];
+  else
+    return fold_pair<V / N>(fold<T, V, N / 2, 2 * kStep>(vectors),
+                            fold<T, V, N / 2, 2 * kStep>(vectors + kStep),
+                            std::make_integer_sequence<int, V>{});
 }
 
 }  // namespace
