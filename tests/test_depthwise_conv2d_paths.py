@@ -1,4 +1,4 @@
-"""The compiled kernels' special cases: planar, dense and paired forms, what is cut into parts.
+"""The compiled kernels' special cases: planar, dense, paired, flat; what is cut into parts.
 
 Which of them serves a call depends on sizes that random cases rarely reach.
 """
@@ -64,6 +64,45 @@ PAIRED = {
     "rows apart": Case(2, 20, 12, 17, (9, 9), padding="same", layout="cropped"),
     "narrow rows": Case(3, 20, 7, 7, (3, 3), padding="same"),
 }
+FLAT = {
+    # bfloat16 takes whole planes as vectors in the weight gradient where the processor can.
+    "less than a vector": Case(3, 5, 5, 6, (3, 3), padding="same"),
+    "one vector": Case(2, 5, 4, 8, (5, 5), padding="same"),
+    "two vectors": Case(3, 5, 7, 7, (7, 7), padding="same"),
+    "all bits of a mask": Case(2, 5, 8, 8, (5, 5), padding="same"),
+    "one position too many": Case(2, 5, 5, 13, (3, 3), padding="same"),
+    "wider than high": Case(2, 4, 5, 7, (5, 5), padding="same"),
+    "higher than wide": Case(2, 4, 21, 3, (3, 3), padding="same"),
+    "one row": Case(2, 4, 1, 9, (3, 3), padding="same"),
+    "one image": Case(1, 37, 7, 7, (3, 3), padding="same"),
+    "more images than are taken together": Case(35, 3, 7, 7, (3, 3), padding="same"),
+    "parts of the batch": Case(35, 1, 7, 7, (5, 5), padding="same"),
+    "more channels than tasks": Case(2, 131, 7, 7, (5, 5), padding="same"),
+    "fewer rows of outputs": Case(2, 5, 9, 7, (3, 3), padding=(0, 1)),
+    "more rows of outputs": Case(2, 5, 4, 7, (3, 3), padding=(3, 1)),
+    "columns of other outputs": Case(2, 5, 7, 6, (3, 3), padding=(1, 0)),
+    "a kernel clipped to 5 taps": Case(3, 5, 3, 3, (9, 9), padding="same"),
+    "a kernel clipped in height": Case(3, 5, 2, 9, (9, 3), padding="same"),
+    "a kernel clipped in width": Case(3, 5, 9, 2, (3, 9), padding="same"),
+    "no bias": Case(3, 5, 7, 7, (3, 3), padding="same", bias=False),
+    "rows apart": Case(2, 5, 7, 7, (3, 3), padding="same", layout="cropped"),
+    "rows of the gradient apart": Case(2, 5, 7, 7, (3, 3), padding="same", grad_layout="cropped"),
+    "columns apart": Case(2, 5, 7, 7, (3, 3), padding="same", layout="transposed"),
+    "one image many times": Case(5, 5, 7, 7, (3, 3), padding="same", layout="expanded"),
+    "one channel many times": Case(
+        3, 5, 7, 7, (3, 3), padding="same", grad_layout="expanded_channels"
+    ),
+    "the gradient in another layout": Case(
+        2, 20, 7, 7, (3, 3), padding="same", grad_layout="channels_last"
+    ),
+}
+
+
+@pytest.mark.usefixtures("compiled_cpu")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", FLAT.values(), ids=FLAT)
+def test_flat(case, dtype):
+    check_case(case, dtype, "direct")
 
 
 @pytest.mark.usefixtures("compiled_cpu")
@@ -118,12 +157,14 @@ def test_dense_bands():
 
 @pytest.mark.usefixtures("compiled_cpu")
 @pytest.mark.parametrize(("batch", "channels"), [(1, 1), (1, 3), (5, 2), (2, 40)])
-@pytest.mark.parametrize("kernel", [3, 7, 25])
+@pytest.mark.parametrize(
+    ("kernel", "size"), [(3, (65, 40)), (7, (65, 40)), (25, (65, 40)), (3, (7, 7)), (7, (7, 7))]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_bits_do_not_depend_on_threads(batch, channels, kernel, dtype):
+def test_bits_do_not_depend_on_threads(batch, channels, kernel, size, dtype):
     """Also where a plane is cut into bands because there are fewer planes than threads."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, channels, 65, 40, generator=generator).to(dtype)
+    x = torch.randn(batch, channels, *size, generator=generator).to(dtype)
     weight = torch.randn(channels, 1, kernel, kernel, generator=generator).to(dtype)
     results = []
     before = torch.get_num_threads()

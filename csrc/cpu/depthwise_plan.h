@@ -44,6 +44,8 @@ struct SourceBuffer {
 
 // Planar kernels compute tiles of at least this many rows.
 constexpr int64_t kFewestPlanarRows = 4;
+// Positions of a flat plane: bits of a mask.
+constexpr int64_t kMostFlatPositions = 64;
 
 // Forward or backward-input. A task is one band of output rows of buffer.blocks blocks of planes;
 // of planar kernels, of one plane; of the dense form, of one block, without source rows in a

@@ -103,6 +103,15 @@ int64_t choose_chunk(SourceBuffer& buffer, int64_t most_blocks, int64_t vector_b
   return std::min(outputs, least + std::max<int64_t>(0, more));
 }
 
+bool unit_steps(const ConvParams& p) {
+  return p.stride_h == 1 && p.stride_w == 1 && p.dilation_h == 1 && p.dilation_w == 1;
+}
+
+// A square of 3, 5 or 7 taps.
+bool small_square(int64_t taps_y, int64_t taps_x) {
+  return (taps_y == 3 || taps_y == 5 || taps_y == 7) && taps_x == taps_y;
+}
+
 // Whether planar kernels serve a convolution with this many taps (clipped) between these maps. They
 // widen 16-bit types once for every vector that they store and narrow them through memory: there
 // the other kernels are mostly faster on rows of at most half a vector, and with 7 taps.
@@ -111,10 +120,22 @@ bool planar_serves(const ConvParams& p, int64_t taps_y, int64_t taps_x, const Ma
   const bool two_bytes = p.storage == Storage::bfloat16 || p.storage == Storage::float16;
   if (two_bytes && (taps_y == 7 || target.width <= kernels(p.storage).planar_half.lanes))
     return false;
-  return p.stride_h == 1 && p.stride_w == 1 && p.dilation_h == 1 && p.dilation_w == 1 &&
-         (taps_y == 3 || taps_y == 5 || taps_y == 7) && taps_x == taps_y &&  //
-         source.stride_w == 1 && target.stride_w == 1 &&                     //
+  return unit_steps(p) && small_square(taps_y, taps_x) &&  //
+         source.stride_w == 1 && target.stride_w == 1 &&   //
          target.height >= kFewestPlanarRows && target.width >= kFewestPlanarRows;
+}
+
+// Whether the elements of a plane follow each other.
+bool without_gaps(const MapView& map) {
+  return map.stride_w == 1 && (map.height == 1 || map.stride_h == map.width);
+}
+
+// Whether the flat kernel serves the weight gradient with this many taps (clipped).
+bool flat_serves(const ConvParams& p, int64_t taps_y, int64_t taps_x) {
+  const MapView &input = p.input, &grad = p.output;
+  return kernels(p.storage).flat.weight_gradient != nullptr && unit_steps(p) &&
+         small_square(taps_y, taps_x) && input.width == grad.width && without_gaps(input) &&
+         without_gaps(grad) && grad.height * grad.width <= kMostFlatPositions;
 }
 
 const DepthwiseKernels* planar_kernels(Storage storage, int64_t width) {
@@ -215,23 +236,41 @@ void plan_planar(PlannedConvolution& planned, int num_threads) {
       double(plan.band * ceil_div(plan.target.width, lanes)) * double(taps * taps + 4);
 }
 
+// Weight gradients where a task takes some channels of some images.
+void divide_planes(PlannedWeightGradient& planned) {
+  WeightGradientPlan& plan = planned.plan;
+  plan.lanes = one_plane_each(plan.batch, plan.channels);
+  plan.num_groups = std::min(plan.channels, kWeightGradientTasks);
+  plan.num_parts = std::min(plan.batch, ceil_div(kWeightGradientTasks, plan.num_groups));
+  planned.num_tasks = plan.num_groups * plan.num_parts;
+  planned.partial_elements = plan.channels * plan.num_parts * (plan.kernel_h * plan.kernel_w + 1);
+}
+
+void plan_flat(PlannedWeightGradient& planned) {
+  WeightGradientPlan& plan = planned.plan;
+  planned.kernels = &kernels(plan.storage).flat;
+  divide_planes(planned);
+  plan.scratch_elements = 0;
+  const int64_t vectors =
+      ceil_div(plan.grad_output.height * plan.grad_output.width, planned.kernels->lanes);
+  planned.multiply_adds_per_task = double(plan.batch * plan.channels) / double(planned.num_tasks) *
+                                   double(vectors) *
+                                   double((plan.y.count + 2) * (plan.x.count + 2));
+}
+
 void plan_planar(PlannedWeightGradient& planned) {
   WeightGradientPlan& plan = planned.plan;
   const int64_t bytes = arithmetic_bytes(plan.storage);
   const int64_t taps = plan.y.count, height = plan.grad_output.height;
   planned.kernels = planar_kernels(plan.storage, plan.grad_output.width);
   const int lanes = planned.kernels->lanes;
-  plan.lanes = one_plane_each(plan.batch, plan.channels);
-  plan.num_groups = std::min(plan.channels, kWeightGradientTasks);
-  plan.num_parts = std::min(plan.batch, ceil_div(kWeightGradientTasks, plan.num_groups));
+  divide_planes(planned);
   const int64_t vectors = ceil_div(plan.grad_output.width, lanes);
   plan.chunk =
       planar_chunk(plan.buffer, vectors * lanes + taps - 1, lanes, bytes, height, 2 * (taps - 1));
   const int64_t sums = (taps * taps + 1) * lanes;  // of one channel
   plan.channels_together = std::max<int64_t>(1, kPlanarSumsBytes / (sums * bytes));
   plan.scratch_elements = plan.buffer.rows * plan.buffer.columns + plan.channels_together * sums;
-  planned.num_tasks = plan.num_groups * plan.num_parts;
-  planned.partial_elements = plan.channels * plan.num_parts * (plan.kernel_h * plan.kernel_w + 1);
   planned.multiply_adds_per_task = double(plan.batch * plan.channels) / double(planned.num_tasks) *
                                    double(height * vectors) * double(taps * taps + 4);
 }
@@ -393,6 +432,10 @@ PlannedWeightGradient plan_backward_weight(const ConvParams& p) {
   plan.x = axis(forward_phases(p.input.width, p.output.width, p.kernel_w, p.stride_w, p.dilation_w,
                                p.pad_left)[0],
                 p.output.width, p.stride_w, p.dilation_w);
+  if (flat_serves(p, plan.y.count, plan.x.count)) {
+    plan_flat(planned);
+    return planned;
+  }
   if (planar_serves(p, plan.y.count, plan.x.count, p.input, p.output)) {
     plan_planar(planned);
     return planned;

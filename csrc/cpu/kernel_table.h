@@ -36,6 +36,8 @@ struct KernelSet {
   // Forward and backward-input with two rows of the source in a lane; null where there is no such
   // instruction.
   DepthwiseKernels paired_full, paired_half;
+  // Backward-weight of small planes with all their elements in the lanes; null likewise.
+  DepthwiseKernels flat;
 };
 
 struct KernelTable {

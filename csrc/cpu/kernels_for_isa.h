@@ -5,6 +5,7 @@
 // be used below: the linker keeps one copy of each, and it could be the one for the widest
 // instruction set.
 #include "depthwise_conv2d_kernel.h"
+#include "flat_weight_gradient.h"
 #include "kernel_table.h"
 #include "large_kernel_adapter_kernel.h"
 #include "planar_conv2d_kernel.h"
@@ -38,11 +39,15 @@ template <int V>
 constexpr lka::cpu::DepthwiseKernels paired_kernels() {
   return {V, &pack_paired_weights<V>, &convolve_paired<V>, nullptr};
 }
+constexpr lka::cpu::DepthwiseKernels flat_kernels() {
+  return {kFlatLanes, nullptr, nullptr, &flat_weight_gradient};
+}
 #else
 template <int V>
 constexpr lka::cpu::DepthwiseKernels paired_kernels() {
   return {};
 }
+constexpr lka::cpu::DepthwiseKernels flat_kernels() { return {}; }
 #endif
 
 template <class T>
@@ -55,7 +60,8 @@ constexpr lka::cpu::KernelSet kernel_set() {
           adapter_kernels<T, kFull, kFull>(),
           adapter_kernels<T, kHalf, kFull>(),
           paired_kernels<kFull>(),
-          paired_kernels<kHalf>()};
+          paired_kernels<kHalf>(),
+          flat_kernels()};
 }
 
 }  // namespace
