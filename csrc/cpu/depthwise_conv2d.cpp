@@ -117,23 +117,28 @@ void reduce(const WeightGradientPlan& plan, void* grad_weight, void* grad_bias) 
   torch::stable::parallel_for(
       0, (plan.channels + together - 1) / together, grain(double(terms * taps * together)),
       [&](int64_t begin, int64_t end) {
-        T* sums = static_cast<T*>(task_scratch().get(size_t((taps + 1) * together) * sizeof(T)));
+        T* total = static_cast<T*>(task_scratch().get(size_t((taps + 1) * together) * sizeof(T)));
         for (int64_t group = begin; group < end; ++group) {
           const int64_t channel = group * together;
           const int64_t count = std::min(together, plan.channels - channel);
-          std::fill(sums, sums + (taps + 1) * together, T(0));
-          for (int64_t term = 0; term < terms; ++term) {
-            const T* partial = first_partial(term, channel);
-            if (together == lanes)
-              for (int64_t i = 0; i < (taps + 1) * lanes; ++i) sums[i] += partial[i];
-            else
-              for (int64_t tap = 0; tap <= taps; ++tap) sums[tap] += partial[tap * lanes];
+          const T* sums = total;
+          if (terms == 1 && together == lanes) {
+            sums = first_partial(0, channel);
+          } else {
+            std::fill(total, total + (taps + 1) * together, T(0));
+            for (int64_t term = 0; term < terms; ++term) {
+              const T* partial = first_partial(term, channel);
+              if (together == lanes)
+                for (int64_t i = 0; i < (taps + 1) * lanes; ++i) total[i] += partial[i];
+              else
+                for (int64_t tap = 0; tap <= taps; ++tap) total[tap] += partial[tap * lanes];
+            }
           }
           for (int64_t c = 0; c < count; ++c) {
-            for (int64_t tap = 0; tap < taps; ++tap)
-              store_rounded(sums[tap * together + c], plan.storage, grad_weight,
-                            (channel + c) * taps + tap);
-            store_rounded(sums[taps * together + c], plan.storage, grad_bias, channel + c);
+            store_rounded(sums + c, together, taps, plan.storage, grad_weight,
+                          (channel + c) * taps);
+            store_rounded(sums + taps * together + c, together, 1, plan.storage, grad_bias,
+                          channel + c);
           }
         }
       });
