@@ -41,7 +41,8 @@ struct TapRange {
   int64_t begin, end;
 };
 
-inline TapRange live_taps(const Axis& axis, int64_t out, int64_t count) {
+__attribute__((always_inline)) inline TapRange live_taps(const Axis& axis, int64_t out,
+                                                         int64_t count) {
   const int64_t lowest = axis.first + out * axis.out_step;
   const int64_t highest = lowest + (count - 1) * axis.out_step;
   const int64_t begin = ceil_div(axis.live_begin - highest, axis.tap_step);
@@ -77,6 +78,28 @@ struct Correlation {
   int64_t out_column;      // elements from one output column to the next
   Ahead* ahead = nullptr;  // advances by steps_of_rows for the rows of taps of a tile
 };
+
+// A copy of a correlation, as a store of a vector might change what lies behind a reference; made
+// number by number. The compiler would copy whole vectors: read across what the caller has only
+// just stored one by one, they wait until these stores and all before have left for the cache.
+template <class N>
+__attribute__((always_inline)) inline N scalar(N n) {
+  asm("" : "+r"(n));
+  return n;
+}
+
+__attribute__((always_inline)) inline Axis copy_of(const Axis& a) {
+  return {scalar(a.out_count), scalar(a.taps),       scalar(a.out_step), scalar(a.tap_step),
+          scalar(a.first),     scalar(a.live_begin), scalar(a.live_end)};
+}
+
+template <class T, int V, class Taps>
+__attribute__((always_inline)) inline Correlation<T, V, Taps> copy_of(
+    const Correlation<T, V, Taps>& c) {
+  return {scalar(c.source_rows), scalar(c.weight),  scalar(c.weight_row), scalar(c.weight_column),
+          copy_of(c.y),          copy_of(c.x),      scalar(c.bias),       c.accumulate,
+          scalar(c.out),         scalar(c.out_row), scalar(c.out_column), scalar(c.ahead)};
+}
 
 // A sum can have thousands of terms, one for every tap or every position of a map. Runs of about
 // this many terms are summed from zero before they join the total, which keeps the rounding error
@@ -130,8 +153,7 @@ inline int64_t steps_of_rows(int64_t rows, int64_t taps, int64_t out_step, int64
 template <class T, int V, class Taps, int kRows, int kColumns, bool kUnitStep>
 void correlate_tiles(const Correlation<T, V, Taps>& correlation, int64_t i_begin, int64_t i_end,
                      int64_t j_begin, int64_t j_end) {
-  // A copy of our own: a store of a vector might change what lies behind a reference.
-  const Correlation<T, V, Taps> c = correlation;
+  const Correlation<T, V, Taps> c = copy_of(correlation);
   using Output = typename Correlation<T, V, Taps>::Output;
   const int64_t tap_step_x = c.x.tap_step * V, out_step_x = c.x.out_step * V;
   // A narrow output rounds more than any order of the sum, and may not be rounded twice.
@@ -173,6 +195,9 @@ void correlate_tiles(const Correlation<T, V, Taps>& correlation, int64_t i_begin
               if (c.ahead) c.ahead->step();
               add_taps<T, V, Taps, kRows, kColumns, kMaxTaps>(sum, w, c.weight_column, s);
             }
+            if constexpr (kMaxTaps > 5)
+              for (; left >= 5; take(5))
+                add_taps<T, V, Taps, kRows, kColumns, 5>(sum, w, c.weight_column, s);
             if constexpr (kMaxTaps > 3)
               for (; left >= 3; take(3))
                 add_taps<T, V, Taps, kRows, kColumns, 3>(sum, w, c.weight_column, s);
@@ -224,12 +249,14 @@ struct Tiling {
   int64_t num_wide, narrow;  // tiles of narrow + 1 columns, then of narrow
   int64_t tiles_across, rows;
 
-  explicit Tiling(int64_t width) {
-    tiles_across = (width + kMaxAccumulators - 1) / kMaxAccumulators;
-    narrow = width / tiles_across;
-    num_wide = width % tiles_across;
-    const int64_t fit = kMaxAccumulators / (num_wide ? narrow + 1 : narrow);
-    rows = fit < kMaxTileRows ? fit : kMaxTileRows;
+  explicit Tiling(int64_t width) : num_wide(0), narrow(width), tiles_across(1), rows(1) {
+    if (width > kMaxAccumulators) {  // divisions would tell where maps are small
+      tiles_across = (width + kMaxAccumulators - 1) / kMaxAccumulators;
+      narrow = width / tiles_across;
+      num_wide = width % tiles_across;
+    }
+    const int64_t widest = num_wide ? narrow + 1 : narrow;
+    while (rows < kMaxTileRows && (rows + 1) * widest <= kMaxAccumulators) ++rows;
   }
   int64_t tiles(int64_t height) const { return tiles_across * ((height + rows - 1) / rows); }
 };
@@ -254,7 +281,10 @@ void correlate(const Correlation<T, V, Taps>& c) {
     columns(0, wide_end, wide);
     columns(wide_end, width, tiling.narrow);
   };
-  const int64_t whole = height / tiling.rows * tiling.rows;
+  int64_t rest = height;  // as above, no division for a few rows
+  if (rest >= 4 * tiling.rows) rest %= tiling.rows;
+  while (rest >= tiling.rows) rest -= tiling.rows;
+  const int64_t whole = height - rest;
   rows(0, whole, tiling.rows);
   rows(whole, height, height - whole);
 }

@@ -9,7 +9,7 @@ namespace {
 // V planes of a tensor (B, C, H, W): where each starts, and how its elements are laid out.
 struct Lanes {
   static constexpr int kMax = 16;
-  int64_t offset[kMax];  // element offset of each lane's plane
+  int64_t offset[kMax];  // element offset of each lane's plane; of adjacent ones, the first
   int count;             // lanes in use
   bool adjacent;         // lane l stands l elements after lane 0
   int64_t stride_h, stride_w;
@@ -39,7 +39,9 @@ Lanes lanes_of(const lka::cpu::LanePlan& plan, int64_t block, const lka::MapView
     const int64_t first = block / plan.blocks_per_image * map.stride_b + channel * map.stride_c;
     lanes.count = left < V ? int(left) : V;
     lanes.adjacent = map.stride_c == 1 || lanes.count == 1;
-    for (int l = 0; l < lanes.count; ++l) lanes.offset[l] = first + l * map.stride_c;
+    lanes.offset[0] = first;
+    if (!lanes.adjacent)
+      for (int l = 1; l < lanes.count; ++l) lanes.offset[l] = first + l * map.stride_c;
   }
   // One plane of a dense map is better read along its rows than one element at a time.
   if (lanes.count == 1 && map.stride_w == 1) lanes.adjacent = false;
