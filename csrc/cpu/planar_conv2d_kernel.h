@@ -107,10 +107,11 @@ class PlaneRows {
 template <class T, int V>
 struct PaddedRows {
   static constexpr int kMostVectors = 2;
-  const PlaneRows<T, V>& rows;
+  const T* first;
+  int64_t stride;
 
-  int64_t pitch() const { return rows.pitch(); }
-  const T* row(int64_t index) const { return rows.row(index); }
+  int64_t pitch() const { return stride; }
+  const T* row(int64_t index) const { return first + index * stride; }
   Vec<T, V> load(const T* at, int tap) const { return ::load<T, V>(at + tap); }
 };
 
@@ -149,11 +150,13 @@ struct RowsInPlace {
 // Outputs of one tile: kRows rows of kVectors vectors that begin at columns `start`. `first` is the
 // source row of the first; of the kRows + K - 1 rows from there, those in [live_begin, live_end)
 // are read. Weights stand column by column: tap (m, n) is weight[n·K + m]. The first out_count
-// lanes of every vector are stored.
+// lanes of every vector are stored. Inlined, as so many arguments cost more than a row of taps.
 template <class T, int V, int K, int kRows, int kVectors, class Source>
-void planar_tile(const Source& source, const T* first, const int64_t* start, int64_t live_begin,
-                 int64_t live_end, const T* weight, T bias, T* out, int64_t out_row,
-                 const int64_t* out_start, int out_count) {
+__attribute__((always_inline)) inline void planar_tile(const Source& source, const T* first,
+                                                       const int64_t* start, int64_t live_begin,
+                                                       int64_t live_end, const T* weight, T bias,
+                                                       T* out, int64_t out_row,
+                                                       const int64_t* out_start, int out_count) {
   Vec<T, V> sum[kRows][kVectors];
 #pragma GCC unroll kUnroll
   for (int r = 0; r < kRows; ++r)
@@ -163,7 +166,9 @@ void planar_tile(const Source& source, const T* first, const int64_t* start, int
   for (int y = 0; y < kRows + K - 1; ++y) {
     if (y < live_begin || y >= live_end) continue;
     const T* row = first + y * source.pitch();
-    keep_in_register(weight);  // all taps of all rows at once would push the sums out of registers
+    // All taps of all rows at once would push the sums out of registers. Where a tap serves two
+    // vectors, it is better kept.
+    if constexpr (kVectors == 1) keep_in_register(weight);
 #pragma GCC unroll kUnroll
     for (int n = 0; n < K; ++n) {
       Vec<T, V> value[kVectors];
@@ -195,10 +200,12 @@ struct TileShape {
   static constexpr int kRows = R, kVectors = N;
 };
 
-// Outputs of `rows` rows from `first` on (relative to the source's row origin_y).
+// Outputs of `rows` rows from `first` on (relative to the source's row origin_y). Not inlined, as
+// the tiles need all the registers that the loop over the planes would take.
 template <class T, int V, int K, class S, class Source>
-void convolve_plane(const ConvolvePlan& plan, const Source& source, int64_t first, int64_t rows,
-                    const T* weight, T bias, S* target, Ahead& ahead) {
+__attribute__((noinline)) void convolve_plane(const ConvolvePlan& plan, const Source source,
+                                              int64_t first, int64_t rows, const T* weight, T bias,
+                                              S* target, Ahead& ahead) {
   const int64_t width = plan.target.width, stride = plan.target.stride_h;
   const int64_t in_height = plan.source.height;
   const bool tall =
@@ -230,7 +237,7 @@ void convolve_plane(const ConvolvePlan& plan, const Source& source, int64_t firs
         out_start = start;
       }
       const T* from = source.row(row);
-      const auto tile = [&](auto shape) {
+      const auto tile = [&](auto shape) __attribute__((always_inline)) {
         planar_tile<T, V, K, decltype(shape)::kRows, decltype(shape)::kVectors>(
             source, from, start, live_begin, live_end, weight, bias, out, out_row, out_start,
             direct ? lanes : V);
@@ -304,8 +311,8 @@ void convolve_planes(const ConvolvePlan& plan, int64_t begin, int64_t end, void*
           chunk == num_chunks ? last : first + chunk * (last - first) / num_chunks;
       rows.template fill<S>(from, in, row + plan.origin_y, plan.origin_x, row_end - row + K - 1,
                             false);
-      convolve_plane<T, V, K, S>(plan, PaddedRows<T, V>{rows}, row, row_end - row, weight, bias, to,
-                                 ahead);
+      convolve_plane<T, V, K, S>(plan, PaddedRows<T, V>{rows.row(0), rows.pitch()}, row,
+                                 row_end - row, weight, bias, to, ahead);
       row = row_end;
     }
   }
