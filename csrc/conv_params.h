@@ -8,6 +8,9 @@ namespace lka {
 
 enum class Storage : int { float32, float64, bfloat16, float16 };
 
+// What a caller leaves open, or asks for: "any" is the faster of the two.
+enum class Form : int { any, direct, fft };
+
 // A batch of maps (B, C, H, W) in any layout.
 struct MapView {
   void* data = nullptr;
@@ -17,6 +20,7 @@ struct MapView {
 
 struct ConvParams {
   Storage storage = Storage::float32;
+  Form form = Form::any;
   int64_t batch = 0, channels = 0;
   MapView input, output;
   int64_t kernel_h = 0, kernel_w = 0;

@@ -5,18 +5,35 @@
 #endif
 #include <Python.h>
 
+#include <string>
+
 #include "cpu/kernel_table.h"
 #include "cpu/operators.h"
 #ifdef LKA_WITH_CUDA
 #include "cuda/operators.h"
 #endif
 
+namespace {
+
+using lka::Form;
+
+// The operators of depthwise convolution for one backend of ops.py.
+template <Form kForm>
+void implement_depthwise(torch::stable::detail::StableLibrary& m, const std::string& backend) {
+  m.impl(("depthwise_conv2d_forward_" + backend).c_str(),
+         TORCH_BOX(&lka::cpu::depthwise_conv2d_forward<kForm>));
+  m.impl(("depthwise_conv2d_backward_input_" + backend).c_str(),
+         TORCH_BOX(&lka::cpu::depthwise_conv2d_backward_input<kForm>));
+  m.impl(("depthwise_conv2d_backward_weight_" + backend).c_str(),
+         TORCH_BOX(&lka::cpu::depthwise_conv2d_backward_weight<kForm>));
+}
+
+}  // namespace
+
 STABLE_TORCH_LIBRARY_IMPL(lka_kernels, CPU, m) {
-  m.impl("depthwise_conv2d_forward_cpu", TORCH_BOX(&lka::cpu::depthwise_conv2d_forward));
-  m.impl("depthwise_conv2d_backward_input_cpu",
-         TORCH_BOX(&lka::cpu::depthwise_conv2d_backward_input));
-  m.impl("depthwise_conv2d_backward_weight_cpu",
-         TORCH_BOX(&lka::cpu::depthwise_conv2d_backward_weight));
+  implement_depthwise<Form::any>(m, "cpu");
+  implement_depthwise<Form::direct>(m, "cpu_direct");
+  implement_depthwise<Form::fft>(m, "cpu_fft");
   m.impl("large_kernel_adapter_forward_cpu", TORCH_BOX(&lka::cpu::large_kernel_adapter_forward));
   m.impl("large_kernel_adapter_backward_cpu", TORCH_BOX(&lka::cpu::large_kernel_adapter_backward));
 }

@@ -185,7 +185,7 @@ def _define(operator: str, backend: str, schemas: dict, fakes: dict) -> list:
 # Backend -> operators. "fft" is a method rather than a backend: it runs on any device.
 DEPTHWISE: dict[str, DepthwiseOps] = {
     name: DepthwiseOps(*_define("depthwise_conv2d", name, DEPTHWISE_SCHEMAS, _DEPTHWISE_FAKES))
-    for name in ("cpu", "cuda", "fft")
+    for name in ("cpu", "cpu_direct", "cpu_fft", "cuda", "fft")
 }
 ADAPTER: dict[str, AdapterOps] = {
     name: AdapterOps(*_define("large_kernel_adapter", name, ADAPTER_SCHEMAS, fakes))

@@ -146,12 +146,14 @@ void reduce(const WeightGradientPlan& plan, void* grad_weight, void* grad_bias) 
 
 }  // namespace
 
+template <Form kForm>
 Tensor depthwise_conv2d_forward(const Tensor& input, const Tensor& weight,
                                 const std::optional<Tensor>& bias,
                                 const std::vector<int64_t>& stride,
                                 const std::vector<int64_t>& padding,
                                 const std::vector<int64_t>& dilation, bool channels_last) {
   ConvParams p = forward_geometry(input, weight, stride, padding, dilation);
+  p.form = kForm;
   Tensor output = empty_map(input, p.batch, p.channels, output_height(p, input, padding),
                             output_width(p, input, padding), channels_last);
   if (output.numel() == 0) return output;
@@ -162,6 +164,7 @@ Tensor depthwise_conv2d_forward(const Tensor& input, const Tensor& weight,
   return output;
 }
 
+template <Form kForm>
 Tensor depthwise_conv2d_backward_input(const Tensor& grad_output, const Tensor& weight,
                                        const std::vector<int64_t>& input_size,
                                        const std::vector<int64_t>& stride,
@@ -169,6 +172,7 @@ Tensor depthwise_conv2d_backward_input(const Tensor& grad_output, const Tensor& 
                                        const std::vector<int64_t>& dilation, bool channels_last) {
   check_weight(weight, grad_output);
   ConvParams p = geometry(grad_output, stride, padding, dilation);
+  p.form = kForm;
   p.kernel_h = weight.size(2);
   p.kernel_w = weight.size(3);
   Tensor grad_input =
@@ -181,6 +185,7 @@ Tensor depthwise_conv2d_backward_input(const Tensor& grad_output, const Tensor& 
   return grad_input;
 }
 
+template <Form kForm>
 std::tuple<Tensor, Tensor> depthwise_conv2d_backward_weight(const Tensor& grad_output,
                                                             const Tensor& input,
                                                             const std::vector<int64_t>& kernel_size,
@@ -188,6 +193,7 @@ std::tuple<Tensor, Tensor> depthwise_conv2d_backward_weight(const Tensor& grad_o
                                                             const std::vector<int64_t>& padding,
                                                             const std::vector<int64_t>& dilation) {
   ConvParams p = geometry(input, stride, padding, dilation);
+  p.form = kForm;
   STD_TORCH_CHECK(grad_output.scalar_type() == input.scalar_type(),
                   "grad_output must have input's dtype");
   p.kernel_h = kernel_size[0];
@@ -216,5 +222,20 @@ std::tuple<Tensor, Tensor> depthwise_conv2d_backward_weight(const Tensor& grad_o
     reduce<float>(plan, grad_weight.data_ptr(), grad_bias.data_ptr());
   return {grad_weight, grad_bias};
 }
+
+#define LKA_INSTANTIATE(form)                                                                  \
+  template Tensor depthwise_conv2d_forward<form>(                                              \
+      const Tensor&, const Tensor&, const std::optional<Tensor>&, const std::vector<int64_t>&, \
+      const std::vector<int64_t>&, const std::vector<int64_t>&, bool);                         \
+  template Tensor depthwise_conv2d_backward_input<form>(                                       \
+      const Tensor&, const Tensor&, const std::vector<int64_t>&, const std::vector<int64_t>&,  \
+      const std::vector<int64_t>&, const std::vector<int64_t>&, bool);                         \
+  template std::tuple<Tensor, Tensor> depthwise_conv2d_backward_weight<form>(                  \
+      const Tensor&, const Tensor&, const std::vector<int64_t>&, const std::vector<int64_t>&,  \
+      const std::vector<int64_t>&, const std::vector<int64_t>&);
+LKA_INSTANTIATE(Form::any)
+LKA_INSTANTIATE(Form::direct)
+LKA_INSTANTIATE(Form::fft)
+#undef LKA_INSTANTIATE
 
 }  // namespace lka::cpu

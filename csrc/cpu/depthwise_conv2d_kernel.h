@@ -62,10 +62,18 @@ void pack_phase_weights(const ConvolvePlan& plan, const Phase& y, const Phase& x
   }
 }
 
+// The bias of one pattern's channels.
+template <class T, int V, class S>
+void pack_bias(const ConvolvePlan& plan, int64_t pattern, const int64_t (&channel)[V]) {
+  if (plan.bias == nullptr) return;
+  T* to = static_cast<T*>(plan.packed_bias) + pattern * V;
+  for (int l = 0; l < V; ++l)
+    to[l] = channel[l] < 0 ? T(0) : load_one<T>(static_cast<const S*>(plan.bias) + channel[l]);
+}
+
 // Weights of patterns [begin, end), every phase, flipped or not as the phases say.
 template <class T, int V, class S, class Taps = SingleTaps>
 void pack_weights_as(const ConvolvePlan& plan, int64_t begin, int64_t end) {
-  const S* bias = static_cast<const S*>(plan.bias);
   for (int64_t pattern = begin; pattern < end; ++pattern) {
     T* to = static_cast<T*>(plan.packed_weight) + pattern * plan.packed_taps * V;
     int64_t channel[V];
@@ -83,11 +91,7 @@ void pack_weights_as(const ConvolvePlan& plan, int64_t begin, int64_t end) {
           to += y.taps * x.taps * V;
         }
     }
-    if (bias) {
-      T* to_bias = static_cast<T*>(plan.packed_bias) + pattern * V;
-      for (int l = 0; l < V; ++l)
-        to_bias[l] = channel[l] < 0 ? T(0) : load_one<T>(bias + channel[l]);
-    }
+    pack_bias<T, V, S>(plan, pattern, channel);
   }
 }
 

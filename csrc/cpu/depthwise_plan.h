@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../conv_params.h"
+#include "fft_plan.h"
 
 namespace lka::cpu {
 
@@ -71,11 +72,13 @@ struct ConvolvePlan {
   int64_t chunk;               // outputs j of a phase for which the source is unpacked at a time
   SourceBuffer buffer;
   int64_t groups_per_image;  // groups of buffer.blocks blocks; 0 where blocks go one by one
+  FftConv fft;               // of the transform kernels
   bool dense = false;        // the kernel covers the map from every position
   bool direct_store;         // kernels may write the target themselves
   const void* weight;        // (C, kH, kW) dense
   const void* bias;          // (C,) or null
-  // [pattern][phase y][phase x][tap y][tap x][V]; planar: [channel][tap x][tap y]
+  // [pattern][phase y][phase x][tap y][tap x][V]; planar: [channel][tap x][tap y]; transforms:
+  // [pattern][column][row] and what it takes to make them
   void* packed_weight;
   void* packed_bias;         // [pattern][V]
   int64_t packed_taps;       // taps of one pattern over all phases; paired: and unpaired_y
@@ -93,6 +96,7 @@ struct WeightGradientPlan {
   SourceBuffer buffer;  // of the input
   int64_t num_parts;   // parts of the rows of all images (1 if cross_images), planar: of the images
   int64_t num_groups;  // groups of blocks
+  FftConv fft;         // of the transform kernels
   int64_t channels_together = 0;  // planar: whose sums are kept at a time
   void* partial;                  // [part][block][kH·kW + 1][V]; the last is the bias's gradient
   int64_t scratch_elements;

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <numeric>
 
+#include "fft_planner.h"
+
 namespace lka::cpu {
 namespace {
 
@@ -161,6 +163,15 @@ int64_t planar_chunk(SourceBuffer& buffer, int64_t columns, int lanes, int64_t b
   return chunk;
 }
 
+// Lanes of transform kernels, and which kernels have as many.
+LanePlan plan_fft_lanes(const ConvParams& p, bool channels_adjacent,
+                        const DepthwiseKernels*& chosen) {
+  const KernelSet& set = kernels(p.storage);
+  const LanePlan lanes = plan_lanes(p.batch, p.channels, channels_adjacent, set, chosen);
+  chosen = lanes.lanes == set.fft_half.lanes ? &set.fft_half : &set.fft_full;
+  return lanes;
+}
+
 // Whether every output of a clipped phase meets every source element.
 bool covers(const Phase& phase, int64_t source_size) {
   return phase.tap_step == 1 && phase.origin == -(phase.count - 1) &&
@@ -275,6 +286,37 @@ void plan_planar(PlannedWeightGradient& planned) {
                                    double(height * vectors) * double(taps * taps + 4);
 }
 
+// Plans transforms, if they serve and cost less than `direct` multiply-adds a plane or are asked
+// for.
+bool plan_fft_if_better(const ConvParams& p, PlannedConvolution& planned, double direct) {
+  ConvolvePlan& plan = planned.plan;
+  const Phase &y = plan.phases_y[0], &x = plan.phases_x[0];
+  if (p.form == Form::direct || p.stride_h != 1 || p.stride_w != 1 || y.taps < 1 || x.taps < 1)
+    return false;
+  const int64_t source = plan.source.height, target = plan.target.height;
+  plan.fft = plan_fft(y, x, plan.source.height, plan.source.width, p.storage);
+  const FftConv& fft = plan.fft;
+  const DepthwiseKernels* chosen;
+  const LanePlan lanes =
+      plan_fft_lanes(p, plan.source.stride_c == 1 && plan.target.stride_c == 1, chosen);
+  const double planes_of_weights = double(lanes.num_blocks) / double(lanes.num_patterns);
+  const double weights = fft_cost(fft, y.taps, false);
+  const double plane = fft_cost(fft, source + target, true);
+  if (p.form != Form::fft && plane + weights / planes_of_weights >= direct) return false;
+  planned.kernels = chosen;
+  plan.lanes = lanes;
+  const int64_t v = lanes.lanes, line = fft.line_elements(v);
+  const int64_t width = std::max(plan.source.width, plan.target.width);
+  plan.packed_taps =
+      (fft.y.size * fft.spectrum_row(v) + 3 * line + 2 * fft.spectrum_row(v)) / v + y.taps * x.taps;
+  planned.packed_weight_elements = lanes.num_patterns * plan.packed_taps * v;
+  plan.scratch_elements = std::max(source, target) * fft.spectrum_row(v) + 3 * line +
+                          (fft.rows_together + 1) * width * v;
+  planned.num_tasks = lanes.num_blocks;
+  planned.multiply_adds_per_task = plane;
+  return true;
+}
+
 PlannedConvolution plan_convolution(const ConvParams& p, const MapView& source,
                                     const MapView& target, std::vector<Phase> phases_y,
                                     std::vector<Phase> phases_x, int num_threads) {
@@ -295,6 +337,9 @@ PlannedConvolution plan_convolution(const ConvParams& p, const MapView& source,
   plan.num_phases_x = int64_t(planned.phases_x.size());
 
   const Phase &first_y = planned.phases_y[0], &first_x = planned.phases_x[0];
+  if (plan_fft_if_better(p, planned,
+                         met_taps(first_y, source.height) * met_taps(first_x, source.width)))
+    return planned;
   if (planar_serves(p, first_y.taps, first_x.taps, source, target)) {
     plan_planar(planned, num_threads);
     return planned;
@@ -359,6 +404,44 @@ PlannedConvolution plan_convolution(const ConvParams& p, const MapView& source,
                                     4.0 * double(plan.buffer.rows * plan.buffer.columns)) *
                                    double(plan.lanes.num_blocks) / double(groups);
   return planned;
+}
+
+// As for a convolution.
+bool plan_fft_if_better(const ConvParams& p, PlannedWeightGradient& planned) {
+  WeightGradientPlan& plan = planned.plan;
+  if (p.form == Form::direct || p.stride_h != 1 || p.stride_w != 1 || plan.y.count < 1 ||
+      plan.x.count < 1)
+    return false;
+  // The convolution whose weight this is: its taps are the outputs here.
+  const auto of_convolution = [](const Phase& axis) {
+    return Phase{0, 1, axis.taps, axis.count, axis.origin, 1, axis.out_step, 0, 1};
+  };
+  const Phase y = of_convolution(plan.y), x = of_convolution(plan.x);
+  plan.fft = plan_fft(y, x, p.input.height, p.input.width, p.storage);
+  const FftConv& fft = plan.fft;
+  const DepthwiseKernels* chosen;
+  const LanePlan lanes = plan_fft_lanes(p, p.input.stride_c == 1 && p.output.stride_c == 1, chosen);
+  const int64_t blocks = lanes.cross_images ? lanes.num_blocks : lanes.blocks_per_image;
+  const int64_t parts =
+      lanes.cross_images ? 1 : std::min(p.batch, ceil_div(kWeightGradientTasks, blocks));
+  const double images = lanes.cross_images ? 1.0 : double(p.batch) / double(parts);
+  const int64_t rows = p.input.height + p.output.height;
+  const double plane = fft_cost(fft, rows, true) + (fft_cost(fft, y.taps, false)) / images;
+  const double direct = met_taps(y, p.input.height) * met_taps(x, p.input.width);
+  if (p.form != Form::fft && plane >= direct) return false;
+  planned.kernels = chosen;
+  plan.lanes = lanes;
+  plan.num_parts = parts;
+  plan.num_groups = blocks;
+  const int64_t v = lanes.lanes, line = fft.line_elements(v);
+  const int64_t width = std::max(p.input.width, p.output.width);
+  plan.scratch_elements =
+      (fft.y.size + p.input.height + std::max(p.output.height, y.taps)) * fft.spectrum_row(v) +
+      3 * line + std::max(line, (fft.rows_together + 1) * width * v);
+  planned.num_tasks = blocks * parts;
+  planned.partial_elements = blocks * parts * (p.kernel_h * p.kernel_w + 1) * v;
+  planned.multiply_adds_per_task = plane * images;
+  return true;
 }
 
 }  // namespace
@@ -432,6 +515,7 @@ PlannedWeightGradient plan_backward_weight(const ConvParams& p) {
   plan.x = axis(forward_phases(p.input.width, p.output.width, p.kernel_w, p.stride_w, p.dilation_w,
                                p.pad_left)[0],
                 p.output.width, p.stride_w, p.dilation_w);
+  if (plan_fft_if_better(p, planned)) return planned;
   if (flat_serves(p, plan.y.count, plan.x.count)) {
     plan_flat(planned);
     return planned;

@@ -32,6 +32,8 @@ struct KernelSet {
   DepthwiseKernels full, half;
   // The same with neighbouring columns in the lanes, for small kernels over contiguous rows.
   DepthwiseKernels planar_full, planar_half;
+  // The same through Fourier transforms.
+  DepthwiseKernels fft_full, fft_half;
   AdapterKernels adapter_full, adapter_half;
   // Forward and backward-input with two rows of the source in a lane; null where there is no such
   // instruction.

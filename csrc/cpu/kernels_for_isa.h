@@ -5,6 +5,7 @@
 // be used below: the linker keeps one copy of each, and it could be the one for the widest
 // instruction set.
 #include "depthwise_conv2d_kernel.h"
+#include "fft_conv2d_kernel.h"
 #include "flat_weight_gradient.h"
 #include "kernel_table.h"
 #include "large_kernel_adapter_kernel.h"
@@ -20,6 +21,11 @@ constexpr lka::cpu::DepthwiseKernels depthwise_kernels() {
 template <class T, int V>
 constexpr lka::cpu::DepthwiseKernels planar_kernels() {
   return {V, &pack_planar_weights<T, V>, &planar_convolve<T, V>, &planar_weight_gradient<T, V>};
+}
+
+template <class T, int V>
+constexpr lka::cpu::DepthwiseKernels fft_kernels() {
+  return {V, &pack_fft_weights<T, V>, &convolve_fft<T, V>, &weight_gradient_fft<T, V>};
 }
 
 template <class T, int V, int kWide>
@@ -57,6 +63,8 @@ constexpr lka::cpu::KernelSet kernel_set() {
           depthwise_kernels<T, kHalf>(),
           planar_kernels<T, kFull>(),
           planar_kernels<T, kHalf>(),
+          fft_kernels<T, kFull>(),
+          fft_kernels<T, kHalf>(),
           adapter_kernels<T, kFull, kFull>(),
           adapter_kernels<T, kHalf, kFull>(),
           paired_kernels<kFull>(),

@@ -1,0 +1,297 @@
+// Depthwise convolution by Fourier transforms. In one dimension out[j] = sum_m w[m] in[j + shift_m]
+// is a circular correlation of a size at which nothing that wraps meets an output that is kept
+// (lka_kernels/fft_plan.py), so with transforms IN, W and OUT = IN·conj(W); a weight's gradient is
+// IN·conj(GRAD) at the shifts.
+//
+// Two rows of real numbers are transformed as one row of complex ones and their spectra told apart:
+// A = (Z + Z')/2 and B = (Z - Z')/2i with Z'_k = conj(Z_{-k}). The halves are left out here and
+// made up for once, in `kSeparated`. Of a spectrum the columns 0 … size/2 are kept. A column is
+// transformed, multiplied and transformed back while it is in the first-level cache.
+#pragma once
+
+#include "depthwise_conv2d_kernel.h"
+#include "fft.h"
+
+namespace {
+
+using lka::cpu::FftConv;
+using lka::cpu::FftPlan;
+
+// Every spectrum of rows is twice as large as it should be.
+constexpr int kSeparated = 2;
+
+inline int64_t wrapped(int64_t shift, int64_t size) { return shift < 0 ? shift + size : shift; }
+
+// What the transforms of one task use: two buffers that every transform goes by way of, a line for
+// a row or column, and rows of the map in lanes.
+template <class T, int V>
+struct FftScratch {
+  FftScratch(const FftConv& fft, T* at)
+      : first(at),
+        second(first + fft.line_elements(V)),
+        line(second + fft.line_elements(V)),
+        rows(line + fft.line_elements(V)) {}
+
+  T *first, *second, *line, *rows;
+};
+
+// Rows `a` and `b` of a spectrum from the transform of a + ib.
+template <class T, int V>
+void separate(const T* line, int64_t size, T* a, T* b) {
+  for (int64_t k = 0; k <= size / 2; ++k) {
+    const T* at = line + 2 * V * k;
+    const T* mirrored = line + 2 * V * (k == 0 ? 0 : size - k);
+    const auto re = load_aligned<V>(at), im = load_aligned<V>(at + V);
+    const auto re_m = load_aligned<V>(mirrored), im_m = load_aligned<V>(mirrored + V);
+    store_aligned<V>(a + 2 * V * k, re + re_m);
+    store_aligned<V>(a + 2 * V * k + V, im - im_m);
+    if (b == nullptr) continue;
+    store_aligned<V>(b + 2 * V * k, im + im_m);
+    store_aligned<V>(b + 2 * V * k + V, re_m - re);
+  }
+}
+
+// The reverse: the spectrum of a + ib, without factors.
+template <class T, int V>
+void join(const T* a, const T* b, int64_t size, T* line) {
+  for (int64_t k = 0; k <= size / 2; ++k) {
+    const auto a_re = load_aligned<V>(a + 2 * V * k), a_im = load_aligned<V>(a + 2 * V * k + V);
+    Vec<T, V> b_re{}, b_im{};
+    if (b != nullptr)
+      b_re = load_aligned<V>(b + 2 * V * k), b_im = load_aligned<V>(b + 2 * V * k + V);
+    const int64_t mirror = k == 0 ? 0 : size - k;
+    // A real sequence has real ends of its spectrum; where k is its own mirror both are written.
+    store_aligned<V>(line + 2 * V * mirror, a_re + b_im);
+    store_aligned<V>(line + 2 * V * mirror + V, b_re - a_im);
+    store_aligned<V>(line + 2 * V * k, a_re - b_im);
+    store_aligned<V>(line + 2 * V * k + V, a_im + b_re);
+  }
+}
+
+// The spectra of `height` rows of one block of planes, a row every `spectrum_row` elements.
+template <class T, int V, class S>
+void transform_rows(const FftConv& fft, const S* data, const Lanes& lanes, int64_t height,
+                    int64_t width, FftScratch<T, V>& scratch, T* spectrum) {
+  const int64_t row = width * V, spectrum_row = fft.spectrum_row(V);
+  for (int64_t begin = 0; begin < height; begin += fft.rows_together) {
+    const int64_t left = height - begin;
+    const int64_t count = left < fft.rows_together ? left : fft.rows_together;
+    pack_rows<T, V, S>(data, lanes, begin, begin + count, width, scratch.rows, row);
+    for (int64_t y = 0; y < count; y += 2) {
+      const bool pair = y + 1 < count;
+      if (!pair) memset(static_cast<void*>(scratch.rows + count * row), 0, size_t(row) * sizeof(T));
+      ::fft<T, V>(fft.x, Sequence<T>{scratch.rows + y * row, V, width, row},
+                  in_order<T, V>(scratch.line, fft.x.size), scratch.first, scratch.second);
+      T* to = spectrum + (begin + y) * spectrum_row;
+      separate<T, V>(scratch.line, fft.x.size, to, pair ? to + spectrum_row : nullptr);
+    }
+  }
+}
+
+template <class T, int V>
+inline Sequence<T> column_of(T* spectrum, const FftConv& fft, int64_t k, int64_t rows) {
+  return {spectrum + 2 * V * k, fft.spectrum_row(V), rows, V};
+}
+
+// Spectra of the weights, conjugated and with every factor: [pattern][column][row]. What it takes
+// to make them stands behind each pattern.
+template <class T, int V, class S>
+void pack_fft_weights_as(const ConvolvePlan& plan, int64_t begin, int64_t end) {
+  const FftConv& fft = plan.fft;
+  const Phase &y = plan.phases_y[0], &x = plan.phases_x[0];
+  const int64_t column = 2 * V * fft.y.size, columns = fft.x.size / 2 + 1;
+  const int64_t row = fft.spectrum_row(V);
+  const T factor = T(1) / (T(kSeparated * kSeparated) * T(fft.x.size) * T(fft.y.size));
+  for (int64_t pattern = begin; pattern < end; ++pattern) {
+    T* packed = static_cast<T*>(plan.packed_weight) + pattern * plan.packed_taps * V;
+    const FftScratch<T, V> scratch(fft, packed + columns * column);
+    T* pair = scratch.rows;  // spectra of two rows
+    T* taps = pair + 2 * row;
+    int64_t channel[V];
+    for (int l = 0; l < V; ++l) channel[l] = channel_of_lane(plan.lanes, pattern, l, plan.channels);
+    pack_phase_weights<T, V, S>(plan, y, x, channel, taps);
+    pack_bias<T, V, S>(plan, pattern, channel);
+    memset(static_cast<void*>(packed), 0, size_t(columns * column) * sizeof(T));
+    const Sequence<T> line = in_order<T, V>(scratch.line, fft.x.size);
+    for (int64_t m = 0; m < y.taps; m += 2) {
+      const int64_t count = m + 1 < y.taps ? 2 : 1;
+      memset(static_cast<void*>(scratch.line), 0, size_t(2 * V * fft.x.size) * sizeof(T));
+      for (int64_t half = 0; half < count; ++half)
+        for (int64_t n = 0; n < x.taps; ++n)
+          store_aligned<V>(
+              scratch.line + (2 * wrapped(x.origin + n * x.tap_step, fft.x.size) + half) * V,
+              load_aligned<V>(taps + ((m + half) * x.taps + n) * V));
+      ::fft<T, V>(fft.x, line, line, scratch.first, scratch.second);
+      separate<T, V>(scratch.line, fft.x.size, pair, pair + row);
+      for (int64_t half = 0; half < count; ++half) {
+        const int64_t at = wrapped(y.origin + (m + half) * y.tap_step, fft.y.size);
+        const Sequence<T> from = in_order<T, V>(pair + half * row, columns);
+        for (int64_t k = 0; k < columns; ++k)
+          put<T, V>(in_order<T, V>(packed + k * column, fft.y.size), at, get<T, V>(from, k));
+      }
+    }
+    for (int64_t k = 0; k < columns; ++k) {
+      const Sequence<T> at = in_order<T, V>(packed + k * column, fft.y.size);
+      ::fft<T, V>(fft.y, at, at, scratch.first, scratch.second);
+      for (int64_t i = 0; i < fft.y.size; ++i) {
+        const auto w = get<T, V>(at, i);
+        put<T, V>(at, i, Complex<T, V>{w.re * factor, -w.im * factor});
+      }
+    }
+  }
+}
+
+template <class T, int V, class S>
+void convolve_fft_as(const ConvolvePlan& plan, int64_t begin, int64_t end, void* memory) {
+  const FftConv& fft = plan.fft;
+  const MapView &source = plan.source, &target = plan.target;
+  T* spectrum = static_cast<T*>(memory);
+  const int64_t spectrum_row = fft.spectrum_row(V), column = 2 * V * fft.y.size;
+  const int64_t columns = fft.x.size / 2 + 1, row = target.width * V;
+  FftScratch<T, V> scratch(
+      fft,
+      spectrum + (source.height > target.height ? source.height : target.height) * spectrum_row);
+  for (int64_t task = begin; task < end; ++task) {
+    // All images of the same channels one after the other, while their weights are in the cache.
+    const int64_t block = plan.lanes.cross_images
+                              ? task
+                              : task % plan.batch * plan.lanes.blocks_per_image + task / plan.batch;
+    const int64_t pattern = block % plan.lanes.num_patterns;
+    const Lanes from = lanes_of<V>(plan.lanes, block, source, plan.batch, plan.channels);
+    const Lanes to = lanes_of<V>(plan.lanes, block, target, plan.batch, plan.channels);
+    transform_rows<T, V, S>(fft, static_cast<const S*>(source.data), from, source.height,
+                            source.width, scratch, spectrum);
+    const T* weight = static_cast<const T*>(plan.packed_weight) + pattern * plan.packed_taps * V;
+    for (int64_t k = 0; k < columns; ++k, weight += column) {
+      const Sequence<T> line = in_order<T, V>(scratch.line, fft.y.size);
+      ::fft<T, V>(fft.y, column_of<T, V>(spectrum, fft, k, source.height), line, scratch.first,
+                  scratch.second);
+      for (int64_t i = 0; i < fft.y.size; ++i) {
+        const T* w = weight + 2 * V * i;
+        put<T, V>(line, i,
+                  times<T, V>(get<T, V>(line, i), load_aligned<V>(w), load_aligned<V>(w + V)));
+      }
+      ::fft<T, V>(fft.y, inverted(line), inverted(column_of<T, V>(spectrum, fft, k, target.height)),
+                  scratch.first, scratch.second);
+    }
+    Vec<T, V> bias{};
+    if (plan.bias != nullptr)
+      bias = load_aligned<V>(static_cast<const T*>(plan.packed_bias) + pattern * V);
+    for (int64_t first = 0; first < target.height; first += fft.rows_together) {
+      const int64_t left = target.height - first;
+      const int64_t count = left < fft.rows_together ? left : fft.rows_together;
+      for (int64_t y = 0; y < count; y += 2) {
+        const T* a = spectrum + (first + y) * spectrum_row;
+        join<T, V>(a, y + 1 < count ? a + spectrum_row : nullptr, fft.x.size, scratch.line);
+        ::fft<T, V>(fft.x, inverted(in_order<T, V>(scratch.line, fft.x.size)),
+                    inverted(Sequence<T>{scratch.rows + y * row, V, target.width, row}),
+                    scratch.first, scratch.second);
+      }
+      if (plan.bias != nullptr)
+        for (int64_t i = 0; i < count * row; i += V)
+          store_aligned<V>(scratch.rows + i, load_aligned<V>(scratch.rows + i) + bias);
+      unpack_rows<T, V, S>(scratch.rows, to, first, first + count, target.width,
+                           static_cast<S*>(target.data));
+    }
+  }
+}
+
+template <class T, int V, class S>
+void weight_gradient_fft_as(const WeightGradientPlan& plan, int64_t begin, int64_t end,
+                            void* memory) {
+  const FftConv& fft = plan.fft;
+  const MapView &input = plan.input, &grad = plan.grad_output;
+  const int64_t spectrum_row = fft.spectrum_row(V), column = 2 * V * fft.y.size;
+  const int64_t columns = fft.x.size / 2 + 1;
+  T* sums = static_cast<T*>(memory);  // [column][row] of the weight's gradient
+  T* input_spectrum = sums + columns * column;
+  // Its rows also take those of the weight's gradient.
+  T* grad_spectrum = input_spectrum + input.height * spectrum_row;
+  const int64_t rows = grad.height > plan.y.count ? grad.height : plan.y.count;
+  FftScratch<T, V> scratch(fft, grad_spectrum + rows * spectrum_row);
+  const T factor = T(1) / (T(kSeparated * kSeparated) * T(fft.x.size) * T(fft.y.size));
+  const int64_t elements = (plan.kernel_h * plan.kernel_w + 1) * V;
+  for (int64_t task = begin; task < end; ++task) {
+    const bool cross_images = plan.lanes.cross_images;
+    const int64_t blocks = cross_images ? plan.lanes.num_blocks : plan.lanes.blocks_per_image;
+    const int64_t part = task / blocks, block = task % blocks;
+    const int64_t first_image = cross_images ? 0 : part * plan.batch / plan.num_parts;
+    const int64_t last_image = cross_images ? 1 : (part + 1) * plan.batch / plan.num_parts;
+    T* partial = static_cast<T*>(plan.partial) + task * elements;
+    Vec<T, V> bias_sum{};
+    memset(static_cast<void*>(partial), 0, size_t(elements) * sizeof(T));
+    memset(static_cast<void*>(sums), 0, size_t(columns * column) * sizeof(T));
+    for (int64_t image = first_image; image < last_image; ++image) {
+      const int64_t at = cross_images ? block : image * blocks + block;
+      const Lanes from = lanes_of<V>(plan.lanes, at, input, plan.batch, plan.channels);
+      const Lanes to = lanes_of<V>(plan.lanes, at, grad, plan.batch, plan.channels);
+      transform_rows<T, V, S>(fft, static_cast<const S*>(input.data), from, input.height,
+                              input.width, scratch, input_spectrum);
+      transform_rows<T, V, S>(fft, static_cast<const S*>(grad.data), to, grad.height, grad.width,
+                              scratch, grad_spectrum);
+      for (int64_t k = 0; k < columns; ++k) {
+        const Sequence<T> x = in_order<T, V>(scratch.line, fft.y.size);
+        const Sequence<T> g = in_order<T, V>(scratch.rows, fft.y.size);
+        ::fft<T, V>(fft.y, column_of<T, V>(input_spectrum, fft, k, input.height), x, scratch.first,
+                    scratch.second);
+        ::fft<T, V>(fft.y, column_of<T, V>(grad_spectrum, fft, k, grad.height), g, scratch.first,
+                    scratch.second);
+        // The sum over a map is the first element of its spectrum.
+        if (k == 0) bias_sum += get<T, V>(g, 0).re;
+        const Sequence<T> sum = in_order<T, V>(sums + k * column, fft.y.size);
+        for (int64_t i = 0; i < fft.y.size; ++i) {
+          const auto conjugate = get<T, V>(g, i);
+          put<T, V>(sum, i,
+                    get<T, V>(sum, i) + times<T, V>(get<T, V>(x, i), conjugate.re, -conjugate.im));
+        }
+      }
+    }
+    for (int64_t k = 0; k < columns; ++k) {
+      const Sequence<T> sum = in_order<T, V>(sums + k * column, fft.y.size);
+      const Sequence<T> line = in_order<T, V>(scratch.line, fft.y.size);
+      ::fft<T, V>(fft.y, inverted(sum), inverted(line), scratch.first, scratch.second);
+      for (int64_t m = 0; m < plan.y.count; ++m)
+        put<T, V>(column_of<T, V>(grad_spectrum, fft, k, rows), m,
+                  get<T, V>(line, wrapped(plan.y.origin + m * plan.y.out_step, fft.y.size)));
+    }
+    for (int64_t m = 0; m < plan.y.count; m += 2) {
+      const T* a = grad_spectrum + m * spectrum_row;
+      const Sequence<T> line = in_order<T, V>(scratch.line, fft.x.size);
+      join<T, V>(a, m + 1 < plan.y.count ? a + spectrum_row : nullptr, fft.x.size, scratch.line);
+      ::fft<T, V>(fft.x, inverted(line), inverted(line), scratch.first, scratch.second);
+      for (int64_t half = 0; half < 2 && m + half < plan.y.count; ++half)
+        for (int64_t n = 0; n < plan.x.count; ++n) {
+          const auto both =
+              get<T, V>(line, wrapped(plan.x.origin + n * plan.x.out_step, fft.x.size));
+          const int64_t tap =
+              (plan.y.first_output + m + half) * plan.kernel_w + plan.x.first_output + n;
+          store_aligned<V>(partial + tap * V, (half ? both.im : both.re) * factor);
+        }
+    }
+    store_aligned<V>(partial + plan.kernel_h * plan.kernel_w * V, bias_sum / T(kSeparated));
+  }
+}
+
+template <class T, int V>
+void pack_fft_weights(const ConvolvePlan& plan, int64_t begin, int64_t end) {
+  with_storage<T>(plan.storage, [&](auto element) {
+    pack_fft_weights_as<T, V, decltype(element)>(plan, begin, end);
+  });
+}
+
+template <class T, int V>
+void convolve_fft(const ConvolvePlan& plan, int64_t begin, int64_t end, void* scratch) {
+  with_storage<T>(plan.storage, [&](auto element) {
+    convolve_fft_as<T, V, decltype(element)>(plan, begin, end, scratch);
+  });
+}
+
+template <class T, int V>
+void weight_gradient_fft(const WeightGradientPlan& plan, int64_t begin, int64_t end,
+                         void* scratch) {
+  with_storage<T>(plan.storage, [&](auto element) {
+    weight_gradient_fft_as<T, V, decltype(element)>(plan, begin, end, scratch);
+  });
+}
+
+}  // namespace

@@ -1,0 +1,97 @@
+#include "fft_planner.h"
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <mutex>
+#include <vector>
+
+namespace lka::cpu {
+namespace {
+
+// In units of the direct kernels' vector multiply-adds: a transform of n elements, for each of
+// n·log2(n), and what is done beside it to each element of a spectrum. Measured, see
+// docs/kernel-notes.md.
+constexpr double kFftStep = 8.0, kFftElement = 5.0;
+// Rows in hand: their positions should fill the squares that are transposed in registers.
+constexpr int64_t kPositionsTogether = 96;
+
+bool has_small_factors(int64_t n) {
+  for (int64_t prime : {2, 3, 5})
+    while (n % prime == 0) n /= prime;
+  return n == 1;
+}
+
+int64_t fft_size(const Phase& phase, int64_t source_size) {
+  const int64_t first = phase.origin, last = phase.origin + (phase.taps - 1) * phase.tap_step;
+  int64_t size = std::max({source_size + std::max<int64_t>(0, -first),
+                           phase.count + std::max<int64_t>(0, last), last - first + 1, int64_t(2)});
+  while (!has_small_factors(size)) ++size;
+  return size;
+}
+
+template <class T>
+const T* twiddles_of(const FftPlan& plan) {
+  // Kept for good: a few kilobytes for every size that was ever asked for.
+  static std::mutex mutex;
+  static std::map<int64_t, std::vector<T>> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::vector<T>& table = known[plan.size];
+  if (!table.empty()) return table.data();
+  int64_t n = plan.size;
+  for (int stage = 0; stage < plan.num_stages; ++stage) {
+    const int radix = plan.radices[stage];
+    for (int64_t q = 0; q < n / radix; ++q)
+      for (int j = 1; j < radix; ++j) {
+        const double angle = -2.0 * M_PI * double(q * j) / double(n);
+        table.push_back(T(std::cos(angle)));
+        table.push_back(T(std::sin(angle)));
+      }
+    n /= radix;
+  }
+  return table.data();
+}
+
+FftPlan plan_of_size(int64_t size, Storage storage) {
+  FftPlan plan;
+  plan.size = size;
+  int64_t rest = size;
+  for (int radix : {4, 2, 3, 5})
+    for (; rest % radix == 0; rest /= radix) plan.radices[plan.num_stages++] = radix;
+  if (storage == Storage::float64)
+    plan.twiddles = twiddles_of<double>(plan);
+  else
+    plan.twiddles = twiddles_of<float>(plan);
+  return plan;
+}
+
+double steps(int64_t n) { return double(n) * std::log2(double(n)); }
+
+}  // namespace
+
+FftConv plan_fft(const Phase& y, const Phase& x, int64_t height, int64_t width, Storage storage) {
+  FftConv fft;
+  fft.y = plan_of_size(fft_size(y, height), storage);
+  fft.x = plan_of_size(fft_size(x, width), storage);
+  fft.rows_together = std::max<int64_t>(2, (kPositionsTogether / width + 1) / 2 * 2);
+  return fft;
+}
+
+double fft_cost(const FftConv& fft, int64_t rows, bool both) {
+  const double columns = double(fft.x.size / 2 + 1);
+  return kFftStep * (double((rows + 1) / 2) * steps(fft.x.size) +
+                     (both ? 2.0 : 1.0) * columns * steps(fft.y.size)) +
+         kFftElement * double(rows + fft.y.size) * columns;
+}
+
+double met_taps(const Phase& phase, int64_t source_size) {
+  double met = 0;
+  for (int64_t m = 0; m < phase.taps; ++m) {
+    const int64_t shift = phase.origin + m * phase.tap_step;
+    met += double(std::max<int64_t>(
+        0, std::min(phase.count, source_size - shift) - std::max<int64_t>(0, -shift)));
+  }
+  return met;
+}
+
+}  // namespace lka::cpu

@@ -1,0 +1,19 @@
+// Sizes of the transforms of a convolution, and what they cost.
+#pragma once
+
+#include "depthwise_plan.h"
+
+namespace lka::cpu {
+
+// The transforms for outputs `y` and `x` of a map of height × width, in the arithmetic of
+// `storage`. Steps of outputs must be 1, and there must be taps.
+FftConv plan_fft(const Phase& y, const Phase& x, int64_t height, int64_t width, Storage storage);
+
+// Vector multiply-adds that take as long as the transforms of `rows` rows and of the columns, these
+// forward and, if `both`, back.
+double fft_cost(const FftConv& fft, int64_t rows, bool both);
+
+// (output, tap) pairs of one dimension whose source element exists.
+double met_taps(const Phase& phase, int64_t source_size);
+
+}  // namespace lka::cpu
