@@ -104,8 +104,10 @@ class PlaneRows {
 
 // Where tiles find their source: row(index) is the source at the first tap of the first output of
 // a row, pitch() leads to the next row, and load() takes what a vector of outputs meets at a tap.
+// Argument is how convolve_plane takes one: two numbers by value, many masks by reference.
 template <class T, int V>
 struct PaddedRows {
+  using Argument = PaddedRows;
   static constexpr int kMostVectors = 2;
   const T* first;
   int64_t stride;
@@ -121,6 +123,7 @@ struct PaddedRows {
 // and such loads wait until the stores have left for the cache.
 template <class T, int V, int K>
 struct RowsInPlace {
+  using Argument = const RowsInPlace&;
   static constexpr int kMostVectors = 1;
   const int64_t stride_h;
   const T* first = nullptr;
@@ -203,9 +206,10 @@ struct TileShape {
 // Outputs of `rows` rows from `first` on (relative to the source's row origin_y). Not inlined, as
 // the tiles need all the registers that the loop over the planes would take.
 template <class T, int V, int K, class S, class Source>
-__attribute__((noinline)) void convolve_plane(const ConvolvePlan& plan, const Source source,
-                                              int64_t first, int64_t rows, const T* weight, T bias,
-                                              S* target, Ahead& ahead) {
+__attribute__((noinline)) void convolve_plane(const ConvolvePlan& plan,
+                                              typename Source::Argument source, int64_t first,
+                                              int64_t rows, const T* weight, T bias, S* target,
+                                              Ahead& ahead) {
   const int64_t width = plan.target.width, stride = plan.target.stride_h;
   const int64_t in_height = plan.source.height;
   const bool tall =
@@ -300,7 +304,8 @@ void convolve_planes(const ConvolvePlan& plan, int64_t begin, int64_t end, void*
     if constexpr (kInPlace) {
       if (out.width <= V) {
         in_place.begin(from, first + plan.origin_y, plan.origin_x);
-        convolve_plane<T, V, K, S>(plan, in_place, first, last - first, weight, bias, to, ahead);
+        convolve_plane<T, V, K, S, RowsInPlace<T, V, K>>(plan, in_place, first, last - first,
+                                                         weight, bias, to, ahead);
         continue;
       }
     }
@@ -311,8 +316,8 @@ void convolve_planes(const ConvolvePlan& plan, int64_t begin, int64_t end, void*
           chunk == num_chunks ? last : first + chunk * (last - first) / num_chunks;
       rows.template fill<S>(from, in, row + plan.origin_y, plan.origin_x, row_end - row + K - 1,
                             false);
-      convolve_plane<T, V, K, S>(plan, PaddedRows<T, V>{rows.row(0), rows.pitch()}, row,
-                                 row_end - row, weight, bias, to, ahead);
+      convolve_plane<T, V, K, S, PaddedRows<T, V>>(plan, {rows.row(0), rows.pitch()}, row,
+                                                   row_end - row, weight, bias, to, ahead);
       row = row_end;
     }
   }
