@@ -29,6 +29,18 @@ class Choice(NamedTuple):
     method: str
     reason: str
 
+    @property
+    def family(self) -> str:
+        """The operators of ``ops.DEPTHWISE`` that serve the call, or "torch" for none of them.
+
+        Operators take no method; Triton has a family for each, and one that chooses by sizes.
+        """
+        if self.backend != "triton":
+            return self.backend
+        return {"auto": "triton", "direct": "triton_direct", "implicit_gemm": "triton_gemm"}[
+            self.method
+        ]
+
 
 class _Requested:
     backend = "auto"
@@ -95,17 +107,19 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _cannot_run_depthwise(backend: str, input: Tensor, weight: Tensor) -> str | None:
+def _cannot_run_depthwise(
+    backend: str, input: Tensor, weight: Tensor, stride: tuple[int, int]
+) -> str | None:
     """Why ``backend`` cannot serve this depthwise convolution, or None if it can."""
     if backend == "torch":
         return None
-    if backend == "triton":
-        return "the triton backend has no depthwise convolution yet"
-    device = "cpu" if backend == "cpu" else "cuda"
+    device = {"cpu": "cpu", "cuda": "cuda", "triton": triton_backend.device_type()}[backend]
     if input.device.type != device:
         return f"it serves {device} tensors; input is on {input.device}"
-    if input.dtype not in FLOAT_DTYPES:
-        return f"it serves float32, float64, bfloat16 and float16; input is {input.dtype}"
+    dtypes = TRITON_DTYPES if backend == "triton" else FLOAT_DTYPES
+    if input.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        return f"it serves {names}; input is {input.dtype}"
     if input.dim() != 4:
         return f"it serves batches (B, C, H, W); input has {input.dim()} dimensions"
     if weight.shape[0] != input.shape[1]:
@@ -113,12 +127,16 @@ def _cannot_run_depthwise(backend: str, input: Tensor, weight: Tensor) -> str | 
             f"it serves one filter per channel; weight has {weight.shape[0]} filters "
             f"for {input.shape[1]} channels"
         )
+    if backend == "triton" and stride != (1, 1):
+        return f"it serves stride 1; stride is {stride}"
     if transformed():
         return "it does not run inside torch.func transforms or forward-mode differentiation"
     return None
 
 
-def choose_depthwise(input: Tensor, weight: Tensor, method: str) -> Choice:
+def choose_depthwise(
+    input: Tensor, weight: Tensor, method: str, stride: tuple[int, int] = (1, 1)
+) -> Choice:
     """Choose for one call of ``depthwise_conv2d`` with checked arguments.
 
     Raises:
@@ -127,24 +145,39 @@ def choose_depthwise(input: Tensor, weight: Tensor, method: str) -> Choice:
     """
     requested = _Requested.backend
     if method == "implicit_gemm":
-        raise ValueError(
-            "method='implicit_gemm' cannot serve this call: it needs the Triton or CUDA "
-            f"tensor-core kernels (triton: {available_backends()['triton']}); "
-            "use 'auto', 'direct' or 'fft'"
-        )
+        return _choose_implicit_gemm(input, weight, stride)
     if method == "fft":
         return _choose_fft(input, weight)
     if requested == "auto":
         if input.device.type == "cpu" and _extension.MODULE is not None:
-            refusal = _cannot_run_depthwise("cpu", input, weight)
+            refusal = _cannot_run_depthwise("cpu", input, weight, stride)
             if refusal is None:
                 return _COMPILED_CPU
             return Choice("torch", "direct", f"the compiled CPU kernels cannot: {refusal}")
         return Choice("torch", "direct", _why_torch(input))
-    refusal = _cannot_run_depthwise(requested, input, weight)
+    refusal = _cannot_run_depthwise(requested, input, weight, stride)
     if refusal is not None:
         raise RuntimeError(f"backend {requested!r} cannot run this call: {refusal}")
-    return Choice(requested, "direct", f"asked for by use_backend({requested!r})")
+    reason = f"asked for by use_backend({requested!r})"
+    if requested == "triton" and method == "auto":
+        return Choice(requested, "auto", f"{reason}; sizes choose direct or implicit_gemm")
+    return Choice(requested, "direct", reason)
+
+
+def _choose_implicit_gemm(input: Tensor, weight: Tensor, stride: tuple[int, int]) -> Choice:
+    requested = _Requested.backend
+    if requested not in ("auto", "triton"):
+        refusal = f"backend {requested!r} has none"
+    elif (status := triton_backend.status()) != "ready":
+        refusal = f"it needs the Triton backend: {status}"
+    else:
+        refusal = _cannot_run_depthwise("triton", input, weight, stride)
+    if refusal is not None:
+        raise ValueError(
+            f"method='implicit_gemm' cannot serve this call: {refusal}; "
+            "use 'auto', 'direct' or 'fft'"
+        )
+    return Choice("triton", "implicit_gemm", "asked for by method='implicit_gemm'")
 
 
 _COMPILED_CPU = Choice("cpu", "direct", "compiled CPU kernels")
@@ -155,7 +188,7 @@ def _why_torch(input: Tensor) -> str:
         return f"no compiled CPU kernels: {_extension.STATUS}"
     return (
         f"no kernel of this library is measured to be faster on {input.device.type} yet; "
-        "use_backend('cuda') asks for the compiled one"
+        "use_backend('cuda') or use_backend('triton') asks for one"
     )
 
 

@@ -30,7 +30,9 @@ def depthwise_conv2d(
         bias: (C,) or None.
         stride, dilation: int or pair, at least 1.
         padding: int, pair, "same" (stride 1 only) or "valid".
-        method: "auto", "direct", "implicit_gemm" or "fft".
+        method: "auto", "direct", "fft", or "implicit_gemm": matrix products for the tensor cores,
+            by Triton, for stride 1 and dtypes other than float64. Like "fft" it multiplies zeros
+            too, so that an element that is not finite may reach outputs near it.
 
     Returns:
         (B, C, H', W') with the dtype and memory format that ``F.conv2d`` returns. Differentiable
@@ -55,7 +57,7 @@ def depthwise_conv2d(
         stride, padding, dilation = geometry
         batched = input.dim() == 4
         channels_last = batched and (_like_channels_last(input) or _like_channels_last(weight))
-        backend = dispatch.choose_depthwise(input, weight, method).backend
+        backend = dispatch.choose_depthwise(input, weight, method, stride).family
         if key is not None:
             remembered_calls.remember(key, (*geometry, channels_last, backend))
     if backend == "torch":
@@ -349,12 +351,12 @@ def explain(
         ValueError, TypeError: as the call itself. A backend or method that was asked for by name
             and cannot serve the call is told in the text.
     """
-    _check_depthwise(input, weight, bias, stride, padding, dilation, method)
+    stride = _check_depthwise(input, weight, bias, stride, padding, dilation, method)[0]
     if _autocast_enabled(input.device.type):
         input, weight, bias = _autocast(input.device.type, input, weight, bias)
     channels_last = input.dim() == 4 and (_like_channels_last(input) or _like_channels_last(weight))
     try:
-        choice = dispatch.choose_depthwise(input, weight, method)
+        choice = dispatch.choose_depthwise(input, weight, method, stride)
     except (RuntimeError, ValueError) as error:
         return f"no backend: {error}"
     layout = "channels_last" if channels_last else "contiguous"

@@ -182,10 +182,14 @@ def _define(operator: str, backend: str, schemas: dict, fakes: dict) -> list:
     return overloads
 
 
-# Backend -> operators. "fft" is a method rather than a backend: it runs on any device.
+# Family -> operators; see ``dispatch.Choice.family``. "fft" runs on any device. The CPU and
+# Triton backends have one family more for each method that can be asked for.
 DEPTHWISE: dict[str, DepthwiseOps] = {
     name: DepthwiseOps(*_define("depthwise_conv2d", name, DEPTHWISE_SCHEMAS, _DEPTHWISE_FAKES))
-    for name in ("cpu", "cpu_direct", "cpu_fft", "cuda", "fft")
+    for name in (
+        *("cpu", "cpu_direct", "cpu_fft", "cuda", "fft"),
+        *("triton", "triton_direct", "triton_gemm"),
+    )
 }
 ADAPTER: dict[str, AdapterOps] = {
     name: AdapterOps(*_define("large_kernel_adapter", name, ADAPTER_SCHEMAS, fakes))

@@ -6,6 +6,8 @@ it. ``docs/kernel-notes.md`` has the estimates they lead to.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -115,3 +117,282 @@ def adapter_tiles(
         num_warps=num_warps,
         num_stages=num_stages,
     )
+
+
+# What a multiprocessor of an H100 does in a clock, for choosing between forms: multiply-adds of the
+# tensor cores in 16-bit types (half of the published peak, which nothing without asynchronous
+# copies of whole tiles reaches), other instructions by lane, bytes from the second-level cache.
+_PRODUCTS_PER_CLOCK = 1024
+_LANES_PER_CLOCK = 128
+_BYTES_PER_CLOCK = 64
+# Instructions of a lane, counted in the machine code: an element of the Toeplitz matrix of the
+# patch and the dense form, and a multiply-add of the direct form with its share of everything else.
+_TO_BUILD_PATCH = 5
+_TO_BUILD_DENSE = 9
+_TO_MULTIPLY = 5
+
+
+class Correlation(NamedTuple):
+    """The sizes of one depthwise correlation, forward or backward-input.
+
+    ``taps`` are those that can touch the map, ``slack`` the columns that a window starts too early
+    to start at a multiple of the vectors that are loaded.
+    """
+
+    batch: int
+    channels: int
+    size: tuple[int, int]
+    out_size: tuple[int, int]
+    taps: tuple[int, int]
+    dilation: tuple[int, int]
+    slack: int
+    itemsize: int
+    num_sms: int
+
+
+class DirectTiles(NamedTuple):
+    """Of ``correlate_direct_kernel`` and ``backward_weight_direct_kernel``."""
+
+    rows: int
+    unroll: int
+    block_p: int
+    block_c: int
+    num_warps: int
+
+
+class PatchTiles(NamedTuple):
+    """Of ``correlate_patch_kernel``; ``clocks`` of a multiprocessor are estimated for a call."""
+
+    rows: int
+    bx: int
+    window: int
+    block_m: int
+    block_k: int
+    num_warps: int
+    clocks: float
+
+
+class DenseTiles(NamedTuple):
+    """Of ``correlate_dense_kernel``; ``clocks`` of a multiprocessor are estimated for a call."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    clocks: float
+
+
+class WeightGemmTiles(NamedTuple):
+    """Of ``backward_weight_gemm_kernel``."""
+
+    rows: int
+    bx: int
+    window: int
+    block_k: int
+    num_warps: int
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def _evenly(n: int, most: int) -> int:
+    """The size of the fewest equal parts of ``n`` that are not above ``most``."""
+    return ceil_div(n, ceil_div(n, most))
+
+
+def _row_blocks(height: int, dilation: int, rows: int) -> int:
+    """Blocks of ``rows`` rows ``dilation`` apart that cover ``height`` rows."""
+    return dilation * ceil_div(ceil_div(height, dilation), rows)
+
+
+def direct_rows(taps: int) -> int:
+    """Outputs in a column that share what they load of the map.
+
+    Four sums of a row of taps each: with eight, registers hold fewer positions of a thread, which
+    share the taps. One or two kernel rows have nothing to share, or little.
+    """
+    return 1 if taps == 1 else 2 if taps <= 3 else 4
+
+
+def _block_of_channels(channels: int, channels_last: bool) -> int:
+    # 64 channels are a line of the cache in 16-bit types, two in float32.
+    return min(64, next_power_of_2(channels)) if channels_last else 1
+
+
+def direct_tiles(
+    positions: int, channels: int, taps: tuple[int, int], channels_last: bool, num_sms: int
+) -> DirectTiles:
+    """Tiles of forward and backward-input; ``positions`` columns of ``direct_rows`` outputs."""
+    block_c = _block_of_channels(channels, channels_last)
+    # Four positions of a thread share the taps that it loads; sums of 16 outputs are 16 registers.
+    block = 512
+    while block > 128 and ceil_div(positions * channels, block) < 2 * num_sms:
+        block //= 2
+    return DirectTiles(
+        rows=direct_rows(taps[0]),
+        # All loads of an unrolled row are under way together; longer rows take it in pieces.
+        unroll=_evenly(taps[1], 8),
+        block_p=max(1, block // block_c),
+        block_c=block_c,
+        num_warps=4,
+    )
+
+
+def direct_weight_tiles(channels: int, taps: tuple[int, int], channels_last: bool) -> DirectTiles:
+    """Tiles of backward-weight: ``rows``×``unroll`` taps a program.
+
+    4 + 8 loads serve 32 multiply-adds, whose sums are 32 registers for every position of a thread.
+    """
+    block_c = _block_of_channels(channels, channels_last)
+    return DirectTiles(
+        rows=_evenly(taps[0], 4),
+        unroll=_evenly(taps[1], 8),
+        block_p=max(1, 256 // block_c),
+        block_c=block_c,
+        num_warps=4,
+    )
+
+
+def direct_clocks(call: Correlation) -> float:
+    """Clocks of a multiprocessor for the direct form, estimated."""
+    rows = direct_rows(call.taps[0])
+    outputs = _row_blocks(call.out_size[0], call.dilation[0], rows) * rows * call.out_size[1]
+    products = outputs * (call.taps[0] + rows - 1) * call.taps[1] * call.batch * call.channels
+    return products * _TO_MULTIPLY / _LANES_PER_CLOCK
+
+
+def _product_clocks(call: Correlation, rows_of_m, block_m, n_tiles, block_n, k, to_build) -> float:
+    """Clocks for a product of ``rows_of_m`` × (n_tiles·block_n) with sums of ``k`` terms."""
+    programs = ceil_div(rows_of_m, block_m) * n_tiles * call.channels
+    # The sum of the three rather than the longest: they overlap only between programs.
+    each = (
+        block_m * block_n * k / _PRODUCTS_PER_CLOCK
+        + block_m * k * call.itemsize / _BYTES_PER_CLOCK
+        + block_n * k * to_build / _LANES_PER_CLOCK
+    )
+    return max(programs, call.num_sms) * each
+
+
+@functools.lru_cache(maxsize=1024)
+def patch_tiles(call: Correlation) -> PatchTiles:
+    """The patch and block with the least estimated clocks."""
+    best = None
+    for rows, bx in itertools.product((1, 2, 4, 8), (8, 16, 32, 64)):
+        # Narrower products leave the matrix instructions idle, wider ones need more registers.
+        if not 16 <= rows * bx <= 128 or rows > next_power_of_2(call.out_size[0]):
+            continue
+        extent = bx + (call.taps[1] - 1) * call.dilation[1] + call.slack
+        window = ceil_div(extent, 16) * 16
+        rows_of_m = call.batch * _row_blocks(call.out_size[0], call.dilation[0], rows)
+        # Chunks that lie outside the map are skipped.
+        columns = min(window, ceil_div(call.size[1], 16) * 16)
+        k = (call.taps[0] + rows - 1) * columns
+        for block_m in (16, 32, 64, 128):
+            clocks = _product_clocks(
+                call,
+                rows_of_m,
+                block_m,
+                ceil_div(call.out_size[1], bx),
+                rows * bx,
+                k,
+                _TO_BUILD_PATCH,
+            )
+            if best is None or clocks < best.clocks:
+                best = PatchTiles(
+                    rows=rows,
+                    bx=bx,
+                    window=window,
+                    block_m=block_m,
+                    block_k=next(n for n in (64, 32, 16) if window % n == 0),
+                    # At most 64 sums of a thread.
+                    num_warps=8 if block_m * rows * bx > 8192 else 4,
+                    clocks=clocks,
+                )
+    return best
+
+
+@functools.lru_cache(maxsize=1024)
+def dense_tiles(call: Correlation) -> DenseTiles:
+    """The block with the least estimated clocks."""
+    inputs = call.size[0] * call.size[1]
+    outputs = call.out_size[0] * call.out_size[1]
+    block_k = 32 if inputs > 16 else 16
+    best = None
+    for block_m, block_n in itertools.product((16, 32, 64, 128), (16, 32, 64, 128)):
+        clocks = _product_clocks(
+            call,
+            call.batch,
+            block_m,
+            ceil_div(outputs, block_n),
+            block_n,
+            ceil_div(inputs, block_k) * block_k,
+            _TO_BUILD_DENSE,
+        )
+        if best is None or clocks < best.clocks:
+            best = DenseTiles(
+                block_m=block_m,
+                block_n=block_n,
+                block_k=block_k,
+                num_warps=8 if block_m * block_n > 8192 else 4,
+                clocks=clocks,
+            )
+    return best
+
+
+def gemm_form(call: Correlation) -> str:
+    """ "patch" or "dense", whichever is estimated to take less."""
+    return "dense" if dense_tiles(call).clocks < patch_tiles(call).clocks else "patch"
+
+
+def correlation_form(call: Correlation, dtype: torch.dtype, contiguous: bool) -> str:
+    """The form of forward and backward-input: "direct", "patch" or "dense".
+
+    Only contiguous rows make vectors for the tensor cores, and float32 products would be rounded
+    to tf32 there, which is left to those who ask for it.
+    """
+    if not contiguous or dtype == torch.float32:
+        return "direct"
+    form = gemm_form(call)
+    clocks = (dense_tiles if form == "dense" else patch_tiles)(call).clocks
+    return form if clocks < direct_clocks(call) else "direct"
+
+
+@functools.lru_cache(maxsize=1024)
+def weight_gemm_tiles(
+    taps: tuple[int, int], dilation: int, slack: int, out_width: int, itemsize: int
+) -> WeightGemmTiles | None:
+    """Tiles of backward-weight as a matrix product; None where the kernel is too wide for it."""
+    best, least = None, None
+    for rows, bx in itertools.product((1, 2, 4, 8, 16), (8, 16, 32, 64)):
+        # One more column for the ones that sum the bias's gradient.
+        extent = bx + (taps[1] - 1) * dilation + slack + 1
+        window = max(16, next_power_of_2(extent))
+        # The sums are registers: 64 a thread, 128 where nothing less holds the window.
+        if not 16 <= rows * bx <= 128 or rows * bx * window > 16384 or window > 512:
+            continue
+        row_blocks = ceil_div(taps[0], rows)
+        tiles_x = ceil_div(out_width, bx)
+        products = rows * bx * window * row_blocks * tiles_x
+        loads = (rows * bx + window) * row_blocks * tiles_x
+        clocks = products / _PRODUCTS_PER_CLOCK + loads * itemsize / _BYTES_PER_CLOCK
+        if least is None or clocks < least:
+            least = clocks
+            best = WeightGemmTiles(
+                rows=rows,
+                bx=bx,
+                window=window,
+                block_k=32,
+                num_warps=8 if rows * bx * window > 8192 else 4,
+            )
+    return best
+
+
+def weight_groups(programs: int, batch: int, num_sms: int) -> int:
+    """Parts of the batch that backward-weight sums apart, for ``programs`` in one part.
+
+    Four programs for every multiprocessor hide what each waits for; more would only make more
+    partial sums.
+    """
+    return max(1, min(batch, ceil_div(4 * num_sms, programs)))

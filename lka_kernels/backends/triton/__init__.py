@@ -59,6 +59,24 @@ def _adapter_backward(*arguments):
     return adapter.backward(*arguments)
 
 
+# Family of operators -> the form that its kernels take.
+_DEPTHWISE_FORMS = {"triton": "auto", "triton_direct": "direct", "triton_gemm": "gemm"}
+
+
+def _depthwise(direction: str, form: str):
+    def operator(*arguments):
+        from lka_kernels.backends.triton import depthwise
+
+        return getattr(depthwise, direction)(*arguments, form)
+
+    return operator
+
+
 for _key in ("CUDA", "CPU"):  # CPU tensors reach them under the interpreter alone
     ops.LIBRARY.impl("large_kernel_adapter_forward_triton", _adapter_forward, _key)
     ops.LIBRARY.impl("large_kernel_adapter_backward_triton", _adapter_backward, _key)
+    for _family, _form in _DEPTHWISE_FORMS.items():
+        for _direction in ops.DEPTHWISE_SCHEMAS:
+            ops.LIBRARY.impl(
+                f"depthwise_conv2d_{_direction}_{_family}", _depthwise(_direction, _form), _key
+            )
