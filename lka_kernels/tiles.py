@@ -335,7 +335,8 @@ def dense_tiles(call: Correlation) -> DenseTiles:
                 block_m=block_m,
                 block_n=block_n,
                 block_k=block_k,
-                num_warps=8 if block_m * block_n > 8192 else 4,
+                # 8 warps hold half of the matrix that each thread builds.
+                num_warps=8 if block_m * block_n >= 8192 else 4,
                 clocks=clocks,
             )
     return best

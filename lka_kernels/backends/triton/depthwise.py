@@ -224,6 +224,13 @@ def _plan_dense(call: _Correlate, sizes: tiles.Correlation) -> Launch:
         while stride_b % vector or stride_c % vector:
             vector //= 2
     outputs = sizes.out_size[0] * sizes.out_size[1]
+    # From the first element to the last output and from the last element to the first output.
+    all_meet = call.dilation == (1, 1) and all(
+        taps.before - (out_size - 1) >= 0 and size - 1 + taps.before < taps.count
+        for taps, size, out_size in zip(
+            (call.rows, call.columns), sizes.size, sizes.out_size, strict=True
+        )
+    )
     return Launch(
         gemm.correlate_dense_kernel,
         tiles.ceil_div(sizes.batch, t.block_m)
@@ -236,7 +243,6 @@ def _plan_dense(call: _Correlate, sizes: tiles.Correlation) -> Launch:
             call.result,
             sizes.batch,
             sizes.channels,
-            *sizes.size,
             *sizes.out_size,
             call.rows.before,
             call.columns.before,
@@ -251,8 +257,11 @@ def _plan_dense(call: _Correlate, sizes: tiles.Correlation) -> Launch:
             *call.result.stride(),
         ),
         {
+            "H": sizes.size[0],
+            "W": sizes.size[1],
             "VEC": vector,
             "FLAT": flat,
+            "ALL_MEET": all_meet,
             "BLOCK_M": t.block_m,
             "BLOCK_N": t.block_n,
             "BLOCK_K": t.block_k,

@@ -96,26 +96,35 @@ def correlate_patch_kernel(
     image = source + (b * stride_sb_v + c * stride_sc_v)[:, None] * VEC
     taps = weight + first_tap + c * stride_wc
     sums = tl.zeros([BLOCK_M, ROWS * BX], tl.float32)
-    for step in range(0, tl.maximum(end_s - first_s, 0) * tl.maximum(chunks, 0)):
-        s = first_s + step // chunks
-        i = (first_chunk + step % chunks) * BLOCK_K + tl.arange(0, BLOCK_K)
+    # kx·DX of the elements of the Toeplitz matrix, and where their taps lie, for s = chunk = 0.
+    i = tl.arange(0, BLOCK_K)
+    column = i[:, None] - (nx + slack)[None, :]
+    offsets = column * stride_wx - (r * stride_wy)[None, :]
+    s = first_s
+    chunk = first_chunk
+    for _ in range(0, tl.maximum(end_s - first_s, 0) * tl.maximum(chunks, 0)):
         y = iy + s * DY
-        x = from_x + i
+        x = from_x + chunk * BLOCK_K + i
         rows = tl.load(
             image + (y.to(tl.int64) * stride_sy_v)[:, None] * VEC + (x.to(tl.int64) * stride_sx),
             mask=(is_row & inside(y, H))[:, None] & ((x >= 0) & (x < W))[None, :],
             other=0.0,
         )
-        kx = i[:, None] - (nx + slack)[None, :]
-        ky = (s - r)[None, :]
-        is_tap = inside(ky, KH)
+        is_tap = inside(s - r, KH)[None, :]
         if DX == 1:
-            is_tap = is_tap & inside(kx, KW)
+            is_tap = is_tap & inside(column + chunk * BLOCK_K, KW)
+            at = taps + (s * stride_wy + chunk * (BLOCK_K * stride_wx)) + offsets
         else:
+            kx = column + chunk * BLOCK_K
             is_tap = is_tap & inside(kx, KW * DX) & (kx % DX == 0)
-            kx = kx // DX
-        toeplitz = tl.load(taps + (ky * stride_wy + kx * stride_wx), mask=is_tap, other=0.0)
+            at = taps + ((s - r) * stride_wy)[None, :] + kx // DX * stride_wx
+        toeplitz = tl.load(at, mask=is_tap, other=0.0)
         sums = tl.dot(rows, toeplitz, sums, input_precision=PRECISION)
+        # Counted rather than divided for: each thread would divide.
+        chunk += 1
+        is_last = chunk == first_chunk + chunks
+        s += is_last.to(tl.int32)
+        chunk = tl.where(is_last, first_chunk, chunk)
     if bias is not None:
         sums += tl.load(bias + c).to(tl.float32)
     to_y = oy[:, None] + (r * DY)[None, :]
@@ -134,8 +143,6 @@ def correlate_dense_kernel(
     result,
     B,
     C,
-    H,
-    W,
     OH,
     OW,
     TOP,
@@ -156,8 +163,11 @@ def correlate_dense_kernel(
     stride_rc,
     stride_ry,
     stride_rx,
+    H: tl.constexpr,
+    W: tl.constexpr,
     VEC: tl.constexpr,
     FLAT: tl.constexpr,
+    ALL_MEET: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -166,7 +176,9 @@ def correlate_dense_kernel(
 ):
     """result = correlation of ``source`` with the taps, + bias: image by map times map by map.
 
-    FLAT: rows of the source follow each other without a gap.
+    FLAT: rows of the source follow each other without a gap. ALL_MEET: a tap leads from every
+    element of the map to every output. The map's size is a constant, so that to divide by it is to
+    multiply; the dense form is for small maps, of which a model has few.
     """
     pid = program_index(WIDE)
     tiles_n = tl.cdiv(OH * OW, BLOCK_N)
@@ -175,15 +187,19 @@ def correlate_dense_kernel(
     b = pid // tiles_n // C * BLOCK_M + tl.arange(0, BLOCK_M)
     is_image = b < B
     b = b.to(tl.int64)
+    is_output = n < OH * OW
+    n = tl.minimum(n, OH * OW - 1)
     oy = n // OW
     ox = n % OW
+    last = oy * stride_wy + ox * stride_wx
     image = source + (b * stride_sb_v + c * stride_sc_v)[:, None] * VEC
     taps = weight + first_tap + c * stride_wc
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k0 in range(0, H * W, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
-        iy = k // W
-        ix = k - iy * W
+        at = tl.minimum(k, H * W - 1)
+        iy = at // W
+        ix = at - iy * W
         if FLAT:
             offsets = k
         else:
@@ -191,16 +207,21 @@ def correlate_dense_kernel(
         rows = tl.load(
             image + offsets[None, :], mask=is_image[:, None] & (k < H * W)[None, :], other=0.0
         )
-        ky = (iy + TOP)[:, None] - oy[None, :]
-        kx = (ix + LEFT)[:, None] - ox[None, :]
-        is_tap = inside(ky, KH * DY) & inside(kx, KW * DX)
-        if DY != 1:
-            is_tap = is_tap & (ky % DY == 0)
-            ky = ky // DY
-        if DX != 1:
-            is_tap = is_tap & (kx % DX == 0)
-            kx = kx // DX
-        toeplitz = tl.load(taps + (ky * stride_wy + kx * stride_wx), mask=is_tap, other=0.0)
+        # Whatever tap an element beyond the map meets, it is multiplied by zero.
+        if ALL_MEET:
+            first = (iy + TOP) * stride_wy + (ix + LEFT) * stride_wx
+            toeplitz = tl.load(taps + (first[:, None] - last[None, :]))
+        else:
+            ky = (iy + TOP)[:, None] - oy[None, :]
+            kx = (ix + LEFT)[:, None] - ox[None, :]
+            is_tap = inside(ky, KH * DY) & inside(kx, KW * DX)
+            if DY != 1:
+                is_tap = is_tap & (ky % DY == 0)
+                ky = ky // DY
+            if DX != 1:
+                is_tap = is_tap & (kx % DX == 0)
+                kx = kx // DX
+            toeplitz = tl.load(taps + (ky * stride_wy + kx * stride_wx), mask=is_tap, other=0.0)
         sums = tl.dot(rows, toeplitz, sums, input_precision=PRECISION)
     if bias is not None:
         sums += tl.load(bias + c).to(tl.float32)
@@ -209,7 +230,7 @@ def correlate_dense_kernel(
     tl.store(
         to,
         sums.to(result.dtype.element_ty),
-        mask=is_image[:, None] & (n < OH * OW)[None, :],
+        mask=is_image[:, None] & is_output[None, :],
     )
 
 
@@ -286,9 +307,10 @@ def backward_weight_gemm_kernel(
     s_image = source + (first_image * stride_sb_v + c * stride_sc_v) * VEC
     sums = tl.zeros([ROWS * BX, WINDOW], tl.float32)
     steps = tl.cdiv(rows, BLOCK_K)
-    for step in range(0, steps * tl.cdiv(OW, BX)):
-        x0 = step // steps * BX
-        k = step % steps * BLOCK_K + tl.arange(0, BLOCK_K)
+    x0 = 0
+    k0 = 0
+    for _ in range(0, steps * tl.cdiv(OW, BX)):
+        k = k0 + tl.arange(0, BLOCK_K)
         b = (k // height).to(tl.int64)
         iy = first_y + k % height
         is_row = k < rows
@@ -312,6 +334,11 @@ def backward_weight_gemm_kernel(
         )
         s_tile = tl.where(ones, 1.0, s_tile).to(s_tile.dtype)
         sums = tl.dot(tl.trans(g_tile), s_tile, sums, input_precision=PRECISION)
+        # Counted rather than divided for: each thread would divide.
+        k0 += BLOCK_K
+        is_last = k0 >= rows
+        x0 += tl.where(is_last, BX, 0)
+        k0 = tl.where(is_last, 0, k0)
     row = partials + group * C * (full_taps + 1)
     ky = first_ky + tl.arange(0, ROWS)
     kx = tl.arange(0, BLOCK_KX)
