@@ -125,18 +125,20 @@ def adapter_tiles(
 _PRODUCTS_PER_CLOCK = 1024
 _LANES_PER_CLOCK = 128
 _BYTES_PER_CLOCK = 64
-# Instructions of a lane, counted in the machine code: an element of the Toeplitz matrix of the
-# patch and the dense form, and a multiply-add of the direct form with its share of everything else.
-_TO_BUILD_PATCH = 5
-_TO_BUILD_DENSE = 9
-_TO_MULTIPLY = 5
+# Instructions of a lane, counted in the machine code for compute capability 9.0: an element of the
+# Toeplitz matrix of the patch and the dense form, the rest of a step of either, and a multiply-add
+# of the direct form with its share of everything else.
+_TO_BUILD_PATCH = 12
+_TO_BUILD_DENSE = 16
+_TO_STEP = 60
+_TO_MULTIPLY = 4
 
 
 class Correlation(NamedTuple):
     """The sizes of one depthwise correlation, forward or backward-input.
 
-    ``taps`` are those that can touch the map, ``slack`` the columns that a window starts too early
-    to start at a multiple of the vectors that are loaded.
+    ``taps`` are those that can touch the map. ``vector`` elements are loaded at once, and a window
+    starts ``slack`` columns too early, at a multiple of them.
     """
 
     batch: int
@@ -145,6 +147,7 @@ class Correlation(NamedTuple):
     out_size: tuple[int, int]
     taps: tuple[int, int]
     dilation: tuple[int, int]
+    vector: int
     slack: int
     itemsize: int
     num_sms: int
@@ -263,14 +266,20 @@ def direct_clocks(call: Correlation) -> float:
     return products * _TO_MULTIPLY / _LANES_PER_CLOCK
 
 
-def _product_clocks(call: Correlation, rows_of_m, block_m, n_tiles, block_n, k, to_build) -> float:
+def _product_warps(block_m: int, block_n: int) -> int:
+    # With 64 sums of a thread few registers are left for the matrix that is built.
+    return 8 if block_m * block_n >= 8192 else 4
+
+
+def _product_clocks(call: Correlation, rows_of_m, block_m, n_tiles, block_n, k, block_k, to_build):
     """Clocks for a product of ``rows_of_m`` × (n_tiles·block_n) with sums of ``k`` terms."""
     programs = ceil_div(rows_of_m, block_m) * n_tiles * call.channels
-    # The sum of the three rather than the longest: they overlap only between programs.
+    lanes = 32 * _product_warps(block_m, block_n)
+    # The sum of all rather than the longest: they overlap only between programs.
     each = (
         block_m * block_n * k / _PRODUCTS_PER_CLOCK
         + block_m * k * call.itemsize / _BYTES_PER_CLOCK
-        + block_n * k * to_build / _LANES_PER_CLOCK
+        + (block_n * k * to_build + ceil_div(k, block_k) * lanes * _TO_STEP) / _LANES_PER_CLOCK
     )
     return max(programs, call.num_sms) * each
 
@@ -289,7 +298,14 @@ def patch_tiles(call: Correlation) -> PatchTiles:
         # Chunks that lie outside the map are skipped.
         columns = min(window, ceil_div(call.size[1], 16) * 16)
         k = (call.taps[0] + rows - 1) * columns
-        for block_m in (16, 32, 64, 128):
+        # 64 would leave registers and shared memory for one program on a multiprocessor; while
+        # one builds the next chunk of its matrix, others must have products to make.
+        block_k = 32 if window % 32 == 0 else 16
+        for block_m in (16, 32, 64, 128, 256):
+            lanes = 32 * _product_warps(block_m, rows * bx)
+            # At most eight loads of a lane: each has an address of its own in two registers.
+            if block_m * rows * bx > 16384 or block_m * block_k > 8 * call.vector * lanes:
+                continue
             clocks = _product_clocks(
                 call,
                 rows_of_m,
@@ -297,6 +313,7 @@ def patch_tiles(call: Correlation) -> PatchTiles:
                 ceil_div(call.out_size[1], bx),
                 rows * bx,
                 k,
+                block_k,
                 _TO_BUILD_PATCH,
             )
             if best is None or clocks < best.clocks:
@@ -305,9 +322,8 @@ def patch_tiles(call: Correlation) -> PatchTiles:
                     bx=bx,
                     window=window,
                     block_m=block_m,
-                    block_k=next(n for n in (64, 32, 16) if window % n == 0),
-                    # At most 64 sums of a thread.
-                    num_warps=8 if block_m * rows * bx > 8192 else 4,
+                    block_k=block_k,
+                    num_warps=_product_warps(block_m, rows * bx),
                     clocks=clocks,
                 )
     return best
@@ -320,7 +336,9 @@ def dense_tiles(call: Correlation) -> DenseTiles:
     outputs = call.out_size[0] * call.out_size[1]
     block_k = 32 if inputs > 16 else 16
     best = None
-    for block_m, block_n in itertools.product((16, 32, 64, 128), (16, 32, 64, 128)):
+    for block_m, block_n in itertools.product((16, 32, 64, 128, 256), (16, 32, 64, 128)):
+        if block_m * block_n > 16384:
+            continue
         clocks = _product_clocks(
             call,
             call.batch,
@@ -328,6 +346,7 @@ def dense_tiles(call: Correlation) -> DenseTiles:
             ceil_div(outputs, block_n),
             block_n,
             ceil_div(inputs, block_k) * block_k,
+            block_k,
             _TO_BUILD_DENSE,
         )
         if best is None or clocks < best.clocks:
@@ -335,8 +354,7 @@ def dense_tiles(call: Correlation) -> DenseTiles:
                 block_m=block_m,
                 block_n=block_n,
                 block_k=block_k,
-                # 8 warps hold half of the matrix that each thread builds.
-                num_warps=8 if block_m * block_n >= 8192 else 4,
+                num_warps=_product_warps(block_m, block_n),
                 clocks=clocks,
             )
     return best
@@ -375,7 +393,8 @@ def weight_gemm_tiles(
             continue
         row_blocks = ceil_div(taps[0], rows)
         tiles_x = ceil_div(out_width, bx)
-        products = rows * bx * window * row_blocks * tiles_x
+        # Products of fewer than 64 rows take older, slower instructions on an H100.
+        products = max(64, rows * bx) * window * row_blocks * tiles_x
         loads = (rows * bx + window) * row_blocks * tiles_x
         clocks = products / _PRODUCTS_PER_CLOCK + loads * itemsize / _BYTES_PER_CLOCK
         if least is None or clocks < least:

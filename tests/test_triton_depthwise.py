@@ -242,6 +242,7 @@ def correlation(map_size: int, kernel: int, batch: int = 64) -> tiles.Correlatio
         out_size=(map_size, map_size),
         taps=(touching, touching),
         dilation=(1, 1),
+        vector=8 if map_size % 8 == 0 else 2 if map_size % 2 == 0 else 1,
         slack=0,
         itemsize=2,
         num_sms=132,

@@ -73,6 +73,7 @@ class _Correlate(NamedTuple):
     reverse: bool
 
     def sizes(self) -> tiles.Correlation:
+        vector = _vector(self.source)
         return tiles.Correlation(
             batch=self.source.shape[0],
             channels=self.source.shape[1],
@@ -80,7 +81,8 @@ class _Correlate(NamedTuple):
             out_size=tuple(self.result.shape[2:]),
             taps=(self.rows.count, self.columns.count),
             dilation=self.dilation,
-            slack=-self.columns.before % _vector(self.source),
+            vector=vector,
+            slack=-self.columns.before % vector,
             itemsize=self.source.element_size(),
             num_sms=tiles.multiprocessors(self.source.device),
         )
@@ -192,7 +194,6 @@ def _plan_patch(call: _Correlate, sizes: tiles.Correlation) -> Launch:
             (-call.columns.before - sizes.slack) // vector,
             sizes.slack,
             t.window,
-            *call.dilation,
             *sizes.taps,
             call.first_tap,
             *call.tap_strides,
@@ -200,6 +201,8 @@ def _plan_patch(call: _Correlate, sizes: tiles.Correlation) -> Launch:
             *_in_vectors(call.result.stride(), out_vector),
         ),
         {
+            "DY": call.dilation[0],
+            "DX": call.dilation[1],
             "VEC": vector,
             "OUT_VEC": out_vector,
             "ROWS": t.rows,
@@ -246,7 +249,6 @@ def _plan_dense(call: _Correlate, sizes: tiles.Correlation) -> Launch:
             *sizes.out_size,
             call.rows.before,
             call.columns.before,
-            *call.dilation,
             *sizes.taps,
             call.first_tap,
             *call.tap_strides,
@@ -257,6 +259,8 @@ def _plan_dense(call: _Correlate, sizes: tiles.Correlation) -> Launch:
             *call.result.stride(),
         ),
         {
+            "DY": call.dilation[0],
+            "DX": call.dilation[1],
             "H": sizes.size[0],
             "W": sizes.size[1],
             "VEC": vector,

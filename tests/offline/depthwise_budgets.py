@@ -1,0 +1,166 @@
+"""Compile depthwise_conv2d's Triton kernels for GPUs that are not there; print what came out.
+
+    python tests/offline/depthwise_budgets.py            # compare with budgets_depthwise.json
+    python tests/offline/depthwise_budgets.py --write    # replace it
+
+For every launch of representative calls: registers of a thread, bytes spilled, shared memory of a
+program. Must run in a process of its own, without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from compiled import compile_launch
+
+from lka_kernels.backends.triton import depthwise
+
+BUDGETS = Path(__file__).with_name("budgets_depthwise.json")
+CAPABILITIES = (80, 90, 100)
+TENSOR_CORES = r"(HMMA|HGMMA|UTCHMMA)"
+
+
+class Call(NamedTuple):
+    """A call of depthwise_conv2d with "same" padding, and the form that is compiled."""
+
+    direction: str
+    form: str
+    shape: tuple[int, int, int, int]
+    kernel: tuple[int, int]
+    dtype: str = "bfloat16"
+    channels_last: bool = False
+    dilation: int = 1
+
+    @property
+    def name(self) -> str:
+        batch, channels, height, width = self.shape
+        layout = "channels_last" if self.channels_last else "contiguous"
+        return (
+            f"{self.direction} {self.form} {batch}x{channels}@{height}x{width} "
+            f"k{self.kernel[0]}x{self.kernel[1]} d{self.dilation} {self.dtype} {layout}"
+        )
+
+    def launches(self) -> list:
+        dtype = getattr(torch, self.dtype)
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        x = torch.empty(self.shape, dtype=dtype, device="meta", memory_format=layout)
+        channels = self.shape[1]
+        weight = torch.empty(channels, 1, *self.kernel, dtype=dtype, device="meta")
+        bias = torch.empty(channels, dtype=dtype, device="meta")
+        totals = [self.dilation * (k - 1) for k in self.kernel]
+        before = [total // 2 for total in totals]
+        after = [total - b for total, b in zip(totals, before, strict=True)]
+        geometry = ((1, 1), (*before, *after), (self.dilation, self.dilation))
+        if self.direction == "forward":
+            arguments = (x, weight, bias, *geometry, self.channels_last, self.form)
+            return depthwise.plan_forward(*arguments)[0]
+        if self.direction == "backward_input":
+            arguments = (x, weight, list(self.shape[2:]), *geometry, self.channels_last, self.form)
+            return depthwise.plan_backward_input(*arguments)[0]
+        return depthwise.plan_backward_weight(x, x, list(self.kernel), *geometry, self.form)[0]
+
+
+CALLS = [
+    Call("forward", "direct", (64, 192, 56, 56), (7, 7)),
+    Call("forward", "direct", (64, 192, 56, 56), (7, 7), channels_last=True),
+    Call("forward", "direct", (64, 192, 56, 56), (31, 31), "float32"),
+    Call("forward", "direct", (64, 192, 56, 56), (7, 7), "float32", channels_last=True),
+    Call("backward_input", "direct", (64, 64, 56, 56), (7, 7), "float16", dilation=3),
+    Call("forward", "patch", (64, 192, 56, 56), (7, 7)),
+    Call("forward", "patch", (64, 128, 56, 56), (31, 31)),
+    Call("backward_input", "patch", (64, 128, 56, 56), (31, 31), "float16"),
+    Call("forward", "patch", (64, 256, 28, 28), (29, 29)),
+    Call("forward", "patch", (64, 768, 14, 14), (7, 7)),
+    Call("forward", "patch", (64, 96, 56, 56), (5, 51)),
+    Call("forward", "patch", (64, 96, 56, 56), (51, 5)),
+    Call("forward", "patch", (1, 1536, 90, 180), (7, 7)),
+    Call("forward", "patch", (64, 64, 56, 56), (7, 7), dilation=3),
+    Call("forward", "dense", (64, 512, 14, 14), (27, 27)),
+    Call("forward", "dense", (128, 768, 14, 14), (7, 7)),
+    Call("backward_input", "dense", (64, 1536, 7, 7), (7, 7), "float16"),
+    Call("backward_weight", "direct", (64, 192, 56, 56), (7, 7), "float32"),
+    Call("backward_weight", "direct", (64, 192, 56, 56), (7, 7), channels_last=True),
+    Call("backward_weight", "gemm", (64, 192, 56, 56), (7, 7)),
+    Call("backward_weight", "gemm", (64, 128, 56, 56), (31, 31)),
+    Call("backward_weight", "gemm", (64, 512, 14, 14), (27, 27), "float16"),
+    Call("backward_weight", "gemm", (64, 1536, 7, 7), (7, 7)),
+    Call("backward_weight", "gemm", (64, 96, 56, 56), (51, 51)),
+    # Strides beyond int32.
+    Call("forward", "direct", (2, 1, 50_000, 50_000), (5, 5), "float16"),
+    Call("backward_weight", "gemm", (2, 70_000, 200, 200), (5, 5), "float16"),
+]
+
+
+def measure(job: tuple[Call, int]) -> dict:
+    """Compile the launches of a call for a capability; the sum of partial sums once is enough."""
+    call, capability = job
+    found = {}
+    for launch in call.launches()[:1]:
+        compiled = compile_launch(launch, capability)
+        found = {
+            "registers": compiled.registers,
+            "spilled": compiled.spilled,
+            "shared": compiled.shared,
+            "matrix_instructions": compiled.count(TENSOR_CORES),
+        }
+    return found
+
+
+def measure_all() -> dict[str, dict]:
+    """Name and capability -> what came out, on all cores."""
+    # Of 10.0, which takes the longest, every fourth call.
+    jobs = [
+        (call, capability)
+        for i, call in enumerate(CALLS)
+        for capability in CAPABILITIES
+        if capability < 100 or i % 4 == 1
+    ]
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+        results = list(pool.map(measure, jobs))
+    return {f"{call.name} sm_{cap}": r for (call, cap), r in zip(jobs, results, strict=True)}
+
+
+def complaints(found: dict[str, dict], budgets: dict) -> list[str]:
+    """What must not be: spills, products without the tensor cores, more than the budget."""
+    wrong = []
+    for name, result in found.items():
+        if result["spilled"]:
+            wrong.append(f"{name}: {result['spilled']} bytes spilled")
+        if not result["matrix_instructions"] and " direct " not in name:
+            wrong.append(f"{name}: no instruction of the tensor cores")
+        if budgets["triton"] != triton.__version__:
+            continue  # another compiler, other numbers
+        budget = budgets["kernels"].get(name)
+        if budget is None:
+            wrong.append(f"{name}: no budget")
+            continue
+        for what in ("registers", "shared"):
+            if result[what] > budget[what]:
+                wrong.append(f"{name}: {what} {result[what]}, budget {budget[what]}")
+    return wrong
+
+
+def main() -> None:
+    """Compare or, with --write, keep."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.exit("TRITON_INTERPRET is set: nothing would be compiled")
+    found = measure_all()
+    if "--write" in sys.argv:
+        written = {"triton": triton.__version__, "kernels": found}
+        BUDGETS.write_text(json.dumps(written, indent=1) + "\n")
+    wrong = complaints(found, json.loads(BUDGETS.read_text()))
+    print("\n".join(wrong))
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
