@@ -123,13 +123,21 @@ def launch(plan, a, form):
 
 
 @pytest.mark.parametrize(
-    ("plan", "form"), [*(("forward", form) for form in CORRELATIONS), ("weight", "direct")]
+    ("plan", "form"),
+    [
+        *(("forward", form) for form in CORRELATIONS),
+        *(("weight", form) for form in WEIGHT_FORMS),
+    ],
 )
 def test_positions_beyond_int32(plan, form):
-    """The path for maps of more than 2^31 positions, on a map of few."""
+    """The path for maps of more than 2^31 positions or elements, on a map of few."""
     a = Arguments("same", torch.float32)
     launches, results = launch(plan, a, form)
-    wide = launches[0]._replace(constants={**launches[0].constants, "WIDE": True})
+    constants = launches[0].constants
+    other = {"WIDE": True, "NARROW": False}
+    wide = launches[0]._replace(
+        constants={name: other.get(name, value) for name, value in constants.items()}
+    )
     plans().run([wide, *launches[1:]], a.input.device)
     if plan == "forward":
         a.check(output=results)
@@ -147,6 +155,10 @@ def test_plans_of_large_maps_number_positions_in_int64():
     assert direct.constants["WIDE"]
     launches, _ = plans().plan_backward_weight(x, x, [3, 3], *geometry, "direct")
     assert launches[0].constants["WIDE"]
+    (patch,), _ = plans().plan_forward(images, w, b, *geometry, False, "patch")
+    launches, _ = plans().plan_backward_weight(x, x, [3, 3], *geometry, "gemm")
+    assert not patch.constants["NARROW"]
+    assert not launches[0].constants["NARROW"]
 
 
 @pytest.mark.parametrize("family", ["triton", "triton_direct", "triton_gemm"])

@@ -49,6 +49,11 @@ def _vector(t: Tensor) -> int:
     return vector
 
 
+def _extent(t: Tensor, images: int) -> int:
+    """More than the offsets within a plane, or within ``images`` images of a channel."""
+    return images * t.stride(0) + 2 * t.shape[2] * t.stride(2) + 2 * t.shape[3] * t.stride(3)
+
+
 def _channels_in_lanes(t: Tensor) -> bool:
     return t.stride(1) == 1 and t.stride(3) != 1
 
@@ -210,6 +215,7 @@ def _plan_patch(call: _Correlate, sizes: tiles.Correlation) -> Launch:
             "BLOCK_M": t.block_m,
             "BLOCK_K": t.block_k,
             "WIDE": rows_of_m + t.block_m >= _INT32_END,
+            "NARROW": _extent(call.source, 0) < _INT32_END,
             "PRECISION": _precision(call.source.dtype),
         },
         t.num_warps,
@@ -452,6 +458,7 @@ def plan_backward_weight(
                 "WINDOW": t.window,
                 "BLOCK_K": t.block_k,
                 "BLOCK_KX": tiles.next_power_of_2(taps[1]),
+                "NARROW": max(_extent(grad_output, images), _extent(input, images)) < _INT32_END,
                 "PRECISION": _precision(input.dtype),
             },
             t.num_warps,

@@ -65,12 +65,13 @@ def correlate_patch_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     WIDE: tl.constexpr,
+    NARROW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """result = correlation of ``source`` with the taps, + bias, by patches of ROWS×BX outputs.
 
     The window of a patch begins ``start_v``·VEC columns beside it, ``slack`` columns in front of
-    what its taps meet, and has ``window`` columns.
+    what its taps meet, and has ``window`` columns. NARROW: offsets within a plane fit int32.
     """
     pid = program_index(WIDE)
     tiles_x = tl.cdiv(out_width_v * OUT_VEC, BX)
@@ -95,6 +96,7 @@ def correlate_patch_kernel(
     end_s = tl.minimum(KH + ROWS - 1, tl.maximum(H - 1 - lowest + DY, 0) // DY)
     image = source + (b * stride_sb_v + c * stride_sc_v)[:, None] * VEC
     taps = weight + first_tap + c * stride_wc
+    index: tl.constexpr = tl.int32 if NARROW else tl.int64
     sums = tl.zeros([BLOCK_M, ROWS * BX], tl.float32)
     # kx·DX of the elements of the Toeplitz matrix, and where their taps lie, for s = chunk = 0.
     i = tl.arange(0, BLOCK_K)
@@ -106,7 +108,8 @@ def correlate_patch_kernel(
         y = iy + s * DY
         x = from_x + chunk * BLOCK_K + i
         rows = tl.load(
-            image + (y.to(tl.int64) * stride_sy_v)[:, None] * VEC + (x.to(tl.int64) * stride_sx),
+            image
+            + ((y.to(index) * stride_sy_v)[:, None] * VEC + (x.to(index) * stride_sx)[None, :]),
             mask=(is_row & inside(y, H))[:, None] & ((x >= 0) & (x < W))[None, :],
             other=0.0,
         )
@@ -272,6 +275,7 @@ def backward_weight_gemm_kernel(
     WINDOW: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_KX: tl.constexpr,
+    NARROW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Partial sums (groups, C·full_taps + C) of the gradients of weight and bias.
@@ -279,7 +283,7 @@ def backward_weight_gemm_kernel(
     A program has one channel, ROWS kernel rows and a group of images. Its map ends in a column of
     ones, whose product with the gradient of kernel row ``bias_row`` is the gradient of the bias;
     the program that has that row goes through all rows of outputs that it meets, inside the map or
-    not.
+    not. NARROW: offsets within a group of images fit int32.
     """
     pid = tl.program_id(0)
     row_blocks = tl.cdiv(KH, ROWS)
@@ -301,7 +305,10 @@ def backward_weight_gemm_kernel(
     n = tl.arange(0, ROWS * BX)
     shift = TOP - (first_ky + n // BX) * DY
     nx = n % BX
+    index: tl.constexpr = tl.int32 if NARROW else tl.int64
+    g_column = shift.to(index) * stride_gy_v * OUT_VEC + nx.to(index) * stride_gx
     i = tl.arange(0, WINDOW)
+    s_column = (start_v * VEC + i).to(index) * stride_sx
     ones = (i == WINDOW - 1)[None, :]
     g_image = grad_output + (first_image * stride_gb_v + c * stride_gc_v) * OUT_VEC
     s_image = source + (first_image * stride_sb_v + c * stride_sc_v) * VEC
@@ -311,24 +318,21 @@ def backward_weight_gemm_kernel(
     k0 = 0
     for _ in range(0, steps * tl.cdiv(OW, BX)):
         k = k0 + tl.arange(0, BLOCK_K)
-        b = (k // height).to(tl.int64)
+        b = (k // height).to(index)
         iy = first_y + k % height
         is_row = k < rows
         ox = x0 + nx
         oy = iy[:, None] + shift[None, :]
+        g_row = (b * stride_gb_v + iy.to(index) * stride_gy_v) * OUT_VEC
         g_tile = tl.load(
-            g_image
-            + (b * stride_gb_v)[:, None] * OUT_VEC
-            + oy.to(tl.int64) * stride_gy_v * OUT_VEC
-            + (ox.to(tl.int64) * stride_gx)[None, :],
+            g_image + tl.cast(x0, index) * stride_gx + (g_row[:, None] + g_column[None, :]),
             mask=is_row[:, None] & inside(oy, OH) & (ox < OW)[None, :],
             other=0.0,
         )
         ix = x0 + start_v * VEC + i
+        s_row = (b * stride_sb_v + iy.to(index) * stride_sy_v) * VEC
         s_tile = tl.load(
-            s_image
-            + (b * stride_sb_v + iy.to(tl.int64) * stride_sy_v)[:, None] * VEC
-            + (ix.to(tl.int64) * stride_sx)[None, :],
+            s_image + tl.cast(x0, index) * stride_sx + (s_row[:, None] + s_column[None, :]),
             mask=(is_row & inside(iy, H))[:, None] & ((ix >= 0) & (ix < W))[None, :],
             other=0.0,
         )
