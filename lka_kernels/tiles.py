@@ -380,32 +380,36 @@ def correlation_form(call: Correlation, dtype: torch.dtype, contiguous: bool) ->
 
 @functools.lru_cache(maxsize=1024)
 def weight_gemm_tiles(
-    taps: tuple[int, int], dilation: int, slack: int, out_width: int, itemsize: int
+    taps: tuple[int, int], dilation: int, vector: int, slack: int, out_width: int, itemsize: int
 ) -> WeightGemmTiles | None:
     """Tiles of backward-weight as a matrix product; None where the kernel is too wide for it."""
     best, least = None, None
-    for rows, bx in itertools.product((1, 2, 4, 8, 16), (8, 16, 32, 64)):
+    for rows, bx, block_k in itertools.product((1, 2, 4, 8, 16), (8, 16, 32, 64), (32, 64)):
         # One more column for the ones that sum the bias's gradient.
         extent = bx + (taps[1] - 1) * dilation + slack + 1
         window = max(16, next_power_of_2(extent))
+        m = rows * bx
         # The sums are registers: 64 a thread, 128 where nothing less holds the window.
-        if not 16 <= rows * bx <= 128 or rows * bx * window > 16384 or window > 512:
+        if not 16 <= m <= 128 or m * window > 16384 or window > 512:
             continue
-        row_blocks = ceil_div(taps[0], rows)
-        tiles_x = ceil_div(out_width, bx)
-        # Products of fewer than 64 rows take older, slower instructions on an H100.
-        products = max(64, rows * bx) * window * row_blocks * tiles_x
-        loads = (rows * bx + window) * row_blocks * tiles_x
-        clocks = products / _PRODUCTS_PER_CLOCK + loads * itemsize / _BYTES_PER_CLOCK
+        num_warps = 8 if m * window > 8192 else 4
+        # Shared memory holds three steps of four programs on a multiprocessor.
+        if block_k == 64 and 12 * (m + window) * block_k * itemsize > 220_000:
+            continue
+        loads = (m + window) * block_k / (vector * 32 * num_warps)
+        if loads > 16 and block_k == 64:
+            continue
+        # Products of fewer than 64 rows take older, slower instructions on an H100. A lane makes
+        # about 32 instructions for a load, counted in the machine code, and 90 for a step.
+        each = (
+            max(64, m) * window * block_k / _PRODUCTS_PER_CLOCK
+            + (m + window) * block_k * itemsize / _BYTES_PER_CLOCK
+            + (90 + 32 * loads) * 32 * num_warps / _LANES_PER_CLOCK
+        )
+        clocks = each * ceil_div(taps[0], rows) * ceil_div(out_width, bx) / block_k
         if least is None or clocks < least:
             least = clocks
-            best = WeightGemmTiles(
-                rows=rows,
-                bx=bx,
-                window=window,
-                block_k=32,
-                num_warps=8 if rows * bx * window > 8192 else 4,
-            )
+            best = WeightGemmTiles(rows, bx, window, block_k, num_warps)
     return best
 
 

@@ -286,10 +286,10 @@ def test_tiles_are_ones_that_the_kernels_take(kernel, batch):
     patch = tiles.patch_tiles(call)
     assert patch.window % patch.block_k == 0
     assert patch.window >= patch.bx + call.taps[1] - 1 + call.slack
-    weight = tiles.weight_gemm_tiles(call.taps, 1, 7, 56, 2)
+    weight = tiles.weight_gemm_tiles(call.taps, 1, 8, 7, 56, 2)
     assert weight.window > weight.bx + call.taps[1] - 1 + 7  # the last column is one of ones
     assert weight.rows * weight.bx >= 16
 
 
 def test_a_kernel_too_wide_for_matrix_products_takes_the_direct_form():
-    assert tiles.weight_gemm_tiles((3, 91), 9, 0, 56, 2) is None
+    assert tiles.weight_gemm_tiles((3, 91), 9, 8, 0, 56, 2) is None

@@ -376,7 +376,7 @@ def plan_backward_weight(
     contiguous = input.stride(3) == 1 and grad_output.stride(3) == 1
     if form == "gemm" or (form == "auto" and contiguous and input.dtype != torch.float32):
         gemm_tiles = tiles.weight_gemm_tiles(
-            taps, dilation[1], slack, out_width, input.element_size()
+            taps, dilation[1], vector, slack, out_width, input.element_size()
         )
     in_lanes = _channels_in_lanes(input)
     if gemm_tiles is None:
