@@ -400,11 +400,11 @@ def weight_gemm_tiles(
         if loads > 16 and block_k == 64:
             continue
         # Products of fewer than 64 rows take older, slower instructions on an H100. A lane makes
-        # about 32 instructions for a load, counted in the machine code, and 90 for a step.
+        # about 18 instructions for a load, counted in the machine code, and 80 for a step.
         each = (
             max(64, m) * window * block_k / _PRODUCTS_PER_CLOCK
             + (m + window) * block_k * itemsize / _BYTES_PER_CLOCK
-            + (90 + 32 * loads) * 32 * num_warps / _LANES_PER_CLOCK
+            + (80 + 18 * loads) * 32 * num_warps / _LANES_PER_CLOCK
         )
         clocks = each * ceil_div(taps[0], rows) * ceil_div(out_width, bx) / block_k
         if least is None or clocks < least:

@@ -146,11 +146,11 @@ def test_positions_beyond_int32(plan, form):
 
 
 def test_plans_of_large_maps_number_positions_in_int64():
-    size, dtype = 50_000, torch.float16
-    x = torch.empty(1, 1, size, size, dtype=dtype, device="meta")
+    dtype = torch.float16
+    x = torch.empty(1, 1, 20_000, 120_000, dtype=dtype, device="meta")
     w, b = (torch.empty(s, dtype=dtype, device="meta") for s in ((1, 1, 3, 3), (1,)))
     geometry = ((1, 1), (1, 1, 1, 1), (1, 1))
-    images = x.expand(8, 1, size, size)
+    images = x.expand(8, 1, -1, -1)
     (direct,), _ = plans().plan_forward(images, w, b, *geometry, False, "direct")
     assert direct.constants["WIDE"]
     launches, _ = plans().plan_backward_weight(x, x, [3, 3], *geometry, "direct")
@@ -289,6 +289,13 @@ def test_tiles_are_ones_that_the_kernels_take(kernel, batch):
     weight = tiles.weight_gemm_tiles(call.taps, 1, 8, 7, 56, 2)
     assert weight.window > weight.bx + call.taps[1] - 1 + 7  # the last column is one of ones
     assert weight.rows * weight.bx >= 16
+
+
+def test_a_map_too_high_for_matrix_products_takes_the_direct_form():
+    x = torch.empty(1, 1, 40_000, 8, dtype=torch.float16, device="meta")
+    geometry = ((1, 1), (1, 1, 1, 1), (1, 1))
+    launches, _ = plans().plan_backward_weight(x, x, [3, 3], *geometry, "gemm")
+    assert "WINDOW" not in launches[0].constants
 
 
 def test_a_kernel_too_wide_for_matrix_products_takes_the_direct_form():

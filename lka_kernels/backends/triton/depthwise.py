@@ -374,7 +374,11 @@ def plan_backward_weight(
     bias_row = min(max(round(rows.before / dilation[0]), 0), rows.count - 1)
     gemm_tiles = None
     contiguous = input.stride(3) == 1 and grad_output.stride(3) == 1
-    if form == "gemm" or (form == "auto" and contiguous and input.dtype != torch.float32):
+    # The kernel divides row numbers by the rows of an image, at most this many, as one product.
+    span = height + out_height
+    most_images = (2**32 // span - 64) // span
+    wanted = form == "gemm" or (form == "auto" and contiguous and input.dtype != torch.float32)
+    if wanted and most_images >= 1:
         gemm_tiles = tiles.weight_gemm_tiles(
             taps, dilation[1], vector, slack, out_width, input.element_size()
         )
@@ -389,6 +393,8 @@ def plan_backward_weight(
     else:
         programs = channels * tiles.ceil_div(taps[0], gemm_tiles.rows)
     images = tiles.ceil_div(batch, tiles.weight_groups(programs, batch, num_sms))
+    if gemm_tiles is not None:
+        images = min(images, most_images)
     groups = tiles.ceil_div(batch, images)
     partials = input.new_empty((groups, channels * (full_taps + 1)), dtype=torch.float32)
     described = (*taps, rows.first * kernel_width + columns.first, kernel_width, full_taps)

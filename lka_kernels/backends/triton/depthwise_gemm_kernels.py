@@ -298,8 +298,11 @@ def backward_weight_gemm_kernel(
     if (bias_row >= first_ky) & (bias_row < end_ky):
         first_y = tl.minimum(first_y, bias_row * DY - TOP)
         end_y = tl.maximum(end_y, OH - TOP + bias_row * DY)
-    height = tl.maximum(end_y - first_y, 1)
+    # Rows in excess meet nothing.
+    height = tl.maximum(end_y - first_y, 2)
     rows = tl.where(end_y > first_y, height * images, 0)
+    # k // height as the high half of a product, exact while k·height < 2^32.
+    reciprocal = ((tl.cast(height, tl.int64) + 0xFFFFFFFF) // height).to(tl.uint32)
     W = width_v * VEC
     OW = out_width_v * OUT_VEC
     n = tl.arange(0, ROWS * BX)
@@ -318,8 +321,9 @@ def backward_weight_gemm_kernel(
     k0 = 0
     for _ in range(0, steps * tl.cdiv(OW, BX)):
         k = k0 + tl.arange(0, BLOCK_K)
-        b = (k // height).to(index)
-        iy = first_y + k % height
+        image = tl.umulhi(k.to(tl.uint32), reciprocal).to(tl.int32)
+        iy = first_y + k - image * height
+        b = image.to(index)
         is_row = k < rows
         ox = x0 + nx
         oy = iy[:, None] + shift[None, :]
