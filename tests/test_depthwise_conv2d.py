@@ -456,7 +456,12 @@ def bad(error, message, *arguments, **options):
             weight=torch.zeros(4, 1, 3, 3, dtype=torch.float64)),
         bad(ValueError, "weight must be on the device of input",
             weight=torch.zeros(4, 1, 3, 3, device="meta")),
-        bad(ValueError, "method='implicit_gemm' cannot serve this call", method="implicit_gemm"),
+        bad(
+            ValueError,
+            "method='implicit_gemm' cannot serve this call",
+            method="implicit_gemm",
+            stride=2,
+        ),
         bad(ValueError, "method='fft' cannot serve this call", weight=(8, 1, 3, 3), method="fft"),
     ],
 )  # fmt: skip

@@ -181,7 +181,8 @@ def test_explain_tells_layout_method_and_refusals():
     channels_last = torch.zeros(2, 4, 9, 9).contiguous(memory_format=torch.channels_last)
     assert "channels_last" in explain(**call(input=channels_last))
     assert explain(**call(), method="fft").startswith("backend=fft method=fft")
-    assert explain(**call(), method="implicit_gemm").startswith("no backend: method='implicit_gemm")
+    refused = explain(**call(), stride=2, method="implicit_gemm")
+    assert refused.startswith("no backend: method='implicit_gemm")
 
 
 def test_explain_raises_what_the_call_raises():

@@ -1,4 +1,4 @@
-"""The Triton kernels of depthwise_conv2d, in Triton's interpreter, against float64."""
+"""Triton's depthwise_conv2d against float64: on a GPU, or in Triton's interpreter without."""
 
 import math
 
@@ -7,13 +7,19 @@ import torch
 import torch.nn.functional as F
 from cases import lay_out
 from closeness import assert_close_to_truth
-from interpreted import interpreter  # noqa: F401
 
-from lka_kernels import DepthwiseConv2d, explain, ops, tiles, use_backend
+from lka_kernels import DepthwiseConv2d, available_backends, explain, ops, tiles, use_backend
 from lka_kernels.backends import reference
+from lka_kernels.backends.triton import device_type
 from lka_kernels.functional import depthwise_conv2d
 
-pytestmark = pytest.mark.usefixtures("interpreter")
+DEVICE = device_type()
+STATUS = available_backends()["triton"]
+pytestmark = [pytest.mark.skipif(STATUS != "ready", reason=STATUS)]
+if DEVICE == "cuda":
+    pytestmark.append(pytest.mark.gpu)
+# Triton's interpreter has no bfloat16.
+DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if DEVICE == "cuda" else ())
 CORRELATIONS = ("direct", "patch", "dense")
 WEIGHT_FORMS = ("direct", "gemm")
 # Name: batch, channels, map, kernel, padding (top, left, bottom, right), dilation, layout.
@@ -55,6 +61,8 @@ class Arguments:
         terms = math.sqrt(max(1, output.numel() // shape[1]))
         self.magnitudes = {"output": taps, "grad_input": taps}
         self.magnitudes |= {"grad_weight": terms, "grad_bias": terms}
+        for name in ("input", "weight", "bias", "grad_output"):
+            setattr(self, name, getattr(self, name).to(DEVICE))
 
     @property
     def geometry(self) -> tuple:
@@ -64,7 +72,7 @@ class Arguments:
         for name, result in results.items():
             truth = self.truth[name]
             assert_close_to_truth(
-                name, result, truth, truth.to(result.dtype), magnitude=self.magnitudes[name]
+                name, result.cpu(), truth, truth.to(result.dtype), magnitude=self.magnitudes[name]
             )
 
 
@@ -74,7 +82,7 @@ def plans():
     return depthwise
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("form", CORRELATIONS)
 def test_forward_and_backward_input(form, name, dtype):
@@ -89,7 +97,7 @@ def test_forward_and_backward_input(form, name, dtype):
     assert grad_input.is_contiguous(memory_format=ops.memory_format(not a.channels_last))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("form", WEIGHT_FORMS)
 def test_backward_weight(form, name, dtype):
@@ -164,10 +172,10 @@ def test_plans_of_large_maps_number_positions_in_int64():
 @pytest.mark.parametrize("family", ["triton", "triton_direct", "triton_gemm"])
 def test_opcheck(family):
     operators = ops.DEPTHWISE[family]
-    x = torch.randn(2, 2, 5, 4)
+    x = torch.randn(2, 2, 5, 4, device=DEVICE)
     if family == "triton":
         x = x.contiguous(memory_format=torch.channels_last)
-    w, b = torch.randn(2, 1, 3, 2), torch.randn(2)
+    w, b = torch.randn(2, 1, 3, 2, device=DEVICE), torch.randn(2, device=DEVICE)
     geometry = ([1, 1], [1, 1, 1, 0], [1, 1])
     channels_last = family == "triton"
     y = operators.forward(x, w, b, *geometry, channels_last)
@@ -182,8 +190,8 @@ def test_public_function_twice_differentiable(method):
     shapes = ((2, 2, 5, 6), (2, 1, 3, 3), (2,))
     given = [torch.randn(shape, generator=generator) for shape in shapes]
 
-    def derivatives(function, dtype):
-        leaves = [t.to(dtype).requires_grad_() for t in given]
+    def derivatives(function, dtype, device="cpu"):
+        leaves = [t.to(device, dtype, copy=True).requires_grad_() for t in given]
         y = function(*leaves)
         first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
         second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
@@ -193,15 +201,20 @@ def test_public_function_twice_differentiable(method):
     theirs = derivatives(lambda x, w, b: F.conv2d(x, w, b, padding=1, groups=2), torch.float32)
     with use_backend("triton"):
         ours = derivatives(
-            lambda x, w, b: depthwise_conv2d(x, w, b, padding=1, method=method), torch.float32
+            lambda x, w, b: depthwise_conv2d(x, w, b, padding=1, method=method),
+            torch.float32,
+            DEVICE,
         )
     for i, (result, truth, other) in enumerate(zip(ours, truths, theirs, strict=True)):
-        assert_close_to_truth(f"derivative {i}", result.detach(), truth.detach(), other.detach())
+        assert_close_to_truth(
+            f"derivative {i}", result.detach().cpu(), truth.detach(), other.detach()
+        )
 
 
 def call(**changes) -> dict:
     given = {"input": torch.zeros(2, 4, 9, 9), "weight": torch.zeros(4, 1, 3, 3)}
-    return {**given, **changes}
+    given |= changes
+    return {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
 
 
 REFUSED = {
@@ -239,8 +252,8 @@ def test_explain():
 
 
 def test_module():
-    module = DepthwiseConv2d(2, 3, padding=1, method="implicit_gemm")
-    x = torch.randn(1, 2, 4, 4)
+    module = DepthwiseConv2d(2, 3, padding=1, method="implicit_gemm", device=DEVICE)
+    x = torch.randn(1, 2, 4, 4, device=DEVICE)
     truth = F.conv2d(x, module.weight, module.bias, padding=1, groups=2)
     torch.testing.assert_close(module(x), truth)
 

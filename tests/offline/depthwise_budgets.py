@@ -3,8 +3,8 @@
     python tests/offline/depthwise_budgets.py            # compare with budgets_depthwise.json
     python tests/offline/depthwise_budgets.py --write    # replace it
 
-For every launch of representative calls: registers of a thread, bytes spilled, shared memory of a
-program. Must run in a process of its own, without TRITON_INTERPRET.
+For every launch of representative calls: registers and stack of a thread, shared memory of
+a program, matrix instructions. Must run in a process of its own, without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def measure(job: tuple[Call, int]) -> dict:
         compiled = compile_launch(launch, capability)
         found = {
             "registers": compiled.registers,
-            "spilled": compiled.spilled,
+            "stack": compiled.stack,
             "shared": compiled.shared,
             "matrix_instructions": compiled.count(TENSOR_CORES),
         }
@@ -134,8 +134,8 @@ def complaints(found: dict[str, dict], budgets: dict) -> list[str]:
     """What must not be: spills, products without the tensor cores, more than the budget."""
     wrong = []
     for name, result in found.items():
-        if result["spilled"]:
-            wrong.append(f"{name}: {result['spilled']} bytes spilled")
+        if result["stack"]:
+            wrong.append(f"{name}: {result['stack']} bytes of stack, where spilled registers go")
         if not result["matrix_instructions"] and " direct " not in name:
             wrong.append(f"{name}: no instruction of the tensor cores")
         if budgets["triton"] != triton.__version__:
