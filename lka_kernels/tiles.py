@@ -420,3 +420,18 @@ def weight_groups(programs: int, batch: int, num_sms: int) -> int:
     partial sums.
     """
     return max(1, min(batch, ceil_div(4 * num_sms, programs)))
+
+
+# Outputs and inputs of a map that backward-weight multiplies whole: a product of 64 × 64 has the
+# fewest rows that fast instructions take, and 32 registers of sums for a lane.
+WEIGHT_DENSE_BLOCK = 64
+
+
+def weight_dense_fits(sizes: tuple[int, int, int, int]) -> bool:
+    """Whether maps H, W and OH, OW are that small, with one more input, a one, for the bias.
+
+    Its loads are some 128 an image, where the form by rows has (8·8 + 16) for each of 7 rows of a
+    map of 7², and as its sums run over images alone there is no index to be divided.
+    """
+    height, width, out_height, out_width = sizes
+    return height * width < WEIGHT_DENSE_BLOCK and out_height * out_width <= WEIGHT_DENSE_BLOCK

@@ -21,7 +21,7 @@ if DEVICE == "cuda":
 # Triton's interpreter has no bfloat16.
 DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if DEVICE == "cuda" else ())
 CORRELATIONS = ("direct", "patch", "dense")
-WEIGHT_FORMS = ("direct", "gemm")
+WEIGHT_FORMS = ("direct", "rows", "dense")
 # Name: batch, channels, map, kernel, padding (top, left, bottom, right), dilation, layout.
 CALLS = {
     "same": ((2, 3, 5, 6), (3, 3), (1, 1, 1, 1), (1, 1), "contiguous"),
@@ -164,7 +164,7 @@ def test_plans_of_large_maps_number_positions_in_int64():
     launches, _ = plans().plan_backward_weight(x, x, [3, 3], *geometry, "direct")
     assert launches[0].constants["WIDE"]
     (patch,), _ = plans().plan_forward(images, w, b, *geometry, False, "patch")
-    launches, _ = plans().plan_backward_weight(x, x, [3, 3], *geometry, "gemm")
+    launches, _ = plans().plan_backward_weight(x, x, [3, 3], *geometry, "rows")
     assert not patch.constants["NARROW"]
     assert not launches[0].constants["NARROW"]
 
@@ -307,8 +307,17 @@ def test_tiles_are_ones_that_the_kernels_take(kernel, batch):
 def test_a_map_too_high_for_matrix_products_takes_the_direct_form():
     x = torch.empty(1, 1, 40_000, 8, dtype=torch.float16, device="meta")
     geometry = ((1, 1), (1, 1, 1, 1), (1, 1))
-    launches, _ = plans().plan_backward_weight(x, x, [3, 3], *geometry, "gemm")
+    launches, _ = plans().plan_backward_weight(x, x, [3, 3], *geometry, "rows")
     assert "WINDOW" not in launches[0].constants
+
+
+def test_weight_gradients_of_small_maps_are_dense():
+    for size, constant in ((7, "BLOCK_T"), (8, "WINDOW")):
+        x = torch.empty(64, 16, size, size, dtype=torch.float16, device="meta")
+        geometry = ((1, 1), (3, 3, 3, 3), (1, 1))
+        for form in ("auto", "gemm"):
+            launches, _ = plans().plan_backward_weight(x, x, [7, 7], *geometry, form)
+            assert constant in launches[0].constants
 
 
 def test_a_kernel_too_wide_for_matrix_products_takes_the_direct_form():

@@ -90,14 +90,16 @@ CALLS = [
     Call("backward_input", "dense", (64, 1536, 7, 7), (7, 7), "float16"),
     Call("backward_weight", "direct", (64, 192, 56, 56), (7, 7), "float32"),
     Call("backward_weight", "direct", (64, 192, 56, 56), (7, 7), channels_last=True),
-    Call("backward_weight", "gemm", (64, 192, 56, 56), (7, 7)),
-    Call("backward_weight", "gemm", (64, 128, 56, 56), (31, 31)),
-    Call("backward_weight", "gemm", (64, 512, 14, 14), (27, 27), "float16"),
-    Call("backward_weight", "gemm", (64, 1536, 7, 7), (7, 7)),
-    Call("backward_weight", "gemm", (64, 96, 56, 56), (51, 51)),
+    Call("backward_weight", "rows", (64, 192, 56, 56), (7, 7)),
+    Call("backward_weight", "rows", (64, 128, 56, 56), (31, 31)),
+    Call("backward_weight", "rows", (64, 512, 14, 14), (27, 27), "float16"),
+    Call("backward_weight", "rows", (64, 1536, 7, 7), (7, 7)),
+    Call("backward_weight", "dense", (64, 1536, 7, 7), (7, 7)),
+    Call("backward_weight", "dense", (64, 1024, 7, 7), (13, 13), "float16"),
+    Call("backward_weight", "rows", (64, 96, 56, 56), (51, 51)),
     # Strides beyond int32.
     Call("forward", "direct", (2, 1, 50_000, 50_000), (5, 5), "float16"),
-    Call("backward_weight", "gemm", (2, 70_000, 200, 200), (5, 5), "float16"),
+    Call("backward_weight", "rows", (2, 70_000, 200, 200), (5, 5), "float16"),
 ]
 
 

@@ -13,7 +13,8 @@ zeros, or that the kernel covers them anyway.
 
 Backward-weight: the product of output gradients, transposed, and the map, summed over rows of all
 images, holds every pair of an output column and an input column; a tap's gradient is the sum of a
-diagonal. Nothing is built, and a row of the map meets ROWS kernel rows at once.
+diagonal. Nothing is built, and a row of the map meets ROWS kernel rows at once. Maps of up to 63
+elements are multiplied whole, with the sum over images alone.
 
 Names as in ``depthwise_direct_kernels``; strides and widths that are named ``…_v`` are in units of
 VEC, which tells the compiler that they are multiples of it.
@@ -238,7 +239,7 @@ def correlate_dense_kernel(
 
 
 @triton.jit
-def backward_weight_gemm_kernel(
+def backward_weight_rows_kernel(
     grad_output,
     source,
     partials,
@@ -364,3 +365,91 @@ def backward_weight_gemm_kernel(
         by_row,
         mask=(ky == bias_row) & (ky < KH),
     )
+
+
+@triton.jit
+def backward_weight_dense_kernel(
+    grad_output,
+    source,
+    partials,
+    B,
+    C,
+    TOP,
+    LEFT,
+    DY,
+    DX,
+    KH,
+    KW,
+    first_tap,
+    full_width,
+    full_taps,
+    images_per_group,
+    stride_gb,
+    stride_gc,
+    stride_gy,
+    stride_gx,
+    stride_sb,
+    stride_sc,
+    stride_sy,
+    stride_sx,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    OH: tl.constexpr,
+    OW: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Partial sums (groups, C·full_taps + C) of the gradients of weight and bias, for small maps.
+
+    A program has one channel and a group of images, over which it sums the products of every
+    output with every input. The last input is a one, which makes the gradient of the bias.
+    """
+    c = (tl.program_id(0) % C).to(tl.int64)
+    group = (tl.program_id(0) // C).to(tl.int64)
+    first_image = group * images_per_group
+    end_image = tl.minimum(first_image + images_per_group, B)
+    n = tl.arange(0, BLOCK)
+    is_output = n < OH * OW
+    is_input = n < H * W
+    ones = (n == BLOCK - 1)[None, :]
+    oy = n // OW
+    ox = n % OW
+    g_map = grad_output + c * stride_gc + oy.to(tl.int64) * stride_gy + ox.to(tl.int64) * stride_gx
+    iy = n // W
+    ix = n % W
+    s_map = source + c * stride_sc + iy.to(tl.int64) * stride_sy + ix.to(tl.int64) * stride_sx
+    sums = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for b0 in range(0, images_per_group, BLOCK_K):
+        b = first_image + b0 + tl.arange(0, BLOCK_K)
+        is_image = (b < end_image)[:, None]
+        g_tile = tl.load(
+            g_map[None, :] + (b * stride_gb)[:, None],
+            mask=is_image & is_output[None, :],
+            other=0.0,
+        )
+        s_tile = tl.load(
+            s_map[None, :] + (b * stride_sb)[:, None],
+            mask=is_image & is_input[None, :],
+            other=0.0,
+        )
+        s_tile = tl.where(ones, 1.0, s_tile).to(s_tile.dtype)
+        sums = tl.dot(tl.trans(g_tile), s_tile, sums, input_precision=PRECISION)
+    row = partials + group * C * (full_taps + 1)
+    for t0 in range(0, KH * KW, BLOCK_T):
+        t = t0 + tl.arange(0, BLOCK_T)
+        ky = t // KW
+        kx = t - ky * KW
+        # The input that an output meets through a tap.
+        at_y = oy[:, None] - TOP + (ky * DY)[None, :]
+        at_x = ox[:, None] - LEFT + (kx * DX)[None, :]
+        exists = is_output[:, None] & inside(at_y, H) & inside(at_x, W)
+        met = tl.gather(sums, tl.where(exists, at_y * W + at_x, 0), axis=1)
+        tl.store(
+            row + c * full_taps + first_tap + ky * full_width + kx,
+            tl.sum(tl.where(exists, met, 0.0), axis=0),
+            mask=t < KH * KW,
+        )
+    by_output = tl.sum(tl.where(ones, sums, 0.0), axis=1)
+    tl.store(row + C * full_taps + c, tl.sum(by_output, axis=0))
