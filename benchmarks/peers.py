@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import cuda_peers, torch_fft
-from lka_kernels import depthwise_conv2d, large_kernel_adapter, use_backend
+from lka_kernels import available_backends, depthwise_conv2d, large_kernel_adapter, use_backend
 
 OURS = "ours"
 
@@ -46,10 +46,28 @@ def _ours(x, weight, bias, padding, dilation, method="auto") -> Tensor:
     return depthwise_conv2d(x, weight, bias, 1, padding, dilation, method=method)
 
 
+def _ours_in_triton(x, weight, bias, padding, dilation, method="auto") -> Tensor:
+    # "auto" leaves CUDA tensors to torch until this has been measured.
+    with use_backend("triton"):
+        return _ours(x, weight, bias, padding, dilation, method)
+
+
+def _direct_in_triton(x, weight, bias, padding, dilation) -> Tensor:
+    return _ours_in_triton(x, weight, bias, padding, dilation, method="direct")
+
+
+def _implicit_gemm(x, weight, bias, padding, dilation) -> Tensor:
+    return _ours_in_triton(x, weight, bias, padding, dilation, method="implicit_gemm")
+
+
 def _ours_on_cuda(x, weight, bias, padding, dilation) -> Tensor:
-    # "auto" leaves CUDA tensors to torch, which is the peer: ask for the compiled kernel.
     with use_backend("cuda"):
         return _ours(x, weight, bias, padding, dilation)
+
+
+def _cuda_refuses(shape, dtype) -> str | None:
+    status = available_backends()["cuda"]
+    return None if status == "ready" else status
 
 
 def _direct(x, weight, bias, padding, dilation) -> Tensor:
@@ -70,15 +88,19 @@ def depthwise_peers(device: str, methods: bool) -> list[Peer]:
     ``methods`` adds the methods that "auto" chooses from.
     """
     found = [
-        Peer(OURS, _ours_on_cuda if device == "cuda" else _ours),
+        Peer(OURS, _ours_in_triton if device == "cuda" else _ours),
         Peer("torch_contiguous", _torch, torch.contiguous_format),
         Peer("torch_channels_last", _torch, torch.channels_last),
         Peer("torch_fft", torch_fft.depthwise_conv2d, torch.contiguous_format),
     ]
     if methods:
-        found += [Peer("ours_direct", _direct), Peer("ours_fft", _fft)]
+        direct = _direct_in_triton if device == "cuda" else _direct
+        found += [Peer("ours_direct", direct), Peer("ours_fft", _fft)]
+    if methods and device == "cuda":
+        found.append(Peer("ours_implicit_gemm", _implicit_gemm))
     if device == "cuda":
         found += [
+            Peer("ours_cuda", _ours_on_cuda, refuses=_cuda_refuses),
             Peer("torch_compiled", _torch, compiled="max-autotune-no-cudagraphs"),
             *(
                 Peer(name, call, torch.contiguous_format, refuses=refuses)
