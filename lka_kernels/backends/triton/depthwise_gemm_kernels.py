@@ -437,19 +437,22 @@ def backward_weight_dense_kernel(
         s_tile = tl.where(ones, 1.0, s_tile).to(s_tile.dtype)
         sums = tl.dot(tl.trans(g_tile), s_tile, sums, input_precision=PRECISION)
     row = partials + group * C * (full_taps + 1)
-    for t0 in range(0, KH * KW, BLOCK_T):
+    # After the taps comes the bias, whose input is the one.
+    for t0 in range(0, KH * KW + 1, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
         ky = t // KW
         kx = t - ky * KW
         # The input that an output meets through a tap.
         at_y = oy[:, None] - TOP + (ky * DY)[None, :]
         at_x = ox[:, None] - LEFT + (kx * DX)[None, :]
-        exists = is_output[:, None] & inside(at_y, H) & inside(at_x, W)
-        met = tl.gather(sums, tl.where(exists, at_y * W + at_x, 0), axis=1)
+        is_tap = t < KH * KW
+        meets = is_tap[None, :] & inside(at_y, H) & inside(at_x, W)
+        at = tl.where(meets, at_y * W + at_x, BLOCK - 1)
+        meets = (meets | (t == KH * KW)[None, :]) & is_output[:, None]
+        met = tl.gather(sums, at, axis=1)
         tl.store(
-            row + c * full_taps + first_tap + ky * full_width + kx,
-            tl.sum(tl.where(exists, met, 0.0), axis=0),
-            mask=t < KH * KW,
+            row
+            + tl.where(is_tap, c * full_taps + first_tap + ky * full_width + kx, C * full_taps + c),
+            tl.sum(tl.where(meets, met, 0.0), axis=0),
+            mask=t <= KH * KW,
         )
-    by_output = tl.sum(tl.where(ones, sums, 0.0), axis=1)
-    tl.store(row + C * full_taps + c, tl.sum(by_output, axis=0))
