@@ -33,13 +33,18 @@ class Choice(NamedTuple):
     def family(self) -> str:
         """The operators of ``ops.DEPTHWISE`` that serve the call, or "torch" for none of them.
 
-        Operators take no method; Triton has a family for each, and one that chooses by sizes.
+        Operators take no method: the CPU and Triton have a family for each, and one that chooses
+        by sizes.
         """
-        if self.backend != "triton":
-            return self.backend
-        return {"auto": "triton", "direct": "triton_direct", "implicit_gemm": "triton_gemm"}[
-            self.method
-        ]
+        return _FAMILIES.get((self.backend, self.method), self.backend)
+
+
+_FAMILIES = {
+    ("cpu", "direct"): "cpu_direct",
+    ("cpu", "fft"): "cpu_fft",
+    ("triton", "direct"): "triton_direct",
+    ("triton", "implicit_gemm"): "triton_gemm",
+}
 
 
 class _Requested:
@@ -147,12 +152,12 @@ def choose_depthwise(
     if method == "implicit_gemm":
         return _choose_implicit_gemm(input, weight, stride)
     if method == "fft":
-        return _choose_fft(input, weight)
+        return _choose_fft(input, weight, stride)
     if requested == "auto":
         if input.device.type == "cpu" and _extension.MODULE is not None:
             refusal = _cannot_run_depthwise("cpu", input, weight, stride)
             if refusal is None:
-                return _COMPILED_CPU
+                return _COMPILED_CPU[method]
             return Choice("torch", "direct", f"the compiled CPU kernels cannot: {refusal}")
         return Choice("torch", "direct", _why_torch(input))
     refusal = _cannot_run_depthwise(requested, input, weight, stride)
@@ -161,6 +166,8 @@ def choose_depthwise(
     reason = f"asked for by use_backend({requested!r})"
     if requested == "triton" and method == "auto":
         return Choice(requested, "auto", f"{reason}; sizes choose direct or implicit_gemm")
+    if requested == "cpu" and method == "auto":
+        return Choice(requested, "auto", f"{reason}; sizes choose direct or fft")
     return Choice(requested, "direct", reason)
 
 
@@ -180,7 +187,10 @@ def _choose_implicit_gemm(input: Tensor, weight: Tensor, stride: tuple[int, int]
     return Choice("triton", "implicit_gemm", "asked for by method='implicit_gemm'")
 
 
-_COMPILED_CPU = Choice("cpu", "direct", "compiled CPU kernels")
+_COMPILED_CPU = {
+    "auto": Choice("cpu", "auto", "compiled CPU kernels; sizes choose direct or fft"),
+    "direct": Choice("cpu", "direct", "compiled CPU kernels"),
+}
 
 
 def _why_torch(input: Tensor) -> str:
@@ -192,7 +202,7 @@ def _why_torch(input: Tensor) -> str:
     )
 
 
-def _choose_fft(input: Tensor, weight: Tensor) -> Choice:
+def _choose_fft(input: Tensor, weight: Tensor, stride: tuple[int, int]) -> Choice:
     if input.dim() != 4 or weight.shape[0] != input.shape[1]:
         raise ValueError(
             "method='fft' cannot serve this call: it needs input (B, C, H, W) and one filter per "
@@ -200,7 +210,15 @@ def _choose_fft(input: Tensor, weight: Tensor) -> Choice:
         )
     if input.dtype not in FLOAT_DTYPES:
         raise ValueError(f"method='fft' cannot serve this call: input is {input.dtype}")
-    return Choice("fft", "fft", "asked for by method='fft'; torch.fft on any device")
+    asked = "asked for by method='fft'"
+    if (
+        _Requested.backend in ("auto", "cpu")
+        and _extension.MODULE is not None
+        and stride == (1, 1)
+        and _cannot_run_depthwise("cpu", input, weight, stride) is None
+    ):
+        return Choice("cpu", "fft", f"{asked}; compiled CPU kernels")
+    return Choice("fft", "fft", f"{asked}; torch.fft on any device")
 
 
 def choose_adapter(x: Tensor, activation: str, r: int) -> Choice:

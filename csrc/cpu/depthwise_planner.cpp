@@ -286,32 +286,33 @@ void plan_planar(PlannedWeightGradient& planned) {
                                    double(height * vectors) * double(taps * taps + 4);
 }
 
-// Plans transforms, if they serve and cost less than `direct` multiply-adds a plane or are asked
-// for.
-bool plan_fft_if_better(const ConvParams& p, PlannedConvolution& planned, double direct) {
+// Plans transforms, if they serve and cost less than direct sums or are asked for.
+bool plan_fft_if_better(const ConvParams& p, PlannedConvolution& planned, int num_threads) {
   ConvolvePlan& plan = planned.plan;
+  const MapView &source = plan.source, &target = plan.target;
   const Phase &y = plan.phases_y[0], &x = plan.phases_x[0];
   if (p.form == Form::direct || p.stride_h != 1 || p.stride_w != 1 || y.taps < 1 || x.taps < 1)
     return false;
-  const int64_t source = plan.source.height, target = plan.target.height;
-  plan.fft = plan_fft(y, x, plan.source.height, plan.source.width, p.storage);
+  plan.fft = plan_fft(y, x, source.height, source.width, p.storage);
   const FftConv& fft = plan.fft;
   const DepthwiseKernels* chosen;
-  const LanePlan lanes =
-      plan_fft_lanes(p, plan.source.stride_c == 1 && plan.target.stride_c == 1, chosen);
-  const double planes_of_weights = double(lanes.num_blocks) / double(lanes.num_patterns);
-  const double weights = fft_cost(fft, y.taps, false);
-  const double plane = fft_cost(fft, source + target, true);
-  if (p.form != Form::fft && plane + weights / planes_of_weights >= direct) return false;
+  const LanePlan lanes = plan_fft_lanes(p, source.stride_c == 1 && target.stride_c == 1, chosen);
+  const double plane = fft_cost(fft, source.height + target.height, true);
+  if (p.form != Form::fft) {
+    const double weights = fft_cost(fft, y.taps, false) * double(lanes.num_patterns);
+    // Others share a block among threads.
+    const double idle = std::max(1.0, double(num_threads) / double(lanes.num_blocks));
+    const bool dense = covers(y, source.height) && covers(x, source.width);
+    const double direct = direct_cost(y, x, source.height, source.width, dense);
+    if (idle * (plane + weights / double(lanes.num_blocks)) >= direct) return false;
+  }
   planned.kernels = chosen;
   plan.lanes = lanes;
-  const int64_t v = lanes.lanes, line = fft.line_elements(v);
-  const int64_t width = std::max(plan.source.width, plan.target.width);
-  plan.packed_taps =
-      (fft.y.size * fft.spectrum_row(v) + 3 * line + 2 * fft.spectrum_row(v)) / v + y.taps * x.taps;
+  const int64_t v = lanes.lanes, line = fft.line_elements(v), row = fft.spectrum_row(v);
+  plan.packed_taps = ((fft.y.size + 2) * row + 3 * line) / v + y.taps * x.taps;
   planned.packed_weight_elements = lanes.num_patterns * plan.packed_taps * v;
-  plan.scratch_elements = std::max(source, target) * fft.spectrum_row(v) + 3 * line +
-                          (fft.rows_together + 1) * width * v;
+  plan.scratch_elements = std::max(source.height, target.height) * row + 3 * line +
+                          (fft.rows_together + 1) * std::max(source.width, target.width) * v;
   planned.num_tasks = lanes.num_blocks;
   planned.multiply_adds_per_task = plane;
   return true;
@@ -337,9 +338,7 @@ PlannedConvolution plan_convolution(const ConvParams& p, const MapView& source,
   plan.num_phases_x = int64_t(planned.phases_x.size());
 
   const Phase &first_y = planned.phases_y[0], &first_x = planned.phases_x[0];
-  if (plan_fft_if_better(p, planned,
-                         met_taps(first_y, source.height) * met_taps(first_x, source.width)))
-    return planned;
+  if (plan_fft_if_better(p, planned, num_threads)) return planned;
   if (planar_serves(p, first_y.taps, first_x.taps, source, target)) {
     plan_planar(planned, num_threads);
     return planned;
@@ -426,8 +425,8 @@ bool plan_fft_if_better(const ConvParams& p, PlannedWeightGradient& planned) {
       lanes.cross_images ? 1 : std::min(p.batch, ceil_div(kWeightGradientTasks, blocks));
   const double images = lanes.cross_images ? 1.0 : double(p.batch) / double(parts);
   const int64_t rows = p.input.height + p.output.height;
-  const double plane = fft_cost(fft, rows, true) + (fft_cost(fft, y.taps, false)) / images;
-  const double direct = met_taps(y, p.input.height) * met_taps(x, p.input.width);
+  const double plane = fft_cost(fft, rows, true) + fft_cost(fft, y.taps, false) / images;
+  const double direct = direct_cost(y, x, p.input.height, p.input.width, false);
   if (p.form != Form::fft && plane >= direct) return false;
   planned.kernels = chosen;
   plan.lanes = lanes;

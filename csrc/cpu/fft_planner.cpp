@@ -12,7 +12,7 @@ namespace {
 // In units of the direct kernels' vector multiply-adds: a transform of n elements, for each of
 // n·log2(n), and what is done beside it to each element of a spectrum. Measured, see
 // docs/kernel-notes.md.
-constexpr double kFftStep = 8.0, kFftElement = 5.0;
+constexpr double kFftStep = 5.5, kFftElement = 5.0;
 // Rows in hand: their positions should fill the squares that are transposed in registers.
 constexpr int64_t kPositionsTogether = 96;
 
@@ -84,6 +84,9 @@ double fft_cost(const FftConv& fft, int64_t rows, bool both) {
          kFftElement * double(rows + fft.y.size) * columns;
 }
 
+namespace {
+
+// (output, tap) pairs of one dimension whose source element exists.
 double met_taps(const Phase& phase, int64_t source_size) {
   double met = 0;
   for (int64_t m = 0; m < phase.taps; ++m) {
@@ -92,6 +95,15 @@ double met_taps(const Phase& phase, int64_t source_size) {
         0, std::min(phase.count, source_size - shift) - std::max<int64_t>(0, -shift)));
   }
   return met;
+}
+
+}  // namespace
+
+double direct_cost(const Phase& y, const Phase& x, int64_t height, int64_t width, bool dense) {
+  const double met = met_taps(y, height) * met_taps(x, width);
+  if (dense) return 1.15 * met;
+  const double all = double(y.taps * y.count) * double(x.taps * x.count);
+  return 0.55 * (met + all);
 }
 
 }  // namespace lka::cpu

@@ -13,7 +13,8 @@ FftConv plan_fft(const Phase& y, const Phase& x, int64_t height, int64_t width, 
 // forward and, if `both`, back.
 double fft_cost(const FftConv& fft, int64_t rows, bool both);
 
-// (output, tap) pairs of one dimension whose source element exists.
-double met_taps(const Phase& phase, int64_t source_size);
+// The same of the other kernels. Their tiles leave out some of the taps that meet no element of the
+// source; `dense` ones all.
+double direct_cost(const Phase& y, const Phase& x, int64_t height, int64_t width, bool dense);
 
 }  // namespace lka::cpu
