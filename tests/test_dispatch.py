@@ -100,9 +100,14 @@ def test_remembered_calls_are_told_apart():
 @pytest.mark.usefixtures("compiled_cpu")
 def test_a_named_method_is_what_runs():
     fft = served_by(lambda: depthwise_conv2d(**call(), method="fft"))
-    assert fft == ["depthwise_conv2d_forward_fft"]
+    assert fft == ["depthwise_conv2d_forward_cpu_fft"]
+    strided = served_by(lambda: depthwise_conv2d(**call(), stride=2, method="fft"))
+    assert strided == ["depthwise_conv2d_forward_fft"]
+    with use_backend("torch"):
+        by_torch = served_by(lambda: depthwise_conv2d(**call(), method="fft"))
+    assert by_torch == ["depthwise_conv2d_forward_fft"]
     direct = served_by(lambda: depthwise_conv2d(**call(), method="direct"))
-    assert direct == ["depthwise_conv2d_forward_cpu"]
+    assert direct == ["depthwise_conv2d_forward_cpu_direct"]
 
 
 def test_torch_by_name_runs_torch():
@@ -180,7 +185,7 @@ def test_explain_names_backend_method_and_what_is_missing():
 def test_explain_tells_layout_method_and_refusals():
     channels_last = torch.zeros(2, 4, 9, 9).contiguous(memory_format=torch.channels_last)
     assert "channels_last" in explain(**call(input=channels_last))
-    assert explain(**call(), method="fft").startswith("backend=fft method=fft")
+    assert explain(**call(), stride=2, method="fft").startswith("backend=fft method=fft")
     refused = explain(**call(), stride=2, method="implicit_gemm")
     assert refused.startswith("no backend: method='implicit_gemm")
 
