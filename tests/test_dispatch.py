@@ -175,8 +175,8 @@ def test_what_the_compiled_kernels_do_not_serve(changes, reason):
 
 def test_explain_names_backend_method_and_what_is_missing():
     text = explain(**call(), padding=1)
-    backend = "cpu" if "cpu" in READY else "torch"
-    assert text.startswith(f"backend={backend} method=direct: ")
+    expected = "backend=cpu method=auto: " if "cpu" in READY else "backend=torch method=direct: "
+    assert text.startswith(expected)
     assert "input (2, 4, 9, 9) torch.float32 on cpu, weight (4, 1, 3, 3), contiguous result" in text
     for name in NOT_READY:
         assert f"not available: {name}: {available_backends()[name]}" in text
