@@ -1,6 +1,6 @@
 """Compile depthwise_conv2d's Triton kernels for GPUs that are not there; print what came out.
 
-    python tests/offline/depthwise_budgets.py            # compare with budgets_depthwise.json
+    python tests/offline/depthwise_budgets.py            # compare with depthwise_budgets.json
     python tests/offline/depthwise_budgets.py --write    # replace it
 
 For every launch of representative calls: registers and stack of a thread, shared memory of
@@ -23,7 +23,7 @@ from compiled import compile_launch
 
 from lka_kernels.backends.triton import depthwise
 
-BUDGETS = Path(__file__).with_name("budgets_depthwise.json")
+BUDGETS = Path(__file__).with_name("depthwise_budgets.json")
 CAPABILITIES = (80, 90, 100)
 # Every call is compiled for 9.0 and one of three for the others: a minute on two cores.
 ONE_OF_THREE = {80: 1, 100: 0}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 triton = pytest.importorskip("triton")
-FILE = Path(__file__).with_name("budgets.json")
+FILE = Path(__file__).with_name("adapter_budgets.json")
 BUDGETS = json.loads(FILE.read_text())
 # ptxas gives some kernels that are far from the limit of registers a few bytes of stack.
 MOST_STACK = 32
@@ -23,7 +23,7 @@ def measured():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(root)
     result = subprocess.run(
-        [sys.executable, Path(__file__).with_name("budgets.py")],
+        [sys.executable, Path(__file__).with_name("adapter_budgets.py")],
         env=environment,
         capture_output=True,
         text=True,
@@ -33,7 +33,7 @@ def measured():
 
 
 def test_every_kernel_has_a_budget(measured):
-    assert measured.keys() == BUDGETS["kernels"].keys(), "python tests/offline/budgets.py --write"
+    assert measured.keys() == BUDGETS["kernels"].keys(), "python tests/offline/adapter_budgets.py --write"
 
 
 def test_no_kernel_takes_more_than_its_budget(measured):

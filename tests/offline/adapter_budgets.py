@@ -1,7 +1,7 @@
 """Compile the Triton kernels for GPUs that are not there; write or print what they take.
 
-    python tests/offline/budgets.py            # JSON of every kernel to standard output
-    python tests/offline/budgets.py --write    # the same to tests/offline/budgets.json
+    python tests/offline/adapter_budgets.py            # JSON of every kernel to standard output
+    python tests/offline/adapter_budgets.py --write    # the same to tests/offline/adapter_budgets.json
 
 Run it without TRITON_INTERPRET: what the interpreter runs cannot be compiled.
 """
@@ -19,7 +19,7 @@ from adapter_launches import to_compile
 from compiled import compile_launch
 
 CAPABILITIES = (80, 90, 100)
-FILE = Path(__file__).with_name("budgets.json")
+FILE = Path(__file__).with_name("adapter_budgets.json")
 # Of matrix instructions: mma.sync and wgmma; tcgen05 (UTCHMMA) on compute capability 10.0.
 MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA")
 
