@@ -23,6 +23,8 @@ constexpr int64_t kWeightGradientTasks = 16;
 // A part of the batch has at least this many positions: its partial sums are added up at the end.
 constexpr int64_t kPositionsPerPart = 384;
 
+constexpr double kSupposedThreads = 4.0;
+
 // Rows of one plane that a planar kernel has in hand: they should stay in the first-level cache.
 constexpr int64_t kPlanarBufferBytes = 24 * 1024;
 // Sums of weight gradients of the channels that it takes together.
@@ -287,7 +289,7 @@ void plan_planar(PlannedWeightGradient& planned) {
 }
 
 // Plans transforms, if they serve and cost less than direct sums or are asked for.
-bool plan_fft_if_better(const ConvParams& p, PlannedConvolution& planned, int num_threads) {
+bool plan_fft_if_better(const ConvParams& p, PlannedConvolution& planned) {
   ConvolvePlan& plan = planned.plan;
   const MapView &source = plan.source, &target = plan.target;
   const Phase &y = plan.phases_y[0], &x = plan.phases_x[0];
@@ -300,8 +302,9 @@ bool plan_fft_if_better(const ConvParams& p, PlannedConvolution& planned, int nu
   const double plane = fft_cost(fft, source.height + target.height, true);
   if (p.form != Form::fft) {
     const double weights = fft_cost(fft, y.taps, false) * double(lanes.num_patterns);
-    // Others share a block among threads.
-    const double idle = std::max(1.0, double(num_threads) / double(lanes.num_blocks));
+    // Other kernels share a block among threads. Supposes a number of them, so that the choice, and
+    // with it the rounding of the result, is the same for every number.
+    const double idle = std::max(1.0, kSupposedThreads / double(lanes.num_blocks));
     const bool dense = covers(y, source.height) && covers(x, source.width);
     const double direct = direct_cost(y, x, source.height, source.width, dense);
     if (idle * (plane + weights / double(lanes.num_blocks)) >= direct) return false;
@@ -338,7 +341,7 @@ PlannedConvolution plan_convolution(const ConvParams& p, const MapView& source,
   plan.num_phases_x = int64_t(planned.phases_x.size());
 
   const Phase &first_y = planned.phases_y[0], &first_x = planned.phases_x[0];
-  if (plan_fft_if_better(p, planned, num_threads)) return planned;
+  if (plan_fft_if_better(p, planned)) return planned;
   if (planar_serves(p, first_y.taps, first_x.taps, source, target)) {
     plan_planar(planned, num_threads);
     return planned;

@@ -1,7 +1,7 @@
 """Compile the Triton kernels for GPUs that are not there; write or print what they take.
 
     python tests/offline/adapter_budgets.py            # JSON of every kernel to standard output
-    python tests/offline/adapter_budgets.py --write    # the same to tests/offline/adapter_budgets.json
+    python tests/offline/adapter_budgets.py --write    # the same to adapter_budgets.json
 
 Run it without TRITON_INTERPRET: what the interpreter runs cannot be compiled.
 """

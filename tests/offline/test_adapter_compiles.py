@@ -33,7 +33,8 @@ def measured():
 
 
 def test_every_kernel_has_a_budget(measured):
-    assert measured.keys() == BUDGETS["kernels"].keys(), "python tests/offline/adapter_budgets.py --write"
+    renew = "python tests/offline/adapter_budgets.py --write"
+    assert measured.keys() == BUDGETS["kernels"].keys(), renew
 
 
 def test_no_kernel_takes_more_than_its_budget(measured):
