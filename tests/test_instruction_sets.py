@@ -19,7 +19,7 @@ import sys
 import torch
 from closeness import assert_close_to_truth
 from test_depthwise_conv2d import Case, check_case
-from test_large_kernel_adapter import AdapterCase, check_fused
+from adapter_cases import AdapterCase, check_backend
 from lka_kernels import _extension
 
 torch.set_num_threads(2)
@@ -40,12 +40,13 @@ for channels in (1, 3, 8, 20, 37):
         ):
             for dtype in dtypes:
                 check_case(case, dtype, "direct")
+                check_case(case, dtype, "fft")
 for r in (3, 8, 17):
     for activation in ("gelu", "gelu_tanh", "silu", "relu"):
         case = AdapterCase(2, 29, r, (9, 8), (7, 5), prefix=1, activation=activation,
                            position="both", dropout=0.2, residual=True)
         for dtype in dtypes:
-            check_fused(case, dtype)
+            check_backend(case, dtype, "cpu")
 print(_extension.instruction_set())
 """
 
