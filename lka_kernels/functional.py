@@ -30,11 +30,12 @@ def depthwise_conv2d(
         bias: (C,) or None.
         stride, dilation: int or pair, at least 1.
         padding: int, pair, "same" (stride 1 only) or "valid".
-        method: "auto" chooses by sizes; "direct" sums; "fft" transforms, whose rounding errors
-            follow the largest elements of a channel's map; "implicit_gemm" multiplies matrices on
-            the tensor cores, by Triton, for stride 1 and dtypes other than float64. With any but
-            "direct" an element that is not finite may reach outputs that do not depend on it: in
-            "fft", and in "auto" where it chooses that, all of its channel's map.
+        method: "auto" chooses by sizes; "direct" sums; "fft" transforms; "implicit_gemm"
+            multiplies matrices on the tensor cores, by Triton, for stride 1 and dtypes other than
+            float64. With "fft", and with "auto" where it chooses that (large kernels on a CPU),
+            rounding errors follow the largest elements of a channel's map, and an overflow or an
+            element that is not finite reaches all of it. "implicit_gemm", and "direct" in bfloat16
+            on a CPU, may let such an element reach neighbouring outputs.
 
     Returns:
         (B, C, H', W') with the dtype and memory format that ``F.conv2d`` returns. Differentiable

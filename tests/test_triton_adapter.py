@@ -9,6 +9,7 @@ from hypothesis import given, settings
 
 from lka_kernels import FusedLKA, available_backends, dispatch, ops, philox, tiles, use_backend
 from lka_kernels.backends.triton import device_type
+from lka_kernels.backends.triton.launch import dot_precision
 from lka_kernels.functional import large_kernel_adapter
 
 DEVICE = device_type()
@@ -221,6 +222,33 @@ def test_autocast():
     assert y.dtype == torch.float16
     y.float().sum().backward()
     assert all(p.grad.dtype == torch.float32 for p in module.parameters())
+
+
+def test_biases_with_any_strides():
+    case = AdapterCase(dim=6, r=3)
+    tensors = {
+        k: None if t is None else t.to(DEVICE) for k, t in case.tensors(torch.float32).items()
+    }
+    strided = dict(tensors)
+    for name in ("down_bias", "conv_bias"):
+        strided[name] = torch.stack([tensors[name], tensors[name] + 9], dim=1)[:, 0]
+    strided["up_bias"] = tensors["up_bias"][:1].expand(6)
+    with use_backend("torch"):
+        expected = call(case, strided)
+    with use_backend("triton"):
+        torch.testing.assert_close(call(case, strided), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_precision_follows_the_newer_switch():
+    switch = torch.backends.cuda.matmul
+    before = switch.fp32_precision
+    try:
+        for precision in ("ieee", "tf32"):
+            switch.fp32_precision = precision
+            assert dot_precision(torch.float32, switch) == precision
+            assert dot_precision(torch.bfloat16, switch) == "ieee"
+    finally:
+        switch.fp32_precision = before
 
 
 @pytest.mark.parametrize(

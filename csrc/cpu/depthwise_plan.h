@@ -77,8 +77,7 @@ struct ConvolvePlan {
   bool direct_store;         // kernels may write the target themselves
   const void* weight;        // (C, kH, kW) dense
   const void* bias;          // (C,) or null
-  // [pattern][phase y][phase x][tap y][tap x][V]; planar: [channel][tap x][tap y]; transforms:
-  // [pattern][column][row] and what it takes to make them
+  // [pattern][phase y][phase x][tap y][tap x][V]; planar: [channel][tap x][tap y]
   void* packed_weight;
   void* packed_bias;         // [pattern][V]
   int64_t packed_taps;       // taps of one pattern over all phases; paired: and unpaired_y

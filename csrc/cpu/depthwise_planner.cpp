@@ -293,9 +293,9 @@ bool plan_fft_if_better(const ConvParams& p, PlannedConvolution& planned) {
   ConvolvePlan& plan = planned.plan;
   const MapView &source = plan.source, &target = plan.target;
   const Phase &y = plan.phases_y[0], &x = plan.phases_x[0];
-  if (p.form == Form::direct || p.stride_h != 1 || p.stride_w != 1 || y.taps < 1 || x.taps < 1)
+  if (p.form == Form::direct || p.stride_h != 1 || p.stride_w != 1 ||
+      !plan_fft(y, x, source.height, source.width, plan.fft))
     return false;
-  plan.fft = plan_fft(y, x, source.height, source.width, p.storage);
   const FftConv& fft = plan.fft;
   const DepthwiseKernels* chosen;
   const LanePlan lanes = plan_fft_lanes(p, source.stride_c == 1 && target.stride_c == 1, chosen);
@@ -311,12 +311,15 @@ bool plan_fft_if_better(const ConvParams& p, PlannedConvolution& planned) {
   }
   planned.kernels = chosen;
   plan.lanes = lanes;
+  add_twiddles(plan.fft, p.storage);
   const int64_t v = lanes.lanes, line = fft.line_elements(v), row = fft.spectrum_row(v);
-  plan.packed_taps = ((fft.y.size + 2) * row + 3 * line) / v + y.taps * x.taps;
-  planned.packed_weight_elements = lanes.num_patterns * plan.packed_taps * v;
-  plan.scratch_elements = std::max(source.height, target.height) * row + 3 * line +
-                          (fft.rows_together + 1) * std::max(source.width, target.width) * v;
-  planned.num_tasks = lanes.num_blocks;
+  const int64_t map_rows = (fft.rows_together + 1) * std::max(source.width, target.width) * v;
+  const int64_t weight_rows = 2 * row + y.taps * x.taps * v;  // not at the same time
+  plan.packed_taps = 0;  // a thread makes the spectra that it needs
+  planned.packed_weight_elements = 0;
+  plan.scratch_elements = (fft.y.size + std::max(source.height, target.height)) * row + 3 * line +
+                          std::max(map_rows, weight_rows);
+  planned.num_tasks = ceil_div(lanes.num_blocks, lanes.num_patterns) * lanes.num_patterns;
   planned.multiply_adds_per_task = plane;
   return true;
 }
@@ -411,15 +414,13 @@ PlannedConvolution plan_convolution(const ConvParams& p, const MapView& source,
 // As for a convolution.
 bool plan_fft_if_better(const ConvParams& p, PlannedWeightGradient& planned) {
   WeightGradientPlan& plan = planned.plan;
-  if (p.form == Form::direct || p.stride_h != 1 || p.stride_w != 1 || plan.y.count < 1 ||
-      plan.x.count < 1)
-    return false;
+  if (p.form == Form::direct || p.stride_h != 1 || p.stride_w != 1) return false;
   // The convolution whose weight this is: its taps are the outputs here.
   const auto of_convolution = [](const Phase& axis) {
     return Phase{0, 1, axis.taps, axis.count, axis.origin, 1, axis.out_step, 0, 1};
   };
   const Phase y = of_convolution(plan.y), x = of_convolution(plan.x);
-  plan.fft = plan_fft(y, x, p.input.height, p.input.width, p.storage);
+  if (!plan_fft(y, x, p.input.height, p.input.width, plan.fft)) return false;
   const FftConv& fft = plan.fft;
   const DepthwiseKernels* chosen;
   const LanePlan lanes = plan_fft_lanes(p, p.input.stride_c == 1 && p.output.stride_c == 1, chosen);
@@ -433,6 +434,7 @@ bool plan_fft_if_better(const ConvParams& p, PlannedWeightGradient& planned) {
   if (p.form != Form::fft && plane >= direct) return false;
   planned.kernels = chosen;
   plan.lanes = lanes;
+  add_twiddles(plan.fft, p.storage);
   plan.num_parts = parts;
   plan.num_groups = blocks;
   const int64_t v = lanes.lanes, line = fft.line_elements(v);

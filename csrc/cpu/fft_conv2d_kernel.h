@@ -93,50 +93,46 @@ inline Sequence<T> column_of(T* spectrum, const FftConv& fft, int64_t k, int64_t
   return {spectrum + 2 * V * k, fft.spectrum_row(V), rows, V};
 }
 
-// Spectra of the weights, conjugated and with every factor: [pattern][column][row]. What it takes
-// to make them stands behind each pattern.
+// Spectra of the weights of one pattern's channels, conjugated and with every factor:
+// [column][row].
 template <class T, int V, class S>
-void pack_fft_weights_as(const ConvolvePlan& plan, int64_t begin, int64_t end) {
+void transform_weights(const ConvolvePlan& plan, int64_t pattern, const FftScratch<T, V>& scratch,
+                       T* weight) {
   const FftConv& fft = plan.fft;
   const Phase &y = plan.phases_y[0], &x = plan.phases_x[0];
   const int64_t column = 2 * V * fft.y.size, columns = fft.x.size / 2 + 1;
   const int64_t row = fft.spectrum_row(V);
   const T factor = T(1) / (T(kSeparated * kSeparated) * T(fft.x.size) * T(fft.y.size));
-  for (int64_t pattern = begin; pattern < end; ++pattern) {
-    T* packed = static_cast<T*>(plan.packed_weight) + pattern * plan.packed_taps * V;
-    const FftScratch<T, V> scratch(fft, packed + columns * column);
-    T* pair = scratch.rows;  // spectra of two rows
-    T* taps = pair + 2 * row;
-    int64_t channel[V];
-    for (int l = 0; l < V; ++l) channel[l] = channel_of_lane(plan.lanes, pattern, l, plan.channels);
-    pack_phase_weights<T, V, S>(plan, y, x, channel, taps);
-    pack_bias<T, V, S>(plan, pattern, channel);
-    memset(static_cast<void*>(packed), 0, size_t(columns * column) * sizeof(T));
-    const Sequence<T> line = in_order<T, V>(scratch.line, fft.x.size);
-    for (int64_t m = 0; m < y.taps; m += 2) {
-      const int64_t count = m + 1 < y.taps ? 2 : 1;
-      memset(static_cast<void*>(scratch.line), 0, size_t(2 * V * fft.x.size) * sizeof(T));
-      for (int64_t half = 0; half < count; ++half)
-        for (int64_t n = 0; n < x.taps; ++n)
-          store_aligned<V>(
-              scratch.line + (2 * wrapped(x.origin + n * x.tap_step, fft.x.size) + half) * V,
-              load_aligned<V>(taps + ((m + half) * x.taps + n) * V));
-      ::fft<T, V>(fft.x, line, line, scratch.first, scratch.second);
-      separate<T, V>(scratch.line, fft.x.size, pair, pair + row);
-      for (int64_t half = 0; half < count; ++half) {
-        const int64_t at = wrapped(y.origin + (m + half) * y.tap_step, fft.y.size);
-        const Sequence<T> from = in_order<T, V>(pair + half * row, columns);
-        for (int64_t k = 0; k < columns; ++k)
-          put<T, V>(in_order<T, V>(packed + k * column, fft.y.size), at, get<T, V>(from, k));
-      }
+  T* pair = scratch.rows;  // spectra of two rows
+  T* taps = pair + 2 * row;
+  int64_t channel[V];
+  for (int l = 0; l < V; ++l) channel[l] = channel_of_lane(plan.lanes, pattern, l, plan.channels);
+  pack_phase_weights<T, V, S>(plan, y, x, channel, taps);
+  memset(static_cast<void*>(weight), 0, size_t(columns * column) * sizeof(T));
+  const Sequence<T> line = in_order<T, V>(scratch.line, fft.x.size);
+  for (int64_t m = 0; m < y.taps; m += 2) {
+    const int64_t count = m + 1 < y.taps ? 2 : 1;
+    memset(static_cast<void*>(scratch.line), 0, size_t(2 * V * fft.x.size) * sizeof(T));
+    for (int64_t half = 0; half < count; ++half)
+      for (int64_t n = 0; n < x.taps; ++n)
+        store_aligned<V>(
+            scratch.line + (2 * wrapped(x.origin + n * x.tap_step, fft.x.size) + half) * V,
+            load_aligned<V>(taps + ((m + half) * x.taps + n) * V));
+    ::fft<T, V>(fft.x, line, line, scratch.first, scratch.second);
+    separate<T, V>(scratch.line, fft.x.size, pair, pair + row);
+    for (int64_t half = 0; half < count; ++half) {
+      const int64_t at = wrapped(y.origin + (m + half) * y.tap_step, fft.y.size);
+      const Sequence<T> from = in_order<T, V>(pair + half * row, columns);
+      for (int64_t k = 0; k < columns; ++k)
+        put<T, V>(in_order<T, V>(weight + k * column, fft.y.size), at, get<T, V>(from, k));
     }
-    for (int64_t k = 0; k < columns; ++k) {
-      const Sequence<T> at = in_order<T, V>(packed + k * column, fft.y.size);
-      ::fft<T, V>(fft.y, at, at, scratch.first, scratch.second);
-      for (int64_t i = 0; i < fft.y.size; ++i) {
-        const auto w = get<T, V>(at, i);
-        put<T, V>(at, i, Complex<T, V>{w.re * factor, -w.im * factor});
-      }
+  }
+  for (int64_t k = 0; k < columns; ++k) {
+    const Sequence<T> at = in_order<T, V>(weight + k * column, fft.y.size);
+    ::fft<T, V>(fft.y, at, at, scratch.first, scratch.second);
+    for (int64_t i = 0; i < fft.y.size; ++i) {
+      const auto w = get<T, V>(at, i);
+      put<T, V>(at, i, Complex<T, V>{w.re * factor, -w.im * factor});
     }
   }
 }
@@ -145,23 +141,28 @@ template <class T, int V, class S>
 void convolve_fft_as(const ConvolvePlan& plan, int64_t begin, int64_t end, void* memory) {
   const FftConv& fft = plan.fft;
   const MapView &source = plan.source, &target = plan.target;
-  T* spectrum = static_cast<T*>(memory);
   const int64_t spectrum_row = fft.spectrum_row(V), column = 2 * V * fft.y.size;
   const int64_t columns = fft.x.size / 2 + 1, row = target.width * V;
+  T* const weights = static_cast<T*>(memory);
+  T* spectrum = weights + columns * column;
   FftScratch<T, V> scratch(
       fft,
       spectrum + (source.height > target.height ? source.height : target.height) * spectrum_row);
+  // All blocks of the same channels one after the other: their weights are transformed once.
+  const int64_t patterns = plan.lanes.num_patterns;
+  const int64_t blocks_of_pattern = (plan.lanes.num_blocks + patterns - 1) / patterns;
+  int64_t transformed = -1;
   for (int64_t task = begin; task < end; ++task) {
-    // All images of the same channels one after the other, while their weights are in the cache.
-    const int64_t block = plan.lanes.cross_images
-                              ? task
-                              : task % plan.batch * plan.lanes.blocks_per_image + task / plan.batch;
-    const int64_t pattern = block % plan.lanes.num_patterns;
+    const int64_t pattern = task / blocks_of_pattern;
+    const int64_t block = pattern + task % blocks_of_pattern * patterns;
+    if (block >= plan.lanes.num_blocks) continue;
+    if (pattern != transformed) transform_weights<T, V, S>(plan, pattern, scratch, weights);
+    transformed = pattern;
     const Lanes from = lanes_of<V>(plan.lanes, block, source, plan.batch, plan.channels);
     const Lanes to = lanes_of<V>(plan.lanes, block, target, plan.batch, plan.channels);
     transform_rows<T, V, S>(fft, static_cast<const S*>(source.data), from, source.height,
                             source.width, scratch, spectrum);
-    const T* weight = static_cast<const T*>(plan.packed_weight) + pattern * plan.packed_taps * V;
+    const T* weight = weights;
     for (int64_t k = 0; k < columns; ++k, weight += column) {
       const Sequence<T> line = in_order<T, V>(scratch.line, fft.y.size);
       ::fft<T, V>(fft.y, column_of<T, V>(spectrum, fft, k, source.height), line, scratch.first,
@@ -272,10 +273,16 @@ void weight_gradient_fft_as(const WeightGradientPlan& plan, int64_t begin, int64
   }
 }
 
+// Only the bias: a thread transforms the weights that it needs.
 template <class T, int V>
-void pack_fft_weights(const ConvolvePlan& plan, int64_t begin, int64_t end) {
+void pack_fft_bias(const ConvolvePlan& plan, int64_t begin, int64_t end) {
   with_storage<T>(plan.storage, [&](auto element) {
-    pack_fft_weights_as<T, V, decltype(element)>(plan, begin, end);
+    for (int64_t pattern = begin; pattern < end; ++pattern) {
+      int64_t channel[V];
+      for (int l = 0; l < V; ++l)
+        channel[l] = channel_of_lane(plan.lanes, pattern, l, plan.channels);
+      pack_bias<T, V, decltype(element)>(plan, pattern, channel);
+    }
   });
 }
 

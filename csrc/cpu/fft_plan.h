@@ -12,7 +12,7 @@ struct FftPlan {
   int num_stages = 0;
   int radices[kMostStages];
   // cos and -sin of every stage, [stage][q][1 … radix - 1], in the arithmetic type.
-  const void* twiddles = nullptr;
+  const void* twiddles = nullptr;  // only of what is to be run
 };
 
 // The transforms of a convolution's rows (x) and columns (y).

@@ -13,6 +13,8 @@ namespace {
 // n·log2(n), and what is done beside it to each element of a spectrum. Measured, see
 // docs/kernel-notes.md.
 constexpr double kFftStep = 5.5, kFftElement = 5.0;
+// Far above any map: the time to find a size, and the number of stages, are bounded.
+constexpr int64_t kLargestSize = 1 << 20;
 // Rows in hand: their positions should fill the squares that are transposed in registers.
 constexpr int64_t kPositionsTogether = 96;
 
@@ -22,17 +24,20 @@ bool has_small_factors(int64_t n) {
   return n == 1;
 }
 
-int64_t fft_size(const Phase& phase, int64_t source_size) {
+int64_t least_size(const Phase& phase, int64_t source_size) {
   const int64_t first = phase.origin, last = phase.origin + (phase.taps - 1) * phase.tap_step;
-  int64_t size = std::max({source_size + std::max<int64_t>(0, -first),
-                           phase.count + std::max<int64_t>(0, last), last - first + 1, int64_t(2)});
+  return std::max({source_size + std::max<int64_t>(0, -first),
+                   phase.count + std::max<int64_t>(0, last), last - first + 1, int64_t(2)});
+}
+
+int64_t good_size(int64_t size) {
   while (!has_small_factors(size)) ++size;
   return size;
 }
 
 template <class T>
 const T* twiddles_of(const FftPlan& plan) {
-  // Kept for good: a few kilobytes for every size that was ever asked for.
+  // Kept for good: some 16 bytes for every element of every size that was ever run.
   static std::mutex mutex;
   static std::map<int64_t, std::vector<T>> known;
   const std::lock_guard<std::mutex> lock(mutex);
@@ -52,16 +57,12 @@ const T* twiddles_of(const FftPlan& plan) {
   return table.data();
 }
 
-FftPlan plan_of_size(int64_t size, Storage storage) {
+FftPlan plan_of_size(int64_t size) {
   FftPlan plan;
   plan.size = size;
   int64_t rest = size;
   for (int radix : {4, 2, 3, 5})
     for (; rest % radix == 0; rest /= radix) plan.radices[plan.num_stages++] = radix;
-  if (storage == Storage::float64)
-    plan.twiddles = twiddles_of<double>(plan);
-  else
-    plan.twiddles = twiddles_of<float>(plan);
   return plan;
 }
 
@@ -69,12 +70,20 @@ double steps(int64_t n) { return double(n) * std::log2(double(n)); }
 
 }  // namespace
 
-FftConv plan_fft(const Phase& y, const Phase& x, int64_t height, int64_t width, Storage storage) {
-  FftConv fft;
-  fft.y = plan_of_size(fft_size(y, height), storage);
-  fft.x = plan_of_size(fft_size(x, width), storage);
+bool plan_fft(const Phase& y, const Phase& x, int64_t height, int64_t width, FftConv& fft) {
+  if (y.taps < 1 || x.taps < 1 || height < 1 || width < 1) return false;
+  if (least_size(y, height) > kLargestSize || least_size(x, width) > kLargestSize) return false;
+  fft.y = plan_of_size(good_size(least_size(y, height)));
+  fft.x = plan_of_size(good_size(least_size(x, width)));
   fft.rows_together = std::max<int64_t>(2, (kPositionsTogether / width + 1) / 2 * 2);
-  return fft;
+  return true;
+}
+
+void add_twiddles(FftConv& fft, Storage storage) {
+  for (FftPlan* plan : {&fft.y, &fft.x})
+    plan->twiddles = storage == Storage::float64
+                         ? static_cast<const void*>(twiddles_of<double>(*plan))
+                         : static_cast<const void*>(twiddles_of<float>(*plan));
 }
 
 double fft_cost(const FftConv& fft, int64_t rows, bool both) {

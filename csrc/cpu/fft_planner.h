@@ -5,9 +5,12 @@
 
 namespace lka::cpu {
 
-// The transforms for outputs `y` and `x` of a map of height × width, in the arithmetic of
-// `storage`. Steps of outputs must be 1, and there must be taps.
-FftConv plan_fft(const Phase& y, const Phase& x, int64_t height, int64_t width, Storage storage);
+// Whether there are transforms for outputs `y` and `x` of a map of height × width, and which.
+// Steps of outputs must be 1.
+bool plan_fft(const Phase& y, const Phase& x, int64_t height, int64_t width, FftConv& fft);
+
+// Makes planned transforms ready to run in the arithmetic of `storage`.
+void add_twiddles(FftConv& fft, Storage storage);
 
 // Vector multiply-adds that take as long as the transforms of `rows` rows and of the columns, these
 // forward and, if `both`, back.

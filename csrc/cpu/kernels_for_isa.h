@@ -25,7 +25,7 @@ constexpr lka::cpu::DepthwiseKernels planar_kernels() {
 
 template <class T, int V>
 constexpr lka::cpu::DepthwiseKernels fft_kernels() {
-  return {V, &pack_fft_weights<T, V>, &convolve_fft<T, V>, &weight_gradient_fft<T, V>};
+  return {V, &pack_fft_bias<T, V>, &convolve_fft<T, V>, &weight_gradient_fft<T, V>};
 }
 
 template <class T, int V, int kWide>

@@ -14,7 +14,7 @@ from torch import Tensor
 from lka_kernels import philox, tiles
 from lka_kernels.backends.reference import center_tap_index
 from lka_kernels.backends.triton import adapter_kernels as kernels
-from lka_kernels.backends.triton.launch import Launch, run
+from lka_kernels.backends.triton.launch import Launch, dot_precision, run
 from lka_kernels.checks import same_padding
 
 # Programs of the weight's gradient that a multiprocessor should have, to hide what each waits for.
@@ -91,8 +91,6 @@ def _describe(
     center = (
         center_tap_index(conv_weight.shape[2:], dilation) if prefix_mode == "center_tap" else None
     )
-    # Only float32 has a choice, and obeys the switch that torch's own matrix products obey.
-    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     dropped = seed is not None and dropout_p > 0
     return _Call(
         tokens=(batch * num_tokens, num_tokens),
@@ -117,7 +115,8 @@ def _describe(
         ),
         pre=activation if activation_position in ("pre", "both") else "none",
         post=activation if activation_position in ("post", "both") else "none",
-        precision="tf32" if tf32 else "ieee",
+        # The switch that torch's own matrix products obey.
+        precision=dot_precision(x.dtype, torch.backends.cuda.matmul),
         r=r,
         tiles=chosen,
     )
@@ -145,6 +144,9 @@ def plan_forward(
     r = down_weight.shape[0]
     down_weight, conv_weight, up_weight = (
         w.contiguous() for w in (down_weight, conv_weight, up_weight)
+    )
+    down_bias, conv_bias, up_bias = (
+        None if b is None else b.contiguous() for b in (down_bias, conv_bias, up_bias)
     )
     call = _describe(x, down_weight, conv_weight, seed, *geometry)
     t = call.tiles

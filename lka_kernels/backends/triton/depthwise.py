@@ -69,6 +69,7 @@ def _describe(source, weight, bias, result, top, left, dilation, reverse: bool) 
     if channels_in_lanes(source):
         # Small, and then neighbouring lanes read neighbouring taps.
         weight = weight.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+    bias = None if bias is None else bias.contiguous()
     rows, columns = (
         taps_that_touch(source.shape[2 + i], result.shape[2 + i], taps, before, dilation[i])
         for i, (taps, before) in enumerate(((kernel_height, top), (kernel_width, left)))
@@ -153,6 +154,7 @@ def _plan_patch(call: _Correlate, sizes: tiles.Correlation) -> Launch:
             call.bias,
             call.result,
             patch_rows,
+            rows_of_m,
             sizes.batch,
             sizes.channels,
             sizes.size[0],

@@ -33,6 +33,7 @@ def correlate_patch_kernel(
     bias,
     result,
     patch_rows,
+    rows_of_m,
     B,
     C,
     H,
@@ -82,7 +83,7 @@ def correlate_patch_kernel(
     m = pid // tiles_x // C * BLOCK_M + tl.arange(0, BLOCK_M)
     b = (m % B).to(tl.int64)
     oy = first_row_of_block((m // B).to(tl.int32), DY, ROWS)
-    is_row = m < patch_rows * B
+    is_row = m < rows_of_m
     n = tl.arange(0, ROWS * BX)
     r = n // BX
     nx = n % BX

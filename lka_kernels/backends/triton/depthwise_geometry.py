@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lka_kernels import tiles
+from lka_kernels.backends.triton.launch import dot_precision
 
 INT32_END = 2**31
 
@@ -50,9 +51,8 @@ def channels_in_lanes(t: Tensor) -> bool:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """The precision of ``tl.dot``."""
-    # Only float32 has a choice, and obeys the switch that torch's own convolutions obey.
-    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+    """The precision of ``tl.dot``: the switch is that of torch's own convolutions."""
+    return dot_precision(dtype, torch.backends.cudnn.conv)
 
 
 def in_vectors(strides: tuple[int, ...], vector: int) -> tuple[int, ...]:

@@ -23,6 +23,15 @@ class Launch(NamedTuple):
     num_stages: int
 
 
+def dot_precision(dtype: torch.dtype, switch) -> str:
+    """``input_precision`` of ``tl.dot``: "tf32" for float32 where ``switch`` allows it.
+
+    ``switch`` is ``torch.backends.cuda.matmul`` or ``torch.backends.cudnn.conv``. To read their
+    older ``allow_tf32`` raises once the newer attribute has been set; this one follows both.
+    """
+    return "tf32" if dtype == torch.float32 and switch.fp32_precision == "tf32" else "ieee"
+
+
 def run(launches: list[Launch], device: torch.device) -> None:
     """Run launches one after another on the current stream of ``device``."""
     # Triton launches on the current device, whatever device its arguments are on.
