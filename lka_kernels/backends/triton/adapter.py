@@ -16,6 +16,7 @@ from lka_kernels.backends.reference import center_tap_index
 from lka_kernels.backends.triton import adapter_kernels as kernels
 from lka_kernels.backends.triton.launch import Launch, dot_precision, run
 from lka_kernels.checks import same_padding
+from lka_kernels.fft_plan import touching_taps
 
 # Programs of the weight's gradient that a multiprocessor should have, to hide what each waits for.
 _PROGRAMS_PER_MULTIPROCESSOR = 4
@@ -53,13 +54,6 @@ class _Call(NamedTuple):
         )
 
 
-def _taps_that_touch(size: int, taps: int, before: int, dilation: int) -> tuple[int, int]:
-    """The range of taps with an element of a map of ``size`` in reach of some output."""
-    first = max(0, -((size - 1 - before) // dilation))
-    end = min(taps, (size - 1 + before) // dilation + 1)
-    return first, max(first, end)
-
-
 def _describe(
     x: Tensor,
     down_weight: Tensor,
@@ -78,8 +72,8 @@ def _describe(
     r = down_weight.shape[0]
     kernel_height, kernel_width = conv_weight.shape[2:]
     top, left = (same_padding(k, dilation)[0] for k in (kernel_height, kernel_width))
-    rows = _taps_that_touch(height, kernel_height, top, dilation)
-    columns = _taps_that_touch(width, kernel_width, left, dilation)
+    rows = touching_taps(height, height, kernel_height, 1, top, dilation)
+    columns = touching_taps(width, width, kernel_width, 1, left, dilation)
     chosen = tiles.adapter_tiles(
         batch * num_tokens,
         dim,
@@ -122,10 +116,6 @@ def _describe(
     )
 
 
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def plan_forward(
     x: Tensor,
     down_weight: Tensor,
@@ -155,7 +145,7 @@ def plan_forward(
     c = torch.empty_like(z)
     a = None if call.pre == "none" else torch.empty_like(z)
     source = z if a is None else a
-    programs = _cdiv(call.tokens[0], t.block_t)
+    programs = tiles.ceil_div(call.tokens[0], t.block_t)
     launches = [
         call.launch(
             kernels.down_kernel,
@@ -177,7 +167,7 @@ def plan_forward(
         launches.append(
             call.launch(
                 kernels.convolve_kernel,
-                programs * _cdiv(r, block_r),
+                programs * tiles.ceil_div(r, block_r),
                 source,
                 conv_weight,
                 conv_bias,
@@ -193,7 +183,7 @@ def plan_forward(
     launches.append(
         call.launch(
             kernels.up_kernel,
-            programs * _cdiv(dim, t.blocks_of_c * t.block_c),
+            programs * tiles.ceil_div(dim, t.blocks_of_c * t.block_c),
             *((source, conv_weight, conv_bias) if t.convolve_in_up else (None, None, None)),
             c,
             up_weight,
@@ -234,7 +224,7 @@ class _PartialSums:
             return None
         partials = total.new_empty((count, total.numel()), dtype=torch.float32)
         self._segments.append((partials, count, total.numel(), total))
-        self._programs += _cdiv(total.numel(), self._BLOCK)
+        self._programs += tiles.ceil_div(total.numel(), self._BLOCK)
         return partials
 
     def launches(self) -> list[Launch]:
@@ -279,7 +269,7 @@ def plan_backward(
     grad_c = torch.empty_like(c) if need_c else None
     grad_z = torch.empty_like(z) if need_z else None
     num_sms = tiles.multiprocessors(x.device)
-    programs = _cdiv(call.tokens[0], call.tiles.block_t)
+    programs = tiles.ceil_div(call.tokens[0], call.tiles.block_t)
     apart = call.tiles.weights_apart
     sums = _PartialSums()
     launches = []
@@ -317,9 +307,9 @@ def plan_backward(
         )  # fmt: skip
     if need_z or grad_conv is not None:
         block_r = min(call.tiles.block_r, 8)
-        input_programs = programs * _cdiv(r, block_r) if need_z else 0
+        input_programs = programs * tiles.ceil_div(r, block_r) if need_z else 0
         block_kx = min(8, tiles.next_power_of_2(conv_weight.shape[3]))
-        per_group = r * conv_weight.shape[2] * _cdiv(conv_weight.shape[3], block_kx)
+        per_group = r * conv_weight.shape[2] * tiles.ceil_div(conv_weight.shape[3], block_kx)
         groups, tokens_per_group = _groups(call, per_group, num_sms)
         weight_programs = 0 if grad_conv is None else per_group * groups
         launches.append(
@@ -373,9 +363,9 @@ def plan_backward(
 def _groups(call: _Call, programs_per_group: int, num_sms: int) -> tuple[int, int]:
     """Groups of tokens that give every multiprocessor enough programs, and the tokens of each."""
     num_tokens, block_t = call.tokens[0], call.tiles.block_t
-    groups = _cdiv(_PROGRAMS_PER_MULTIPROCESSOR * num_sms, programs_per_group)
-    tokens_per_group = max(1, _cdiv(_cdiv(num_tokens, groups), block_t)) * block_t
-    return _cdiv(num_tokens, tokens_per_group), tokens_per_group
+    groups = tiles.ceil_div(_PROGRAMS_PER_MULTIPROCESSOR * num_sms, programs_per_group)
+    tokens_per_group = max(1, tiles.ceil_div(tiles.ceil_div(num_tokens, groups), block_t)) * block_t
+    return tiles.ceil_div(num_tokens, tokens_per_group), tokens_per_group
 
 
 def _weight_backward(
@@ -394,7 +384,7 @@ def _weight_backward(
 ) -> Launch:
     """The gradient of a projection's weight; ``strides`` are those of C and R in it."""
     dim = rows.shape[2]
-    blocks = _cdiv(dim, call.tiles.block_c)
+    blocks = tiles.ceil_div(dim, call.tiles.block_c)
     groups, tokens_per_group = _groups(call, blocks, num_sms)
     return call.launch(
         kernels.weight_backward_kernel,
