@@ -118,8 +118,9 @@ constexpr int kMaxAccumulators = 10, kMaxTaps = 3;
 constexpr int kMaxTileRows = 4;
 
 // kTaps neighbouring taps of one kernel row. With unit steps output t and tap n meet at source
-// column t + n: each vector of the source is loaded once and meets every tap that uses it.
-template <class T, int V, class Taps, int kRows, int kColumns, int kTaps>
+// column t + n: each vector of the source is loaded once and meets every tap that uses it. The
+// first and the last kZeros columns hold zeros and are left out.
+template <class T, int V, class Taps, int kRows, int kColumns, int kTaps, int kZeros = 0>
 __attribute__((always_inline)) inline void add_taps(Vec<T, V> (&sum)[kRows][kColumns], const T* w,
                                                     int64_t weight_column,
                                                     const T* const (&s)[kRows]) {
@@ -129,7 +130,7 @@ __attribute__((always_inline)) inline void add_taps(Vec<T, V> (&sum)[kRows][kCol
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 32
-    for (int x = 0; x < kColumns + kTaps - 1; ++x) {
+    for (int x = kZeros; x < kColumns + kTaps - 1 - kZeros; ++x) {
       Vec<T, V> value = load_aligned<V>(s[r] + x * V);
       keep_in_register(value);
 #pragma GCC unroll 8
@@ -149,8 +150,22 @@ inline int64_t steps_of_rows(int64_t rows, int64_t taps, int64_t out_step, int64
   return rows * (1 + (out_step == 1 && tap_step == 1 ? taps / kMaxTaps : 0));
 }
 
-// A rectangle of outputs that tiles of kRows × kColumns cover exactly.
-template <class T, int V, class Taps, int kRows, int kColumns, bool kUnitStep>
+// The small maps of the usual networks are 7 or 14 columns wide, their kernels 3, 5 or 7, their
+// padding half of that: where one tile spans such a map, it need not multiply the padding. That is
+// 17 % of the multiply-adds of 5 taps on 7 columns, 24 % of those of 7 taps.
+template <int kRows, int kColumns, int kTaps>
+constexpr bool kSpansMap = (kColumns == 7 || kColumns == 14) &&
+                           kRows * kColumns + kTaps + 1 <= (LKA_VECTOR_BYTES == 64 ? 32 : 16);
+
+inline bool spans_map(const Axis& x, int64_t columns) {
+  const int64_t padding = x.taps / 2;
+  return x.out_count == columns && x.live_begin == x.first + padding &&
+         x.live_end == x.live_begin + columns;
+}
+
+// A rectangle of outputs that tiles of kRows × kColumns cover exactly. With kSpanTaps a tile spans
+// the map and that is the number of taps, otherwise it is 0.
+template <class T, int V, class Taps, int kRows, int kColumns, bool kUnitStep, int kSpanTaps = 0>
 void correlate_tiles(const Correlation<T, V, Taps>& correlation, int64_t i_begin, int64_t i_end,
                      int64_t j_begin, int64_t j_end) {
   const Correlation<T, V, Taps> c = copy_of(correlation);
@@ -184,6 +199,11 @@ void correlate_tiles(const Correlation<T, V, Taps>& correlation, int64_t i_begin
           const T* s[kRows];
           for (int r = 0; r < kRows; ++r)
             s[r] = source[m * c.y.tap_step + r * c.y.out_step] + offset;
+          if constexpr (kSpanTaps > 0) {
+            add_taps<T, V, Taps, kRows, kColumns, kSpanTaps, kSpanTaps / 2>(sum, w, c.weight_column,
+                                                                            s);
+            continue;
+          }
           int64_t left = num_columns;
           const auto take = [&](int64_t taps) __attribute__((always_inline)) {
             left -= taps;
@@ -236,9 +256,23 @@ void correlate_width(const Correlation<T, V, Taps>& c, int64_t i_begin, int64_t 
     if (columns != kColumns)
       return correlate_width<T, V, Taps, kRows, kColumns + 1>(c, i_begin, i_end, j_begin, j_end,
                                                               columns);
-    if (c.x.out_step == 1 && c.x.tap_step == 1)
+    if (c.x.out_step == 1 && c.x.tap_step == 1) {
+      if constexpr (kSpansMap<kRows, kColumns, 3>)
+        if (c.x.taps <= 7 && spans_map(c.x, kColumns)) {
+          if (c.x.taps == 3)
+            return correlate_tiles<T, V, Taps, kRows, kColumns, true, 3>(c, i_begin, i_end, j_begin,
+                                                                         j_end);
+          if constexpr (kSpansMap<kRows, kColumns, 5>)
+            if (c.x.taps == 5)
+              return correlate_tiles<T, V, Taps, kRows, kColumns, true, 5>(c, i_begin, i_end,
+                                                                           j_begin, j_end);
+          if constexpr (kSpansMap<kRows, kColumns, 7>)
+            if (c.x.taps == 7)
+              return correlate_tiles<T, V, Taps, kRows, kColumns, true, 7>(c, i_begin, i_end,
+                                                                           j_begin, j_end);
+        }
       correlate_tiles<T, V, Taps, kRows, kColumns, true>(c, i_begin, i_end, j_begin, j_end);
-    else
+    } else
       correlate_tiles<T, V, Taps, kRows, kColumns, false>(c, i_begin, i_end, j_begin, j_end);
   }
 }
