@@ -7,6 +7,7 @@
 
 #include <string>
 
+#include "cpu/depthwise_kernel_name.h"
 #include "cpu/kernel_table.h"
 #include "cpu/operators.h"
 #ifdef LKA_WITH_CUDA
@@ -62,10 +63,34 @@ PyObject* built_with_cuda(PyObject*, PyObject*) {
 #endif
 }
 
+// depthwise_kernel_name(direction, dtype, (B, C, H, W), (kH, kW), stride, padding, dilation,
+// channels_last, num_threads); padding is (top, left, bottom, right).
+PyObject* depthwise_kernel_name(PyObject*, PyObject* arguments) {
+  const char *direction, *dtype;
+  long long n[14];
+  int channels_last, num_threads;
+  if (!PyArg_ParseTuple(arguments, "ss(LLLL)(LL)(LL)(LLLL)(LL)pi", &direction, &dtype, &n[0], &n[1],
+                        &n[2], &n[3], &n[4], &n[5], &n[6], &n[7], &n[8], &n[9], &n[10], &n[11],
+                        &n[12], &n[13], &channels_last, &num_threads))
+    return nullptr;
+  const lka::cpu::DepthwiseSizes sizes = {n[0],  n[1],  n[2],  n[3],  n[4],
+                                          n[5],  n[6],  n[7],  n[8],  n[9],
+                                          n[10], n[11], n[12], n[13], channels_last != 0};
+  lka::Storage storage = lka::Storage::float32;
+  if (std::string(dtype) == "float64") storage = lka::Storage::float64;
+  if (std::string(dtype) == "bfloat16") storage = lka::Storage::bfloat16;
+  if (std::string(dtype) == "float16") storage = lka::Storage::float16;
+  const char* name = lka::cpu::depthwise_kernel_name(direction, storage, sizes, num_threads);
+  if (name == nullptr) Py_RETURN_NONE;
+  return PyUnicode_FromString(name);
+}
+
 PyMethodDef methods[] = {
     {"instruction_set", instruction_set, METH_NOARGS,
      "The instruction set the CPU kernels run with."},
     {"built_with_cuda", built_with_cuda, METH_NOARGS, "Whether CUDA kernels were compiled in."},
+    {"depthwise_kernel_name", depthwise_kernel_name, METH_VARARGS,
+     "The CPU kernel that sizes choose: see csrc/cpu/depthwise_kernel_name.h."},
     {nullptr, nullptr, 0, nullptr},
 };
 

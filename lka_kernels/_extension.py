@@ -8,11 +8,11 @@ from __future__ import annotations
 import importlib
 import os
 
-import torch  # noqa: F401  (also loads the shared libraries that the compiled one links to)
+import torch
 
 _BUILD_HINT = "reinstall with a C++17 compiler (g++) and without LKA_NO_EXTENSION=1 to build it"
 # What the compiled module must have: one left from an earlier version must not break the import.
-_FUNCTIONS = ("instruction_set", "built_with_cuda")
+_FUNCTIONS = ("instruction_set", "built_with_cuda", "depthwise_kernel_name")
 
 
 def _load() -> tuple[object | None, str]:
@@ -44,6 +44,34 @@ def loaded() -> bool:
 def instruction_set() -> str:
     """What the CPU kernels run with: "avx512_bf16", "avx512", "avx2" or "baseline"."""
     return MODULE.instruction_set() if MODULE is not None else "none"
+
+
+def depthwise_kernel_name(
+    direction: str,
+    dtype: torch.dtype,
+    input_size: tuple[int, int, int, int],
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    dilation: tuple[int, int],
+    channels_last: bool,
+) -> str | None:
+    """The CPU kernel that these sizes choose, as csrc/cpu/depthwise_kernel_name.h describes it.
+
+    ``direction`` is "forward", "backward_input" or "backward_weight", ``padding`` is (top, left,
+    bottom, right). None if the result would be empty.
+    """
+    return MODULE.depthwise_kernel_name(
+        direction,
+        str(dtype).removeprefix("torch."),
+        tuple(input_size),
+        tuple(kernel_size),
+        tuple(stride),
+        tuple(padding),
+        tuple(dilation),
+        channels_last,
+        torch.get_num_threads(),
+    )
 
 
 def built_with_cuda() -> bool:

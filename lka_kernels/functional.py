@@ -354,7 +354,9 @@ def explain(
         ValueError, TypeError: as the call itself. A backend or method that was asked for by name
             and cannot serve the call is told in the text.
     """
-    stride = _check_depthwise(input, weight, bias, stride, padding, dilation, method)[0]
+    stride, padding, dilation = _check_depthwise(
+        input, weight, bias, stride, padding, dilation, method
+    )
     if _autocast_enabled(input.device.type):
         input, weight, bias = _autocast(input.device.type, input, weight, bias)
     channels_last = input.dim() == 4 and (_like_channels_last(input) or _like_channels_last(weight))
@@ -370,6 +372,24 @@ def explain(
     ]
     if choice.backend == "cpu":
         lines.append(f"instruction set {_extension.instruction_set()}")
+    if choice.backend == "cpu" and choice.method == "auto":
+        kernels = [
+            f"{direction} {kernel}"
+            for direction in ("forward", "backward_input", "backward_weight")
+            if (
+                kernel := _extension.depthwise_kernel_name(
+                    direction,
+                    input.dtype,
+                    input.shape,
+                    weight.shape[2:],
+                    stride,
+                    padding,
+                    dilation,
+                    channels_last,
+                )
+            )
+        ]
+        lines.append(f"sizes choose {', '.join(kernels) or 'nothing: the result is empty'}")
     others = {k: v for k, v in dispatch.available_backends().items() if v != "ready"}
     lines += [f"not available: {name}: {reason}" for name, reason in others.items()]
     return "\n".join(lines)

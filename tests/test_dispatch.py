@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lka_kernels import FusedLKA, available_backends, dispatch, explain, use_backend
+from lka_kernels import FusedLKA, _extension, available_backends, dispatch, explain, use_backend
 from lka_kernels.functional import depthwise_conv2d, large_kernel_adapter
 
 READY = [name for name, status in available_backends().items() if status == "ready"]
@@ -188,6 +188,45 @@ def test_explain_tells_layout_method_and_refusals():
     assert explain(**call(), stride=2, method="fft").startswith("backend=fft method=fft")
     refused = explain(**call(), stride=2, method="implicit_gemm")
     assert refused.startswith("no backend: method='implicit_gemm")
+
+
+@pytest.mark.usefixtures("compiled_cpu")
+@pytest.mark.parametrize(
+    ("size", "kernel", "layout", "forward"),
+    [
+        ((1, 64, 56, 56), (31, 31), torch.contiguous_format, "fft"),
+        ((8, 64, 14, 14), (5, 5), torch.contiguous_format, "planar"),
+        ((8, 64, 14, 14), (5, 5), torch.channels_last, "blocks"),
+        ((8, 64, 7, 7), (13, 13), torch.channels_last, "dense"),
+        ((1, 192, 28, 28), (51, 5), torch.channels_last, "blocks"),
+    ],
+)
+def test_explain_tells_the_kernel_that_sizes_choose(size, kernel, layout, forward):
+    arguments = call(
+        input=torch.zeros(size).contiguous(memory_format=layout),
+        weight=torch.zeros(size[1], 1, *kernel),
+    )
+    text = explain(**arguments, padding=(kernel[0] // 2, kernel[1] // 2))
+    assert f"sizes choose forward {forward}, backward_input " in text
+
+
+@pytest.mark.usefixtures("compiled_cpu")
+def test_bfloat16_rows_stand_in_pairs_where_the_processor_multiplies_them():
+    arguments = call(
+        input=torch.zeros(1, 192, 28, 28, dtype=torch.bfloat16).contiguous(
+            memory_format=torch.channels_last
+        ),
+        weight=torch.zeros(192, 1, 51, 5, dtype=torch.bfloat16),
+    )
+    pairs = _extension.instruction_set() == "avx512_bf16"
+    text = explain(**arguments, padding=(25, 2))
+    assert f"sizes choose forward {'pairs' if pairs else 'blocks'}, " in text
+
+
+@pytest.mark.usefixtures("compiled_cpu")
+def test_explain_of_an_empty_batch():
+    text = explain(torch.zeros(0, 4, 9, 9), torch.zeros(4, 1, 3, 3), padding=1)
+    assert "the result is empty" in text
 
 
 def test_explain_raises_what_the_call_raises():

@@ -24,6 +24,8 @@ constexpr int64_t kWeightGradientTasks = 16;
 constexpr int64_t kPositionsPerPart = 384;
 
 constexpr double kSupposedThreads = 4.0;
+// The time of direct sums of pairs of rows over that of single rows. Seen: 0.50 to 0.63.
+constexpr double kPairedCost = 0.55;
 
 // Rows of one plane that a planar kernel has in hand: they should stay in the first-level cache.
 constexpr int64_t kPlanarBufferBytes = 24 * 1024;
@@ -190,6 +192,7 @@ bool pairs_serve(const ConvParams& p, const Phase& y) {
 void pair_rows(PlannedConvolution& planned) {
   ConvolvePlan& plan = planned.plan;
   const Phase y = planned.phases_y[0];
+  planned.kernel_name = "pairs";
   plan.paired = plan.direct_store = true;
   plan.unpaired_y = y;
   plan.pair_shift = -(y.origin & 1);
@@ -288,6 +291,15 @@ void plan_planar(PlannedWeightGradient& planned) {
                                    double(height * vectors) * double(taps * taps + 4);
 }
 
+// What planning without transforms would come to.
+double direct_form_cost(const ConvParams& p, const Phase& y, const Phase& x,
+                        const MapView& source) {
+  if (covers(y, source.height) && covers(x, source.width))
+    return dense_cost(y, x, source.height, source.width);
+  const double single = direct_cost(y, x, source.height, source.width);
+  return pairs_serve(p, y) ? kPairedCost * single : single;
+}
+
 // Plans transforms, if they serve and cost less than direct sums or are asked for.
 bool plan_fft_if_better(const ConvParams& p, PlannedConvolution& planned) {
   ConvolvePlan& plan = planned.plan;
@@ -305,11 +317,11 @@ bool plan_fft_if_better(const ConvParams& p, PlannedConvolution& planned) {
     // Other kernels share a block among threads. Supposes a number of them, so that the choice, and
     // with it the rounding of the result, is the same for every number.
     const double idle = std::max(1.0, kSupposedThreads / double(lanes.num_blocks));
-    const bool dense = covers(y, source.height) && covers(x, source.width);
-    const double direct = direct_cost(y, x, source.height, source.width, dense);
+    const double direct = direct_form_cost(p, y, x, source);
     if (idle * (plane + weights / double(lanes.num_blocks)) >= direct) return false;
   }
   planned.kernels = chosen;
+  planned.kernel_name = "fft";
   plan.lanes = lanes;
   add_twiddles(plan.fft, p.storage);
   const int64_t v = lanes.lanes, line = fft.line_elements(v), row = fft.spectrum_row(v);
@@ -347,6 +359,7 @@ PlannedConvolution plan_convolution(const ConvParams& p, const MapView& source,
   if (plan_fft_if_better(p, planned)) return planned;
   if (planar_serves(p, first_y.taps, first_x.taps, source, target)) {
     plan_planar(planned, num_threads);
+    planned.kernel_name = "planar";
     return planned;
   }
 
@@ -357,9 +370,11 @@ PlannedConvolution plan_convolution(const ConvParams& p, const MapView& source,
                covers(first_x, source.width);
   if (plan.dense) {
     plan_dense(planned, num_threads);
+    planned.kernel_name = "dense";
     return planned;
   }
   plan.source_height = source.height;
+  planned.kernel_name = "blocks";
   if (pairs_serve(p, first_y)) pair_rows(planned);
   const bool together = source.stride_c == 1 && !plan.lanes.cross_images;
 
@@ -430,9 +445,10 @@ bool plan_fft_if_better(const ConvParams& p, PlannedWeightGradient& planned) {
   const double images = lanes.cross_images ? 1.0 : double(p.batch) / double(parts);
   const int64_t rows = p.input.height + p.output.height;
   const double plane = fft_cost(fft, rows, true) + fft_cost(fft, y.taps, false) / images;
-  const double direct = direct_cost(y, x, p.input.height, p.input.width, false);
+  const double direct = direct_cost(plan.y, plan.x, p.input.height, p.input.width);
   if (p.form != Form::fft && plane >= direct) return false;
   planned.kernels = chosen;
+  planned.kernel_name = "fft";
   plan.lanes = lanes;
   add_twiddles(plan.fft, p.storage);
   plan.num_parts = parts;
@@ -522,13 +538,16 @@ PlannedWeightGradient plan_backward_weight(const ConvParams& p) {
   if (plan_fft_if_better(p, planned)) return planned;
   if (flat_serves(p, plan.y.count, plan.x.count)) {
     plan_flat(planned);
+    planned.kernel_name = "flat";
     return planned;
   }
   if (planar_serves(p, plan.y.count, plan.x.count, p.input, p.output)) {
     plan_planar(planned);
+    planned.kernel_name = "planar";
     return planned;
   }
 
+  planned.kernel_name = "blocks";
   plan.lanes = plan_lanes(p.batch, p.channels, p.input.stride_c == 1 && p.output.stride_c == 1,
                           kernels(p.storage), planned.kernels);
 

@@ -13,6 +13,7 @@ struct PlannedConvolution {
   ConvolvePlan plan;
   std::vector<Phase> phases_y, phases_x;
   const DepthwiseKernels* kernels;
+  const char* kernel_name;  // what depthwise_kernel_name tells
   int64_t num_tasks, packed_weight_elements;
   double multiply_adds_per_task;  // vector instructions, for the grain of parallel_for
 };
@@ -20,6 +21,7 @@ struct PlannedConvolution {
 struct PlannedWeightGradient {
   WeightGradientPlan plan;
   const DepthwiseKernels* kernels;
+  const char* kernel_name;
   int64_t num_tasks, partial_elements;
   double multiply_adds_per_task;
 };

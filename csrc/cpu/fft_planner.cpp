@@ -9,10 +9,16 @@
 namespace lka::cpu {
 namespace {
 
+int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
+
 // In units of the direct kernels' vector multiply-adds: a transform of n elements, for each of
 // n·log2(n), and what is done beside it to each element of a spectrum. Measured, see
 // docs/kernel-notes.md.
 constexpr double kFftStep = 5.5, kFftElement = 5.0;
+// What the direct kernels do beside a multiply-add.
+constexpr double kDirectTap = 1.15;
+// Outputs side by side in one of their tiles, with AVX-512; mostly one row of them.
+constexpr int64_t kTileColumns = 14;
 // Far above any map: the time to find a size, and the number of stages, are bounded.
 constexpr int64_t kLargestSize = 1 << 20;
 // Rows in hand: their positions should fill the squares that are transposed in registers.
@@ -95,24 +101,30 @@ double fft_cost(const FftConv& fft, int64_t rows, bool both) {
 
 namespace {
 
-// (output, tap) pairs of one dimension whose source element exists.
-double met_taps(const Phase& phase, int64_t source_size) {
-  double met = 0;
-  for (int64_t m = 0; m < phase.taps; ++m) {
-    const int64_t shift = phase.origin + m * phase.tap_step;
-    met += double(std::max<int64_t>(
-        0, std::min(phase.count, source_size - shift) - std::max<int64_t>(0, -shift)));
+// (output, tap) pairs of one dimension that the direct kernels multiply: of tiles of at most `tile`
+// outputs, all with each tap that meets an element of the source for any of them.
+double multiplied_taps(const Phase& phase, int64_t source_size, int64_t tile) {
+  const int64_t tiles = ceil_div(phase.count, tile);
+  double pairs = 0;
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t begin = t * phase.count / tiles, end = (t + 1) * phase.count / tiles;
+    const int64_t lowest = phase.origin + begin * phase.out_step;
+    const int64_t highest = phase.origin + (end - 1) * phase.out_step;
+    const int64_t first = std::max<int64_t>(0, ceil_div(-highest, phase.tap_step));
+    const int64_t last = std::min(phase.taps, ceil_div(source_size - lowest, phase.tap_step));
+    pairs += double(end - begin) * double(std::max<int64_t>(0, last - first));
   }
-  return met;
+  return pairs;
 }
 
 }  // namespace
 
-double direct_cost(const Phase& y, const Phase& x, int64_t height, int64_t width, bool dense) {
-  const double met = met_taps(y, height) * met_taps(x, width);
-  if (dense) return 1.15 * met;
-  const double all = double(y.taps * y.count) * double(x.taps * x.count);
-  return 0.55 * (met + all);
+double dense_cost(const Phase& y, const Phase& x, int64_t height, int64_t width) {
+  return kDirectTap * double(y.count * x.count) * double(height * width);
+}
+
+double direct_cost(const Phase& y, const Phase& x, int64_t height, int64_t width) {
+  return kDirectTap * multiplied_taps(y, height, 1) * multiplied_taps(x, width, kTileColumns);
 }
 
 }  // namespace lka::cpu

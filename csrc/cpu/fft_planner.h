@@ -16,8 +16,11 @@ void add_twiddles(FftConv& fft, Storage storage);
 // forward and, if `both`, back.
 double fft_cost(const FftConv& fft, int64_t rows, bool both);
 
-// The same of the other kernels. Their tiles leave out some of the taps that meet no element of the
-// source; `dense` ones all.
-double direct_cost(const Phase& y, const Phase& x, int64_t height, int64_t width, bool dense);
+// The same of direct sums, whose tiles leave out most of the taps that meet no element of the
+// source.
+double direct_cost(const Phase& y, const Phase& x, int64_t height, int64_t width);
+
+// The same of the dense form, where every output meets every element of the source.
+double dense_cost(const Phase& y, const Phase& x, int64_t height, int64_t width);
 
 }  // namespace lka::cpu
