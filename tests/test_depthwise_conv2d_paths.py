@@ -1,4 +1,4 @@
-"""The compiled kernels' special cases: planar, dense, paired, flat; what is cut into parts.
+"""The compiled kernels' special cases: planar, dense, paired, flat, in place; cut into parts.
 
 Which of them serves a call depends on sizes that random cases rarely reach.
 """
@@ -64,6 +64,66 @@ PAIRED = {
     "rows apart": Case(2, 20, 12, 17, (9, 9), padding="same", layout="cropped"),
     "narrow rows": Case(3, 20, 7, 7, (3, 3), padding="same"),
 }
+SPANNED = {
+    # A tile as wide as the map leaves out the padding.
+    f"{taps} taps on {width} columns": Case(
+        2, 16, 9, width, (taps, taps), padding="same", layout="channels_last"
+    )
+    for width in (7, 14)
+    for taps in (3, 5, 7)
+} | {
+    "padding on one side": Case(2, 16, 9, 7, (5, 5), padding=(2, 4), layout="channels_last"),
+    "no padding": Case(2, 16, 11, 11, (5, 5), layout="channels_last"),
+    "an even kernel": Case(2, 16, 9, 7, (4, 4), padding="same", layout="channels_last"),
+    "half vectors": Case(3, 24, 7, 7, (5, 5), padding="same", layout="channels_last"),
+}
+IN_PLACE = {
+    # channels_last with a stride and few taps: the maps are read where they stand.
+    "the usual": Case(2, 32, 14, 14, (3, 3), (2, 2), padding=(1, 1), layout="channels_last"),
+    "5 taps, odd sizes": Case(
+        2, 16, 13, 17, (5, 5), (2, 2), padding=(2, 2), layout="channels_last"
+    ),
+    "a partial block": Case(3, 37, 9, 11, (3, 3), (2, 2), padding=(1, 1), layout="channels_last"),
+    "half vectors": Case(3, 24, 9, 11, (3, 3), (2, 2), padding=(1, 1), layout="channels_last"),
+    "stride in one direction": Case(
+        2, 16, 9, 11, (3, 5), (1, 2), padding=(1, 2), layout="channels_last"
+    ),
+    "steps over the kernel": Case(
+        2, 16, 12, 13, (3, 3), (4, 4), padding=(1, 1), layout="channels_last"
+    ),
+    "a stride larger than the map": Case(2, 16, 3, 2, (2, 2), (7, 7), layout="channels_last"),
+    "dilated": Case(
+        2, 16, 15, 13, (3, 3), (2, 2), padding=(3, 3), dilation=(3, 3), layout="channels_last"
+    ),
+    "dilation and stride share a factor": Case(
+        2, 16, 15, 13, (3, 3), (2, 2), padding=(2, 2), dilation=(2, 2), layout="channels_last"
+    ),
+    "padding larger than the kernel": Case(
+        2, 16, 6, 7, (3, 3), (2, 2), padding=(6, 5), layout="channels_last"
+    ),
+    "no output sees every tap": Case(
+        2, 16, 2, 2, (5, 5), (2, 2), padding=(4, 4), layout="channels_last"
+    ),
+    "one pixel": Case(2, 16, 1, 1, (3, 3), (2, 2), padding=(1, 1), layout="channels_last"),
+    "more channels than are taken together": Case(
+        2, 131, 8, 9, (3, 3), (2, 2), padding=(1, 1), layout="channels_last"
+    ),
+    "one image": Case(1, 16, 33, 35, (3, 3), (2, 2), padding=(1, 1), layout="channels_last"),
+    "the gradient in another layout": Case(
+        2,
+        20,
+        9,
+        9,
+        (3, 3),
+        (2, 2),
+        padding=(1, 1),
+        layout="channels_last",
+        grad_layout="contiguous",
+    ),
+    "no bias": Case(
+        2, 16, 9, 9, (3, 3), (2, 2), padding=(1, 1), layout="channels_last", bias=False
+    ),
+}
 FLAT = {
     # bfloat16 takes whole planes as vectors in the weight gradient where the processor can.
     "less than a vector": Case(3, 5, 5, 6, (3, 3), padding="same"),
@@ -124,6 +184,20 @@ def test_an_infinity_reaches_one_row_more_at_most():
     assert not finite[7:10].any()
     assert finite[:6].all()
     assert finite[11:].all()
+
+
+@pytest.mark.usefixtures("compiled_cpu")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", SPANNED.values(), ids=SPANNED)
+def test_spanned(case, dtype):
+    check_case(case, dtype, "direct")
+
+
+@pytest.mark.usefixtures("compiled_cpu")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", IN_PLACE.values(), ids=IN_PLACE)
+def test_in_place(case, dtype):
+    check_case(case, dtype, "direct")
 
 
 @pytest.mark.usefixtures("compiled_cpu")

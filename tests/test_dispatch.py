@@ -198,6 +198,7 @@ def test_explain_tells_layout_method_and_refusals():
         ((8, 64, 14, 14), (5, 5), torch.contiguous_format, "planar"),
         ((8, 64, 14, 14), (5, 5), torch.channels_last, "blocks"),
         ((8, 64, 7, 7), (13, 13), torch.channels_last, "dense"),
+        ((8, 64, 7, 7), (3, 3), torch.channels_last, "blocks"),
         ((1, 192, 28, 28), (51, 5), torch.channels_last, "blocks"),
     ],
 )
@@ -208,6 +209,16 @@ def test_explain_tells_the_kernel_that_sizes_choose(size, kernel, layout, forwar
     )
     text = explain(**arguments, padding=(kernel[0] // 2, kernel[1] // 2))
     assert f"sizes choose forward {forward}, backward_input " in text
+
+
+@pytest.mark.usefixtures("compiled_cpu")
+@pytest.mark.parametrize(("kernel", "name"), [(3, "in_place"), (5, "in_place"), (7, "blocks")])
+def test_small_strided_kernels_read_channels_last_maps_in_place(kernel, name):
+    arguments = call(
+        input=torch.zeros(8, 64, 56, 56).contiguous(memory_format=torch.channels_last),
+        weight=torch.zeros(64, 1, kernel, kernel),
+    )
+    assert f"choose forward {name}, " in explain(**arguments, stride=2, padding=kernel // 2)
 
 
 @pytest.mark.usefixtures("compiled_cpu")

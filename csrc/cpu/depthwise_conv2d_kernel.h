@@ -6,6 +6,7 @@
 #include "correlate.h"
 #include "dense_conv2d_kernel.h"
 #include "depthwise_plan.h"
+#include "in_place_conv2d_kernel.h"
 #include "pack.h"
 #include "paired_rows.h"
 #include "storage_dispatch.h"
@@ -252,22 +253,6 @@ void convolve_block(const ConvolvePlan& plan, int64_t block, int64_t first_j, in
                          static_cast<S*>(target.data));
 }
 
-// Rows [row_begin, row_end) of `count` channels that stand side by side, as far as the map goes.
-template <class S>
-Region channels_region(const MapView& map, int64_t offset, int64_t count, int64_t row_begin,
-                       int64_t row_end) {
-  constexpr int64_t kSize = sizeof(S);
-  if (row_begin < 0) row_begin = 0;
-  if (row_end > map.height) row_end = map.height;
-  const S* at = static_cast<const S*>(map.data) + offset + row_begin * map.stride_h;
-  return {at,
-          count * kSize,
-          map.width,
-          map.stride_w * kSize,
-          row_end > row_begin ? row_end - row_begin : 0,
-          map.stride_h * kSize};
-}
-
 // What one task of a convolution covers.
 struct ConvolveTask {
   int64_t block, num_blocks;  // blocks of lanes
@@ -508,6 +493,8 @@ void convolve(const ConvolvePlan& plan, int64_t begin, int64_t end, void* scratc
   with_storage<T>(plan.storage, [&](auto element) {
     if (plan.dense)
       convolve_dense_as<T, V, decltype(element)>(plan, begin, end, scratch);
+    else if (plan.in_place)
+      convolve_in_place_as<T, V, decltype(element)>(plan, begin, end);
     else
       convolve_as<T, V, decltype(element)>(plan, begin, end, scratch);
   });
@@ -516,7 +503,10 @@ void convolve(const ConvolvePlan& plan, int64_t begin, int64_t end, void* scratc
 template <class T, int V>
 void weight_gradient(const WeightGradientPlan& plan, int64_t begin, int64_t end, void* scratch) {
   with_storage<T>(plan.storage, [&](auto element) {
-    weight_gradient_as<T, V, decltype(element)>(plan, begin, end, scratch);
+    if (plan.in_place)
+      weight_gradient_in_place_as<T, V, decltype(element)>(plan, begin, end);
+    else
+      weight_gradient_as<T, V, decltype(element)>(plan, begin, end, scratch);
   });
 }
 

@@ -19,8 +19,9 @@ struct DepthwiseSizes {
 };
 
 // "fft", or a way to sum directly: "blocks" of channels, "pairs" of bfloat16 rows in them, "planar"
-// rows, "flat" planes, or "dense" where the kernel covers the map. Null if `direction` is none of
-// "forward", "backward_input" and "backward_weight", or there is no output.
+// rows, "flat" planes, "in_place" in channels_last maps, or "dense" where the kernel covers the
+// map. Null if `direction` is none of "forward", "backward_input" and "backward_weight", or there
+// is no output.
 const char* depthwise_kernel_name(const std::string& direction, Storage storage,
                                   const DepthwiseSizes& sizes, int num_threads);
 

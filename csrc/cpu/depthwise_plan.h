@@ -49,8 +49,8 @@ constexpr int64_t kFewestPlanarRows = 4;
 constexpr int64_t kMostFlatPositions = 64;
 
 // Forward or backward-input. A task is one band of output rows of buffer.blocks blocks of planes;
-// of planar kernels, of one plane; of the dense form, of one block, without source rows in a
-// buffer.
+// of planar kernels, of one plane; of the dense form, of one block, and in place, of all blocks of
+// an image, both without source rows in a buffer.
 struct ConvolvePlan {
   Storage storage;
   int64_t batch, channels, kernel_h, kernel_w;
@@ -74,6 +74,7 @@ struct ConvolvePlan {
   int64_t groups_per_image;  // groups of buffer.blocks blocks; 0 where blocks go one by one
   FftConv fft;               // of the transform kernels
   bool dense = false;        // the kernel covers the map from every position
+  bool in_place = false;     // the source is read where it stands
   bool direct_store;         // kernels may write the target themselves
   const void* weight;        // (C, kH, kW) dense
   const void* bias;          // (C,) or null
@@ -96,6 +97,7 @@ struct WeightGradientPlan {
   int64_t num_parts;   // parts of the rows of all images (1 if cross_images), planar: of the images
   int64_t num_groups;  // groups of blocks
   FftConv fft;         // of the transform kernels
+  bool in_place = false;
   int64_t channels_together = 0;  // planar: whose sums are kept at a time
   void* partial;                  // [part][block][kH·kW + 1][V]; the last is the bias's gradient
   int64_t scratch_elements;

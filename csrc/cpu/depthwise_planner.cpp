@@ -23,6 +23,11 @@ constexpr int64_t kWeightGradientTasks = 16;
 // A part of the batch has at least this many positions: its partial sums are added up at the end.
 constexpr int64_t kPositionsPerPart = 384;
 
+// Taps of kernels that read maps where they stand. Measured: 7 × 7 gains nothing.
+constexpr int64_t kMostInPlaceTaps = 25;
+// Blocks of channels that a weight gradient takes together there: a pixel is read in long runs.
+constexpr int64_t kInPlaceBlocks = 6;
+
 constexpr double kSupposedThreads = 4.0;
 // The time of direct sums of pairs of rows over that of single rows. Seen: 0.50 to 0.63.
 constexpr double kPairedCost = 0.55;
@@ -206,6 +211,40 @@ void pair_rows(PlannedConvolution& planned) {
   planned.kernels = planned.kernels == &set.half ? &set.paired_half : &set.paired_full;
 }
 
+// Whether maps are read where they stand: with a stride and few taps. 16-bit elements are widened
+// once for every tap that they meet, which half a vector of them does not pay for.
+bool in_place_serves(const ConvParams& p, const LanePlan& lanes) {
+  const bool narrow = p.storage == Storage::bfloat16 || p.storage == Storage::float16;
+  return p.stride_h * p.stride_w > 1 && p.kernel_h * p.kernel_w <= kMostInPlaceTaps &&
+         p.input.stride_c == 1 && p.output.stride_c == 1 && !lanes.cross_images &&
+         !(narrow && lanes.lanes < kernels(p.storage).full.lanes);
+}
+
+void plan_in_place(PlannedConvolution& planned, int num_threads) {
+  ConvolvePlan& plan = planned.plan;
+  plan.in_place = true;
+  plan.packed_taps = 0;
+  double multiply_adds = 0;
+  for (const Phase& y : planned.phases_y)
+    for (const Phase& x : planned.phases_x) {
+      plan.packed_taps += y.taps * x.taps;
+      multiply_adds += double(y.taps * x.taps) * double(y.count * x.count);
+    }
+  const Extent y = extent_of(planned.phases_y);
+  plan.origin_y = y.origin;
+  plan.span_y = y.span;
+  plan.scratch_elements = 0;
+  planned.packed_weight_elements = plan.lanes.num_patterns * plan.packed_taps * plan.lanes.lanes;
+  plan.num_bands = 1;
+  if (num_threads > 1 && plan.batch < 2 * num_threads)
+    plan.num_bands = std::min(plan.target.height, ceil_div(2 * num_threads, plan.batch));
+  plan.band = ceil_div(plan.target.height, plan.num_bands);
+  plan.num_bands = ceil_div(plan.target.height, plan.band);
+  planned.num_tasks = plan.batch * plan.num_bands;
+  planned.multiply_adds_per_task =
+      multiply_adds * double(plan.lanes.blocks_per_image) / double(plan.num_bands);
+}
+
 void plan_dense(PlannedConvolution& planned, int num_threads) {
   ConvolvePlan& plan = planned.plan;
   const Phase &y = plan.phases_y[0], &x = plan.phases_x[0];
@@ -272,6 +311,20 @@ void plan_flat(PlannedWeightGradient& planned) {
   planned.multiply_adds_per_task = double(plan.batch * plan.channels) / double(planned.num_tasks) *
                                    double(vectors) *
                                    double((plan.y.count + 2) * (plan.x.count + 2));
+}
+
+void plan_in_place(PlannedWeightGradient& planned) {
+  WeightGradientPlan& plan = planned.plan;
+  plan.in_place = true;
+  const int64_t blocks = plan.lanes.blocks_per_image, rows = plan.batch * plan.grad_output.height;
+  plan.num_groups = std::min(ceil_div(blocks, kInPlaceBlocks), kWeightGradientTasks);
+  plan.num_parts = std::min(rows, ceil_div(kWeightGradientTasks, plan.num_groups));
+  planned.num_tasks = plan.num_groups * plan.num_parts;
+  const int64_t taps = plan.kernel_h * plan.kernel_w;
+  planned.partial_elements = blocks * plan.num_parts * (taps + 1) * plan.lanes.lanes;
+  plan.scratch_elements = 0;
+  planned.multiply_adds_per_task = double(rows * plan.grad_output.width) * double(taps + 1) *
+                                   double(blocks) / double(planned.num_tasks);
 }
 
 void plan_planar(PlannedWeightGradient& planned) {
@@ -371,6 +424,11 @@ PlannedConvolution plan_convolution(const ConvParams& p, const MapView& source,
   if (plan.dense) {
     plan_dense(planned, num_threads);
     planned.kernel_name = "dense";
+    return planned;
+  }
+  if (in_place_serves(p, plan.lanes)) {
+    plan_in_place(planned, num_threads);
+    planned.kernel_name = "in_place";
     return planned;
   }
   plan.source_height = source.height;
@@ -550,6 +608,12 @@ PlannedWeightGradient plan_backward_weight(const ConvParams& p) {
   planned.kernel_name = "blocks";
   plan.lanes = plan_lanes(p.batch, p.channels, p.input.stride_c == 1 && p.output.stride_c == 1,
                           kernels(p.storage), planned.kernels);
+
+  if (plan.x.count == 3 && in_place_serves(p, plan.lanes)) {
+    plan_in_place(planned);
+    planned.kernel_name = "in_place";
+    return planned;
+  }
 
   plan.buffer.columns = std::max<int64_t>(
       1, (plan.x.count - 1) * plan.x.out_step + (plan.x.taps - 1) * plan.x.tap_step + 1);

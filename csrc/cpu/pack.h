@@ -2,6 +2,7 @@
 #pragma once
 
 #include "depthwise_plan.h"
+#include "prefetch.h"
 #include "simd.h"
 
 namespace {
@@ -162,6 +163,22 @@ void unpack_rows(const Buffer* buffer, const Lanes& lanes, int64_t row_begin, in
     for (int l = 0; l < lanes.count; ++l)
       store_some<T, V, S>(data + lanes.offset[l] + row_begin * columns + p, square[l], count);
   }
+}
+
+// Rows [row_begin, row_end) of `count` channels that stand side by side, as far as the map goes.
+template <class S>
+Region channels_region(const lka::MapView& map, int64_t offset, int64_t count, int64_t row_begin,
+                       int64_t row_end) {
+  constexpr int64_t kSize = sizeof(S);
+  if (row_begin < 0) row_begin = 0;
+  if (row_end > map.height) row_end = map.height;
+  const S* at = static_cast<const S*>(map.data) + offset + row_begin * map.stride_h;
+  return {at,
+          count * kSize,
+          map.width,
+          map.stride_w * kSize,
+          row_end > row_begin ? row_end - row_begin : 0,
+          map.stride_h * kSize};
 }
 
 }  // namespace

@@ -19,12 +19,6 @@ constexpr int kMostRanks = 4;
 #endif
 constexpr int kTokensIn = 3, kTokensOut = 4, kVectors = 3;
 
-// A number as a type, for generic lambdas.
-template <int N>
-struct Constant {
-  static constexpr int value = N;
-};
-
 // Rows of the packed weights come in such groups, zeros at the end.
 constexpr int kRankGroup = 4;
 

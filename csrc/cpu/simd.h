@@ -52,6 +52,12 @@ struct BitsOf<double> {
   using type = uint64_t;
 };
 
+// A number as a type, for generic lambdas.
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+
 // Minus zero, not plus: that would make 0 of -0, and so be an addition at run time.
 template <class T, int V>
 inline Vec<T, V> splat(T value) {
