@@ -47,6 +47,18 @@ _FAMILIES = {
 }
 
 
+def depthwise_methods() -> list[tuple[str, str]]:
+    """Every (backend, method) that serves ``depthwise_conv2d``; "fft" is torch.fft, on any device.
+
+    A backend with one method has no choice to make between methods by sizes, hence no "auto".
+    """
+    found = []
+    for backend in BACKENDS:
+        own = [method for name, method in _FAMILIES if name == backend]
+        found += [(backend, method) for method in (["auto", *own] if own else ["direct"])]
+    return [*found, ("fft", "fft")]
+
+
 class _Requested:
     backend = "auto"
 
@@ -139,6 +151,30 @@ def _cannot_run_depthwise(
     return None
 
 
+def cannot_run_depthwise(
+    backend: str, method: str, input: Tensor, weight: Tensor, stride: tuple[int, int]
+) -> str | None:
+    """Why a method of ``depthwise_methods`` cannot serve a call, wherever it can run at all."""
+    if backend == "fft":
+        return _cannot_transform(input, weight)
+    refusal = _cannot_run_depthwise(backend, input, weight, stride)
+    if refusal is None and (backend, method) == ("cpu", "fft") and stride != (1, 1):
+        return f"its transforms serve stride 1; stride is {stride}"
+    return refusal
+
+
+def _cannot_transform(input: Tensor, weight: Tensor) -> str | None:
+    """Why no transforms can serve this depthwise convolution, or None if torch.fft can."""
+    if input.dim() != 4 or weight.shape[0] != input.shape[1]:
+        return (
+            "it needs input (B, C, H, W) and one filter per channel; got input "
+            f"{tuple(input.shape)} and weight {tuple(weight.shape)}"
+        )
+    if input.dtype not in FLOAT_DTYPES:
+        return f"input is {input.dtype}"
+    return None
+
+
 def choose_depthwise(
     input: Tensor, weight: Tensor, method: str, stride: tuple[int, int] = (1, 1)
 ) -> Choice:
@@ -203,19 +239,14 @@ def _why_torch(input: Tensor) -> str:
 
 
 def _choose_fft(input: Tensor, weight: Tensor, stride: tuple[int, int]) -> Choice:
-    if input.dim() != 4 or weight.shape[0] != input.shape[1]:
-        raise ValueError(
-            "method='fft' cannot serve this call: it needs input (B, C, H, W) and one filter per "
-            f"channel; got input {tuple(input.shape)} and weight {tuple(weight.shape)}"
-        )
-    if input.dtype not in FLOAT_DTYPES:
-        raise ValueError(f"method='fft' cannot serve this call: input is {input.dtype}")
+    refusal = _cannot_transform(input, weight)
+    if refusal is not None:
+        raise ValueError(f"method='fft' cannot serve this call: {refusal}")
     asked = "asked for by method='fft'"
     if (
         _Requested.backend in ("auto", "cpu")
         and _extension.MODULE is not None
-        and stride == (1, 1)
-        and _cannot_run_depthwise("cpu", input, weight, stride) is None
+        and cannot_run_depthwise("cpu", "fft", input, weight, stride) is None
     ):
         return Choice("cpu", "fft", f"{asked}; compiled CPU kernels")
     return Choice("fft", "fft", f"{asked}; torch.fft on any device")
@@ -228,7 +259,11 @@ def choose_adapter(x: Tensor, activation: str, r: int) -> Choice:
         RuntimeError: a backend asked for by ``use_backend`` cannot serve the call.
     """
     requested = _Requested.backend
-    refusal = _cannot_run_adapter("cpu" if requested == "auto" else requested, x, activation, r)
+    backend = "cpu" if requested == "auto" else requested
+    if backend == "cpu" and _extension.MODULE is None:
+        refusal = _extension.STATUS
+    else:
+        refusal = cannot_run_adapter(backend, x, activation, r)
     if requested == "auto":
         if refusal is None:
             return _FUSED_CPU
@@ -243,13 +278,12 @@ def choose_adapter(x: Tensor, activation: str, r: int) -> Choice:
 _FUSED_CPU = Choice("cpu", "fused", "one fused CPU operator forward and one backward")
 
 
-def _cannot_run_adapter(backend: str, x: Tensor, activation: str, r: int) -> str | None:
+def cannot_run_adapter(backend: str, x: Tensor, activation: str, r: int) -> str | None:
+    """Why ``backend`` cannot serve this adapter wherever it can run at all, or None if it can."""
     if backend == "torch":
         return None
     if backend == "cuda":
         return "the cuda backend has no fused adapter yet"
-    if backend == "cpu" and _extension.MODULE is None:
-        return _extension.STATUS
     device = "cpu" if backend == "cpu" else triton_backend.device_type()
     if x.device.type != device:
         return f"it serves {device} tensors; x is on {x.device}"

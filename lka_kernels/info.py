@@ -11,6 +11,7 @@ import re
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -28,12 +29,32 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--mebibytes", type=int, default=256, help="buffer of the copy measurement")
     parser.add_argument("--repeats", type=int, default=11, help="copies measured")
+    parser.add_argument(
+        "--support-table", nargs="?", const="", metavar="FILE",
+        help="print what every backend serves, or write it into FILE between its markers",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     for name in ("mebibytes", "repeats"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1, not {getattr(options, name)}")
+    if options.support_table is not None:
+        return _support_table(options.support_table)
     found = collect(options.mebibytes, options.repeats)
     print(json.dumps(found, indent=2) if options.json else as_text(found))
+    return 0
+
+
+def _support_table(file: str) -> int:
+    from lka_kernels import support  # costs time that the rest does not need
+
+    if not file:
+        print(support.as_markdown())
+        return 0
+    try:
+        support.write_between_markers(Path(file))
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
     return 0
 
 
