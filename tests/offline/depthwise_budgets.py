@@ -1,33 +1,15 @@
-"""Compile depthwise_conv2d's Triton kernels for GPUs that are not there; print what came out.
-
-    python tests/offline/depthwise_budgets.py            # compare with depthwise_budgets.json
-    python tests/offline/depthwise_budgets.py --write    # replace it
-
-For every launch of representative calls: registers and stack of a thread, shared memory of
-a program, matrix instructions. Must run in a process of its own, without TRITON_INTERPRET.
-"""
+"""Compile depthwise_conv2d's Triton kernels for GPUs that are not there; see ``budgets.py``."""
 
 from __future__ import annotations
 
-import concurrent.futures
-import json
-import multiprocessing
-import os
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import triton
-from compiled import compile_launch
+from budgets import CAPABILITIES, Kernels, main
 
 from lka_kernels.backends.triton import depthwise
-
-BUDGETS = Path(__file__).with_name("depthwise_budgets.json")
-CAPABILITIES = (80, 90, 100)
-# Every call is compiled for 9.0 and one of three for the others: a minute on two cores.
-ONE_OF_THREE = {80: 1, 100: 0}
-TENSOR_CORES = r"(HMMA|HGMMA|UTCHMMA)"
+from lka_kernels.backends.triton.launch import Launch
 
 
 class Call(NamedTuple):
@@ -103,69 +85,28 @@ CALLS = [
 ]
 
 
-def measure(job: tuple[Call, int]) -> dict:
-    """Compile the launches of a call for a capability; the sum of partial sums once is enough."""
-    call, capability = job
-    found = {}
-    for launch in call.launches()[:1]:
-        compiled = compile_launch(launch, capability)
-        found = {
-            "registers": compiled.registers,
-            "stack": compiled.stack,
-            "shared": compiled.shared,
-            "matrix_instructions": compiled.count(TENSOR_CORES),
-        }
-    return found
+def to_compile() -> dict[str, Launch]:
+    """The first launch of every call: the sums of partial sums are all the same."""
+    return {call.name: call.launches()[0] for call in CALLS}
 
 
-def measure_all() -> dict[str, dict]:
-    """Name and capability -> what came out, on all cores."""
-    jobs = [
-        (call, capability)
-        for i, call in enumerate(CALLS)
-        for capability in CAPABILITIES
-        if capability == 90 or i % 3 == ONE_OF_THREE[capability]
-    ]
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
-        results = list(pool.map(measure, jobs))
-    return {f"{call.name} sm_{cap}": r for (call, cap), r in zip(jobs, results, strict=True)}
+def multiplies(name: str) -> bool:
+    """All forms but the direct one are matrix products."""
+    return " direct " not in name
 
 
-def complaints(found: dict[str, dict], budgets: dict) -> list[str]:
-    """What must not be: spills, products without the tensor cores, more than the budget."""
-    wrong = []
-    # Another compiler gives other numbers, and some kernels a few bytes of stack.
-    same_compiler = budgets["triton"] == triton.__version__
-    for name, result in found.items():
-        if result["stack"] > (0 if same_compiler else 32):
-            wrong.append(f"{name}: {result['stack']} bytes of stack, where spilled registers go")
-        if not result["matrix_instructions"] and " direct " not in name:
-            wrong.append(f"{name}: no instruction of the tensor cores")
-        if not same_compiler:
-            continue
-        budget = budgets["kernels"].get(name)
-        if budget is None:
-            wrong.append(f"{name}: no budget")
-            continue
-        for what in ("registers", "shared"):
-            if result[what] > budget[what]:
-                wrong.append(f"{name}: {what} {result[what]}, budget {budget[what]}")
-    return wrong
+def compiled_for(index: int) -> tuple[int, ...]:
+    """Every call is compiled for 9.0 and one of three for the others: a minute on two cores."""
+    one_of_three = {80: 1, 100: 0}
+    return tuple(cap for cap in CAPABILITIES if cap == 90 or index % 3 == one_of_three[cap])
 
 
-def main() -> None:
-    """Compare or, with --write, keep."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        sys.exit("TRITON_INTERPRET is set: nothing would be compiled")
-    found = measure_all()
-    if "--write" in sys.argv:
-        written = {"triton": triton.__version__, "kernels": found}
-        BUDGETS.write_text(json.dumps(written, indent=1) + "\n")
-    wrong = complaints(found, json.loads(BUDGETS.read_text()))
-    print("\n".join(wrong))
-    sys.exit(1 if wrong else 0)
-
+KERNELS = Kernels(
+    Path(__file__).with_name("depthwise_budgets.json"),
+    to_compile,
+    multiplies,
+    compiled_for=compiled_for,
+)
 
 if __name__ == "__main__":
-    main()
+    main(KERNELS)
