@@ -44,6 +44,11 @@ _FAMILIES = {
     ("cpu", "fft"): "cpu_fft",
     ("triton", "direct"): "triton_direct",
     ("triton", "implicit_gemm"): "triton_gemm",
+    ("triton", "fft"): "triton_fft",
+}
+_STRIDE_1_ONLY = {
+    ("cpu", "fft"),
+    *(("triton", method) for method in ("auto", "direct", "implicit_gemm")),
 }
 
 
@@ -125,7 +130,11 @@ def transformed() -> bool:
 
 
 def _cannot_run_depthwise(
-    backend: str, input: Tensor, weight: Tensor, stride: tuple[int, int]
+    backend: str,
+    input: Tensor,
+    weight: Tensor,
+    stride: tuple[int, int],
+    method: str = "auto",
 ) -> str | None:
     """Why ``backend`` cannot serve this depthwise convolution, or None if it can."""
     if backend == "torch":
@@ -144,7 +153,7 @@ def _cannot_run_depthwise(
             f"it serves one filter per channel; weight has {weight.shape[0]} filters "
             f"for {input.shape[1]} channels"
         )
-    if backend == "triton" and stride != (1, 1):
+    if (backend, method) in _STRIDE_1_ONLY and stride != (1, 1):
         return f"it serves stride 1; stride is {stride}"
     if transformed():
         return "it does not run inside torch.func transforms or forward-mode differentiation"
@@ -157,10 +166,7 @@ def cannot_run_depthwise(
     """Why a method of ``depthwise_methods`` cannot serve a call, wherever it can run at all."""
     if backend == "fft":
         return _cannot_transform(input, weight)
-    refusal = _cannot_run_depthwise(backend, input, weight, stride)
-    if refusal is None and (backend, method) == ("cpu", "fft") and stride != (1, 1):
-        return f"its transforms serve stride 1; stride is {stride}"
-    return refusal
+    return _cannot_run_depthwise(backend, input, weight, stride, method)
 
 
 def _cannot_transform(input: Tensor, weight: Tensor) -> str | None:
@@ -249,6 +255,18 @@ def _choose_fft(input: Tensor, weight: Tensor, stride: tuple[int, int]) -> Choic
         and cannot_run_depthwise("cpu", "fft", input, weight, stride) is None
     ):
         return Choice("cpu", "fft", f"{asked}; compiled CPU kernels")
+    if _Requested.backend == "triton":
+        refusal = cannot_run_depthwise("triton", "fft", input, weight, stride)
+        if refusal is None:
+            return Choice("triton", "fft", f"{asked}; torch.fft between Triton kernels")
+        return Choice("fft", "fft", f"{asked}; torch.fft alone, as backend 'triton': {refusal}")
+    if _Requested.backend == "auto" and input.device.type == "cuda":
+        return Choice(
+            "fft",
+            "fft",
+            f"{asked}; torch.fft alone: use_backend('triton') joins the steps between transforms, "
+            "which is not measured to be faster yet",
+        )
     return Choice("fft", "fft", f"{asked}; torch.fft on any device")
 
 

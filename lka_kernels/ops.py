@@ -188,7 +188,7 @@ DEPTHWISE: dict[str, DepthwiseOps] = {
     name: DepthwiseOps(*_define("depthwise_conv2d", name, DEPTHWISE_SCHEMAS, _DEPTHWISE_FAKES))
     for name in (
         *("cpu", "cpu_direct", "cpu_fft", "cuda", "fft"),
-        *("triton", "triton_direct", "triton_gemm"),
+        *("triton", "triton_direct", "triton_gemm", "triton_fft"),
     )
 }
 ADAPTER: dict[str, AdapterOps] = {

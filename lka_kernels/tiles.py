@@ -435,3 +435,31 @@ def weight_dense_fits(sizes: tuple[int, int, int, int]) -> bool:
     """
     height, width, out_height, out_width = sizes
     return height * width < WEIGHT_DENSE_BLOCK and out_height * out_width <= WEIGHT_DENSE_BLOCK
+
+
+def plane_tiles(channels: int, positions: int, channels_last: bool) -> tuple[int, int]:
+    """Channels and positions of a program that moves planes between memory formats.
+
+    A position is divided into row and column once for all channels of a program. One of the two
+    tensors always has its planes contiguous: 32 positions are a line of the cache. Of the other,
+    with channels_last, 32 channels are one in float32. 1024 elements are 8 a thread.
+    """
+    block_c = min(32 if channels_last else 4, next_power_of_2(channels))
+    return block_c, min(1024 // block_c, max(16, next_power_of_2(positions)))
+
+
+def product_tiles(row: int, batch: int, num_sms: int) -> tuple[int, int]:
+    """Frequencies and images of a program that multiplies the spectra of images by one.
+
+    Four images load the factor once and have their loads under way together, as long as every
+    multiprocessor has programs enough to fill its memory's queue.
+    """
+    block, images = 256, min(4, next_power_of_2(batch))
+    while images > 1 and ceil_div(row, block) * ceil_div(batch, images) < 8 * num_sms:
+        images //= 2
+    return block, images
+
+
+def product_sum_block(row: int, num_sms: int) -> int:
+    """Frequencies of a program that sums the products of all images: 1 or 2 a thread."""
+    return 256 if ceil_div(row, 256) >= 4 * num_sms else 128

@@ -30,6 +30,7 @@ def test_values_are_those_of_the_predicates():
     assert triton.devices == ("cuda",)
     assert torch.float64 not in triton.dtypes
     assert triton.strides == ((1, 1),)
+    assert row("triton", "fft").strides == support.STRIDES
     assert row("cpu", "direct").strides == support.STRIDES
     assert row("cpu", "fft").strides == ((1, 1),)
     assert row("torch", "direct").devices == support.DEVICES
@@ -43,10 +44,10 @@ def test_a_predicate_that_changes_changes_the_table(monkeypatch):
     before = support.as_markdown()
     allowed = dispatch._cannot_run_depthwise
 
-    def refuses_float16(backend, input, weight, stride):
+    def refuses_float16(backend, input, weight, stride, *rest):
         if backend == "cuda" and input.dtype == torch.float16 and stride != (1, 1):
             return "no"
-        return allowed(backend, input, weight, stride)
+        return allowed(backend, input, weight, stride, *rest)
 
     monkeypatch.setattr(dispatch, "_cannot_run_depthwise", refuses_float16)
     rows = [r for r in support.support() if r.backend == "cuda"]
@@ -58,7 +59,7 @@ def test_a_predicate_that_changes_changes_the_table(monkeypatch):
 
 
 def test_what_no_row_can_say_is_an_error(monkeypatch):
-    def strides_by_layout(backend, input, weight, stride):
+    def strides_by_layout(backend, input, weight, stride, *rest):
         last = input.is_contiguous(memory_format=torch.channels_last)
         return "no" if last and stride != (1, 1) else None
 

@@ -72,6 +72,15 @@ def _depthwise(direction: str, form: str):
     return operator
 
 
+def _fft(direction: str):
+    def operator(*arguments):
+        from lka_kernels.backends.triton import fft
+
+        return getattr(fft, direction)(*arguments)
+
+    return operator
+
+
 for _key in ("CUDA", "CPU"):  # CPU tensors reach them under the interpreter alone
     ops.LIBRARY.impl("large_kernel_adapter_forward_triton", _adapter_forward, _key)
     ops.LIBRARY.impl("large_kernel_adapter_backward_triton", _adapter_backward, _key)
@@ -80,3 +89,5 @@ for _key in ("CUDA", "CPU"):  # CPU tensors reach them under the interpreter alo
             ops.LIBRARY.impl(
                 f"depthwise_conv2d_{_direction}_{_family}", _depthwise(_direction, _form), _key
             )
+    for _direction in ops.DEPTHWISE_SCHEMAS:
+        ops.LIBRARY.impl(f"depthwise_conv2d_{_direction}_triton_fft", _fft(_direction), _key)

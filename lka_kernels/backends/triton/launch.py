@@ -1,4 +1,7 @@
-"""One launch of a Triton kernel as data: run it, compile it for another device, count its bytes."""
+"""One launch of a Triton kernel as data: run it, compile it for another device, count its bytes.
+
+So too a transform by torch.fft that stands between launches.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,14 @@ class Launch(NamedTuple):
     constants: dict
     num_warps: int
     num_stages: int
+
+
+class Transform(NamedTuple):
+    """A transform of real planes by torch.fft, or its inverse, not scaled."""
+
+    source: torch.Tensor
+    result: torch.Tensor
+    inverse: bool
 
 
 def dot_precision(dtype: torch.dtype, switch) -> str:
