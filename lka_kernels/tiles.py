@@ -463,3 +463,12 @@ def product_tiles(row: int, batch: int, num_sms: int) -> tuple[int, int]:
 def product_sum_block(row: int, num_sms: int) -> int:
     """Frequencies of a program that sums the products of all images: 1 or 2 a thread."""
     return 256 if ceil_div(row, 256) >= 4 * num_sms else 128
+
+
+def sum_tiles(rows: int) -> tuple[int, int]:
+    """Elements and rows at a time of a program that adds ``rows`` rows of partial sums.
+
+    16 loads of a thread are under way together; with few rows, all of them.
+    """
+    at_a_time = min(32, next_power_of_2(rows))
+    return min(512, 2048 // at_a_time), at_a_time

@@ -15,6 +15,7 @@ from lka_kernels import philox, tiles
 from lka_kernels.backends.reference import center_tap_index
 from lka_kernels.backends.triton import adapter_kernels as kernels
 from lka_kernels.backends.triton.launch import Launch, dot_precision, run
+from lka_kernels.backends.triton.partial_sums import PartialSums
 from lka_kernels.checks import same_padding
 from lka_kernels.fft_plan import touching_taps
 
@@ -209,34 +210,6 @@ def plan_forward(
     return launches, (y, z, c)
 
 
-class _PartialSums:
-    """Gradients that are first written as partial sums, and the launch that adds these up."""
-
-    _BLOCK = 64
-
-    def __init__(self):
-        self._segments: list[tuple] = []
-        self._programs = 0
-
-    def rows(self, total: Tensor | None, count: int) -> Tensor | None:
-        """A workspace (count, elements of total), or None without a total."""
-        if total is None:
-            return None
-        partials = total.new_empty((count, total.numel()), dtype=torch.float32)
-        self._segments.append((partials, count, total.numel(), total))
-        self._programs += tiles.ceil_div(total.numel(), self._BLOCK)
-        return partials
-
-    def launches(self) -> list[Launch]:
-        """The launch, if there is anything to add."""
-        if not self._segments:
-            return []
-        missing = [(None, 0, 0, None)] * (6 - len(self._segments))
-        arguments = tuple(value for segment in self._segments + missing for value in segment)
-        constants = {"BLOCK": self._BLOCK, "ROWS": 32}
-        return [Launch(kernels.sum_partials_kernel, self._programs, arguments, constants, 4, 3)]
-
-
 def plan_backward(
     grad_output: Tensor,
     x: Tensor,
@@ -271,7 +244,7 @@ def plan_backward(
     num_sms = tiles.multiprocessors(x.device)
     programs = tiles.ceil_div(call.tokens[0], call.tiles.block_t)
     apart = call.tiles.weights_apart
-    sums = _PartialSums()
+    sums = PartialSums()
     launches = []
 
     if need_c or grad_up_bias is not None or (grad_up is not None and not apart):
@@ -374,7 +347,7 @@ def _weight_backward(
     columns: Tensor,
     grad: Tensor,
     strides: tuple[int, int],
-    sums: _PartialSums,
+    sums: PartialSums,
     num_sms: int,
     *,
     dropout: tuple = (None, 0, 0.0),

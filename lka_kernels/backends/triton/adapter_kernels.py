@@ -9,8 +9,8 @@ tokens from neighbouring addresses.
 Forward: ``down`` reads x once; ``up`` convolves (or reads what ``convolve`` has left), and writes y
 once. Backward: ``up_backward`` reads grad_y once, ``convolve_backward`` works on r channels,
 ``down_backward`` reads x once and writes grad_x. Each leaves partial sums of weight gradients, one
-row for every program (for large ranks, ``weight_backward`` does), which ``sum_partials`` adds in a
-fixed order.
+row for every program (for large ranks, ``weight_backward`` does), which ``partial_sums.py`` adds in
+a fixed order.
 
 What is read once is marked to leave the cache first, so that what the next launch reads (the rank-r
 tensors, the partial sums) stays.
@@ -771,66 +771,3 @@ def down_backward_kernel(
             to = grad_x + _image_offsets(m, T, stride_gb, stride_gt)[:, None]
             to += channel.to(tl.int64)[None, :] * stride_gc
             tl.store(to, result.to(grad_x.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _sum_rows(block, partials, rows, size, total, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """One block of total (size,) = the sum of partials (rows, size), in a fixed order."""
-    j = block * BLOCK + tl.arange(0, BLOCK)
-    i = tl.arange(0, ROWS)
-    sums = tl.zeros([ROWS, BLOCK], tl.float32)
-    for i0 in range(0, rows, ROWS):
-        at = (i0 + i).to(tl.int64)[:, None] * size + j[None, :]
-        mask = (i0 + i < rows)[:, None] & (j < size)[None, :]
-        sums += tl.load(partials + at, mask=mask, other=0.0)
-    tl.store(total + j, tl.sum(sums, axis=0).to(total.dtype.element_ty), mask=j < size)
-
-
-@triton.jit
-def _sum_rows_if_mine(block, partials, rows, size, total, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """``_sum_rows`` if ``block`` is one of this total's; returns the block in the next total."""
-    if total is not None:
-        blocks = tl.cdiv(size, BLOCK)
-        if (block >= 0) & (block < blocks):
-            _sum_rows(block, partials, rows, size, total, BLOCK, ROWS)
-        block -= blocks
-    return block
-
-
-@triton.jit
-def sum_partials_kernel(
-    partials_0,
-    rows_0,
-    size_0,
-    total_0,
-    partials_1,
-    rows_1,
-    size_1,
-    total_1,
-    partials_2,
-    rows_2,
-    size_2,
-    total_2,
-    partials_3,
-    rows_3,
-    size_3,
-    total_3,
-    partials_4,
-    rows_4,
-    size_4,
-    total_4,
-    partials_5,
-    rows_5,
-    size_5,
-    total_5,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """Up to six totals (size,) of partial sums (rows, size) in one launch; None is left out."""
-    block = tl.program_id(0)
-    block = _sum_rows_if_mine(block, partials_0, rows_0, size_0, total_0, BLOCK, ROWS)
-    block = _sum_rows_if_mine(block, partials_1, rows_1, size_1, total_1, BLOCK, ROWS)
-    block = _sum_rows_if_mine(block, partials_2, rows_2, size_2, total_2, BLOCK, ROWS)
-    block = _sum_rows_if_mine(block, partials_3, rows_3, size_3, total_3, BLOCK, ROWS)
-    block = _sum_rows_if_mine(block, partials_4, rows_4, size_4, total_4, BLOCK, ROWS)
-    _sum_rows_if_mine(block, partials_5, rows_5, size_5, total_5, BLOCK, ROWS)

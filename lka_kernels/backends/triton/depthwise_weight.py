@@ -21,6 +21,7 @@ from lka_kernels.backends.triton.depthwise_geometry import (
     vector_of,
 )
 from lka_kernels.backends.triton.launch import Launch
+from lka_kernels.backends.triton.partial_sums import PartialSums
 
 
 class _Call(NamedTuple):
@@ -237,25 +238,9 @@ def plan_backward_weight(
     call = _Call(grad_output, input, rows, columns, tuple(kernel_size), tuple(dilation))
     launch = _plan_partials(call, form)
     partials = launch.arguments[2]
-    groups, row = partials.shape
-    block = 128
-    total = Launch(
-        direct.sum_partials_kernel,
-        tiles.ceil_div(row, block),
-        (
-            partials,
-            groups,
-            grad_weight,
-            grad_bias,
-            channels,
-            rows.first,
-            columns.first,
-            *call.taps,
-            kernel_size[1],
-            kernel_size[0] * kernel_size[1],
-        ),
-        {"BLOCK": block, "GROUPS": min(16, tiles.next_power_of_2(groups))},
-        4,
-        3,
-    )
-    return [launch, total], (grad_weight, grad_bias)
+    weights = grad_weight.numel()
+    sums = PartialSums()
+    sums.add(partials[:, :weights], grad_weight)
+    sums.add(partials[:, weights:], grad_bias)
+    sums.keep_taps((rows.first, columns.first), call.taps, kernel_size)
+    return [launch, *sums.launches()], (grad_weight, grad_bias)
