@@ -609,7 +609,7 @@ PlannedWeightGradient plan_backward_weight(const ConvParams& p) {
   plan.lanes = plan_lanes(p.batch, p.channels, p.input.stride_c == 1 && p.output.stride_c == 1,
                           kernels(p.storage), planned.kernels);
 
-  if (plan.x.count == 3 && in_place_serves(p, plan.lanes)) {
+  if (plan.x.count == 3 && plan.y.count > 0 && in_place_serves(p, plan.lanes)) {
     plan_in_place(planned);
     planned.kernel_name = "in_place";
     return planned;
