@@ -20,6 +20,7 @@ from lka_kernels.tiles import MOST_RANK
 
 BACKENDS = ("cpu", "triton", "cuda", "torch")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CUDA_GEMM_DTYPES = (torch.bfloat16, torch.float16)
 
 
 class Choice(NamedTuple):
@@ -33,8 +34,8 @@ class Choice(NamedTuple):
     def family(self) -> str:
         """The operators of ``ops.DEPTHWISE`` that serve the call, or "torch" for none of them.
 
-        Operators take no method: the CPU and Triton have a family for each, and one that chooses
-        by sizes.
+        Operators take no method: every backend has a family for each, and one that chooses by
+        sizes.
         """
         return _FAMILIES.get((self.backend, self.method), self.backend)
 
@@ -44,6 +45,8 @@ _FAMILIES = {
     ("cpu", "fft"): "cpu_fft",
     ("triton", "direct"): "triton_direct",
     ("triton", "implicit_gemm"): "triton_gemm",
+    ("cuda", "direct"): "cuda_direct",
+    ("cuda", "implicit_gemm"): "cuda_gemm",
 }
 
 
@@ -168,23 +171,41 @@ def choose_depthwise(
         return Choice(requested, "auto", f"{reason}; sizes choose direct or implicit_gemm")
     if requested == "cpu" and method == "auto":
         return Choice(requested, "auto", f"{reason}; sizes choose direct or fft")
+    if requested == "cuda" and method == "auto":
+        refusal = _no_cuda_gemm(input, stride)
+        if refusal is None:
+            return Choice(requested, "auto", f"{reason}; implicit_gemm unless sizes refuse it")
+        return Choice(requested, "direct", f"{reason}; implicit_gemm cannot: {refusal}")
     return Choice(requested, "direct", reason)
 
 
+def _no_cuda_gemm(input: Tensor, stride: tuple[int, int]) -> str | None:
+    """Why the CUDA backend's products for tensor cores cannot serve a call, sizes apart."""
+    if input.dtype not in CUDA_GEMM_DTYPES:
+        return f"it serves bfloat16, float16; input is {input.dtype}"
+    if stride != (1, 1):
+        return f"it serves stride 1; stride is {stride}"
+    return None
+
+
 def _choose_implicit_gemm(input: Tensor, weight: Tensor, stride: tuple[int, int]) -> Choice:
+    """The Triton backend's, or the CUDA backend's where ``use_backend`` asked for that."""
     requested = _Requested.backend
-    if requested not in ("auto", "triton"):
+    backend = "cuda" if requested == "cuda" else "triton"
+    if requested not in ("auto", "triton", "cuda"):
         refusal = f"backend {requested!r} has none"
-    elif (status := triton_backend.status()) != "ready":
+    elif backend == "triton" and (status := triton_backend.status()) != "ready":
         refusal = f"it needs the Triton backend: {status}"
     else:
-        refusal = _cannot_run_depthwise("triton", input, weight, stride)
+        refusal = _cannot_run_depthwise(backend, input, weight, stride)
+        if refusal is None and backend == "cuda":
+            refusal = _no_cuda_gemm(input, stride)
     if refusal is not None:
         raise ValueError(
             f"method='implicit_gemm' cannot serve this call: {refusal}; "
             "use 'auto', 'direct' or 'fft'"
         )
-    return Choice("triton", "implicit_gemm", "asked for by method='implicit_gemm'")
+    return Choice(backend, "implicit_gemm", "asked for by method='implicit_gemm'")
 
 
 _COMPILED_CPU = {

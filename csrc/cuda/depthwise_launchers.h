@@ -1,0 +1,20 @@
+// What the .cu files offer to the operators: launches on raw pointers, one pair of files for a
+// kernel. Weights are contiguous; the current device is that of the pointers.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "depthwise_plan.h"
+
+namespace lka::cuda {
+
+void direct_forward(const ConvParams& p, const void* weight, const void* bias, cudaStream_t stream);
+void direct_backward_input(const ConvParams& p, const void* weight, cudaStream_t stream);
+void direct_backward_weight(const ConvParams& p, void* grad_weight, void* grad_bias,
+                            cudaStream_t stream);
+
+// Forward and backward-input for the tensor cores, planned by plan_correlate.
+void toeplitz_correlate(Storage storage, const CorrelateParams& p, const LaunchShape& shape,
+                        cudaStream_t stream);
+
+}  // namespace lka::cuda

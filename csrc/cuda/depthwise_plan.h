@@ -1,0 +1,168 @@
+// What a launch of a depthwise kernel looks like: pure functions of sizes, strides and addresses,
+// plain C++ that also runs where there is no GPU.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <initializer_list>
+
+#include "../conv_params.h"
+#include "device/toeplitz_correlate.cuh"
+#include "launch_shape.h"
+
+namespace lka::cuda {
+
+// What one block may have on compute capability 8.6 and 8.9, the least from 8.0 on; two blocks of
+// half as much share a multiprocessor.
+constexpr int64_t kMostShared = 99 * 1024;
+constexpr int64_t kMostBlocks = (int64_t(1) << 31) - 1;
+
+// A launch, or why the kernel cannot serve the call.
+struct Plan {
+  LaunchShape shape;
+  const char* refusal = nullptr;
+};
+
+struct Taps {
+  int64_t first, count;
+  int64_t before;  // padding in front of the first; negative where the map is cropped
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Of `taps` in one dimension those that some output meets on the map; one is kept where none is.
+inline Taps taps_that_touch(int64_t size, int64_t out_size, int64_t taps, int64_t before,
+                            int64_t dilation) {
+  int64_t first = before > out_size - 1 ? ceil_div(before - (out_size - 1), dilation) : 0;
+  const int64_t reach = size - 1 + before;
+  const int64_t end = std::min(taps, reach >= 0 ? reach / dilation + 1 : int64_t(0));
+  first = std::min(first, taps - 1);
+  return {first, std::max<int64_t>(1, end - first), before - first * dilation};
+}
+
+// How 16-bit elements of a map may be accessed: vectors by which address and strides divide.
+inline MapAccess access_of(const MapView& view, int64_t batch, int64_t channels) {
+  MapAccess access;
+  access.view = view;
+  // A dimension of one element is never stepped along.
+  const int64_t b = batch > 1 ? view.stride_b : 0, c = channels > 1 ? view.stride_c : 0;
+  const int64_t h = view.height > 1 ? view.stride_h : 0, w = view.width > 1 ? view.stride_w : 0;
+  const auto divide = [&](int64_t vector, std::initializer_list<int64_t> strides) {
+    if (reinterpret_cast<uintptr_t>(view.data) % (2 * vector) != 0) return false;
+    return std::all_of(strides.begin(), strides.end(),
+                       [&](int64_t stride) { return stride % vector == 0; });
+  };
+  if (view.stride_w == 1 || view.width == 1) {
+    access.row_vector = 8;
+    while (!divide(access.row_vector, {b, c, h})) access.row_vector /= 2;
+  } else if (view.stride_c == 1 && channels % 8 == 0 && divide(8, {b, h, w})) {
+    access.channel_vector = 8;
+  }
+  return access;
+}
+
+// A batch of correlations as the operators describe it, taps not yet clipped.
+struct Correlation {
+  MapView source, result;
+  int64_t batch = 0, channels = 0;
+  int64_t kernel_h = 0, kernel_w = 0;
+  int64_t dilation_h = 1, dilation_w = 1;
+  int64_t top = 0, left = 0;
+  bool reversed = false;  // taps from the last to the first
+};
+
+// Forward as it is; backward-input is the correlation of grad_output with the taps reversed: the
+// input at y meets tap ky on its way to the output at y + pad_top - ky·dilation.
+inline Correlation correlation_of(const ConvParams& p, bool backward) {
+  Correlation call;
+  call.source = backward ? p.output : p.input;
+  call.result = backward ? p.input : p.output;
+  call.batch = p.batch;
+  call.channels = p.channels;
+  call.kernel_h = p.kernel_h;
+  call.kernel_w = p.kernel_w;
+  call.dilation_h = p.dilation_h;
+  call.dilation_w = p.dilation_w;
+  call.top = backward ? p.dilation_h * (p.kernel_h - 1) - p.pad_top : p.pad_top;
+  call.left = backward ? p.dilation_w * (p.kernel_w - 1) - p.pad_left : p.pad_left;
+  call.reversed = backward;
+  return call;
+}
+
+// Rows in shared memory: eight of them must meet different banks, 16 bytes each.
+inline int64_t row_pitch(int64_t columns) { return ceil_div(columns, 8) / 2 * 16 + 8; }
+
+// Fills what does not depend on weight and bias, whose taps are contiguous.
+inline Plan plan_correlate(const Correlation& call, CorrelateParams& p) {
+  using Kernel = ToeplitzCorrelate;
+  const auto refuse = [](const char* why) { return Plan{{}, why}; };
+  const int64_t sizes[] = {call.batch,        call.channels,      call.source.height,
+                           call.source.width, call.result.height, call.result.width,
+                           call.kernel_h,     call.kernel_w};
+  // Products of two such numbers, and sums of some, fit 32 bits.
+  for (const int64_t size : sizes)
+    if (size > 1 << 24) return refuse("a dimension of more than 2^24 elements");
+  if (call.dilation_h * call.kernel_h > 1 << 24 || call.dilation_w * call.kernel_w > 1 << 24 ||
+      std::abs(call.top) > 1 << 24 || std::abs(call.left) > 1 << 24)
+    return refuse("a kernel or padding of more than 2^24 elements");
+
+  const Taps rows = taps_that_touch(call.source.height, call.result.height, call.kernel_h, call.top,
+                                    call.dilation_h);
+  const Taps columns = taps_that_touch(call.source.width, call.result.width, call.kernel_w,
+                                       call.left, call.dilation_w);
+  p.source = access_of(call.source, call.batch, call.channels);
+  p.result = access_of(call.result, call.batch, call.channels);
+  p.batch = int32_t(call.batch);
+  p.channels = int32_t(call.channels);
+  p.kernel_h = int32_t(rows.count);
+  p.kernel_w = int32_t(columns.count);
+  p.dilation_h = int32_t(call.dilation_h);
+  p.dilation_w = int32_t(call.dilation_w);
+  p.top = int32_t(rows.before);
+  p.left = int32_t(columns.before);
+  const int32_t sign = call.reversed ? -1 : 1;
+  const int64_t ky = call.reversed ? call.kernel_h - 1 - rows.first : rows.first;
+  const int64_t kx = call.reversed ? call.kernel_w - 1 - columns.first : columns.first;
+  p.weight_stride_c = call.kernel_h * call.kernel_w;
+  p.first_tap = int32_t(ky * call.kernel_w + kx);
+  p.tap_stride_y = sign * int32_t(call.kernel_w);
+  p.tap_stride_x = sign;
+
+  p.strips = int32_t(call.dilation_h *
+                     ceil_div(ceil_div(call.result.height, call.dilation_h), Kernel::kRows));
+  const int64_t slots = p.strips * call.batch;
+  p.x_tiles = int32_t(ceil_div(call.result.width, Kernel::kColumns));
+  // Eight outputs meet 7 + extent columns, and one more where they begin at an odd one.
+  const int64_t extent = (columns.count - 1) * call.dilation_w + 1;
+  p.chunks = int32_t(ceil_div(7 + extent + (columns.before & 1), 16));
+  // Seven words of one copy of the taps and seven of the other should meet different banks.
+  p.taps_pitch = 8 * p.chunks + 4;
+  p.taps_copy = p.taps_pitch * p.kernel_h;
+  while (p.taps_copy % 32 < 8 || p.taps_copy % 32 > 24) p.taps_copy += 4;
+  p.taps_plane = 2 * p.taps_copy;
+  const int64_t tiles = std::min<int64_t>(Kernel::kTiles, ceil_div(call.result.width, 8));
+  p.tile.row_pitch = int32_t(row_pitch(6 + 8 * (tiles - 1) + 16 * p.chunks));
+  p.tile.plane_pitch = Kernel::kSlots * p.tile.row_pitch;
+
+  // A warp has a channel. Eight make vectors of 16 bytes where channels are neighbours in memory;
+  // four let more blocks share a multiprocessor; fewer where the taps need the memory.
+  const bool by_rows = p.source.row_vector > 0 && p.result.row_vector > 0;
+  for (int warps = by_rows ? 4 : 8; warps > 0; warps /= 2) {
+    const int64_t stages = int64_t(2) * Kernel::kStages * warps * p.tile.plane_pitch;
+    const int64_t turned =
+        int64_t(2) * Kernel::kSlots * (Kernel::kColumns * warps + Kernel::kResultPad);
+    LaunchShape shape;
+    shape.shared_bytes = Kernel::kSlots * int64_t(sizeof(Kernel::Slot)) +
+                         int64_t(4) * warps * p.taps_plane + std::max(stages, turned);
+    if (shape.shared_bytes > kMostShared) continue;
+    shape.threads = 32 * warps;
+    p.channel_groups = int32_t(ceil_div(call.channels, warps));
+    shape.blocks = int64_t(p.x_tiles) * p.channel_groups * ceil_div(slots, Kernel::kSlots);
+    if (shape.blocks > kMostBlocks) return refuse("more than 2^31 blocks");
+    return {shape};
+  }
+  return refuse("the taps of one channel do not fit shared memory");
+}
+
+}  // namespace lka::cuda

@@ -1,0 +1,55 @@
+// The depthwise kernels as functions that Python calls: planned as for a GPU, run by fibers.
+#include <string>
+
+#include "cuda/depthwise_plan.h"
+#include "cuda_on_cpu.h"
+
+namespace {
+
+using lka::ConvParams;
+using lka::MapView;
+using lka::Storage;
+namespace cuda = lka::cuda;
+
+// From the first to the last element of a map.
+cuda_on_cpu::Range range_of(const char* name, const MapView& view, int64_t batch, int64_t channels,
+                            bool writable) {
+  const int64_t last = (batch - 1) * view.stride_b + (channels - 1) * view.stride_c +
+                       (view.height - 1) * view.stride_h + (view.width - 1) * view.stride_w;
+  return {name, view.data, size_t(last + 1) * 2, writable};
+}
+
+cuda_on_cpu::Launch launch_of(const cuda::Plan& plan) {
+  return {plan.shape.blocks, plan.shape.threads, size_t(plan.shape.shared_bytes)};
+}
+
+const char* keep(const std::string& text) {
+  static std::string kept;
+  kept = text;
+  return kept.c_str();
+}
+
+}  // namespace
+
+// Each returns what went wrong, or an empty text.
+extern "C" const char* toeplitz_correlate(const ConvParams* call, bool backward, const void* weight,
+                                          const void* bias) {
+  cuda::CorrelateParams p;
+  const cuda::Plan plan = cuda::plan_correlate(cuda::correlation_of(*call, backward), p);
+  if (plan.refusal != nullptr) return keep(std::string("refused: ") + plan.refusal);
+  p.weight = weight;
+  p.bias = bias;
+  const size_t weight_bytes = size_t(call->channels * call->kernel_h * call->kernel_w) * 2;
+  const cuda_on_cpu::Range ranges[] = {
+      range_of("source", p.source.view, p.batch, p.channels, false),
+      range_of("result", p.result.view, p.batch, p.channels, true),
+      {"weight", weight, weight_bytes, false},
+      {"bias", bias, bias == nullptr ? 0 : size_t(call->channels) * 2, false},
+  };
+  return keep(cuda_on_cpu::run(launch_of(plan), ranges, 4, [&](char* shared) {
+    if (call->storage == Storage::bfloat16)
+      cuda::ToeplitzCorrelateBlock<cuda::BFloat16>(p, shared).run();
+    else
+      cuda::ToeplitzCorrelateBlock<cuda::Float16>(p, shared).run();
+  }));
+}
