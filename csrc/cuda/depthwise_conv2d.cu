@@ -124,6 +124,24 @@ std::tuple<Tensor, Tensor> depthwise_conv2d_backward_weight(const Tensor& grad_o
   const int device = input.get_device_index();
   const DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
+  if (kForm != Form::direct && grad_output.numel() > 0) {
+    const char* refusal = why_no_tensor_cores(p, device);
+    if (refusal == nullptr) {
+      WeightGradientParams params;
+      const Plan plan =
+          plan_weight_gradient(p, device_attribute(cudaDevAttrMultiProcessorCount, device), params);
+      if (plan.refusal == nullptr) {
+        const Tensor partials = empty(
+            input, {params.groups, p.channels, p.kernel_h * p.kernel_w + 1}, ScalarType::Float);
+        params.partials = static_cast<float*>(partials.data_ptr());
+        toeplitz_weight_gradient(p.storage, params, plan.shape, grad_weight.data_ptr(),
+                                 grad_bias.data_ptr(), stream);
+        return {grad_weight, grad_bias};
+      }
+      refusal = plan.refusal;
+    }
+    check_form(kForm, refusal);
+  }
   direct_backward_weight(p, grad_weight.data_ptr(), grad_bias.data_ptr(), stream);
   return {grad_weight, grad_bias};
 }

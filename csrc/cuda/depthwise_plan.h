@@ -9,6 +9,7 @@
 
 #include "../conv_params.h"
 #include "device/toeplitz_correlate.cuh"
+#include "device/toeplitz_weight_gradient.cuh"
 #include "launch_shape.h"
 
 namespace lka::cuda {
@@ -93,20 +94,22 @@ inline Correlation correlation_of(const ConvParams& p, bool backward) {
 // Rows in shared memory: eight of them must meet different banks, 16 bytes each.
 inline int64_t row_pitch(int64_t columns) { return ceil_div(columns, 8) / 2 * 16 + 8; }
 
+// Below this, sums of some sizes fit 32 bits.
+inline const char* too_large(std::initializer_list<int64_t> sizes) {
+  const int64_t largest = std::max(sizes);
+  return largest > 1 << 24 ? "a map, kernel or padding of more than 2^24 elements in one dimension"
+                           : nullptr;
+}
+
 // Fills what does not depend on weight and bias, whose taps are contiguous.
 inline Plan plan_correlate(const Correlation& call, CorrelateParams& p) {
   using Kernel = ToeplitzCorrelate;
   const auto refuse = [](const char* why) { return Plan{{}, why}; };
-  const int64_t sizes[] = {call.batch,        call.channels,      call.source.height,
-                           call.source.width, call.result.height, call.result.width,
-                           call.kernel_h,     call.kernel_w};
-  // Products of two such numbers, and sums of some, fit 32 bits.
-  for (const int64_t size : sizes)
-    if (size > 1 << 24) return refuse("a dimension of more than 2^24 elements");
-  if (call.dilation_h * call.kernel_h > 1 << 24 || call.dilation_w * call.kernel_w > 1 << 24 ||
-      std::abs(call.top) > 1 << 24 || std::abs(call.left) > 1 << 24)
-    return refuse("a kernel or padding of more than 2^24 elements");
-
+  if (const char* why =
+          too_large({call.source.height, call.source.width, call.result.height, call.result.width,
+                     call.batch, call.channels, call.dilation_h * call.kernel_h,
+                     call.dilation_w * call.kernel_w, std::abs(call.top), std::abs(call.left)}))
+    return refuse(why);
   const Taps rows = taps_that_touch(call.source.height, call.result.height, call.kernel_h, call.top,
                                     call.dilation_h);
   const Taps columns = taps_that_touch(call.source.width, call.result.width, call.kernel_w,
@@ -163,6 +166,92 @@ inline Plan plan_correlate(const Correlation& call, CorrelateParams& p) {
     return {shape};
   }
   return refuse("the taps of one channel do not fit shared memory");
+}
+
+// Weight gradients: what does not depend on the partial sums. `multiprocessors` of the device only
+// decides how many groups sum apart, so results are the same from run to run on one device.
+inline Plan plan_weight_gradient(const ConvParams& call, int multiprocessors,
+                                 WeightGradientParams& p) {
+  using Kernel = WeightGradient;
+  const auto refuse = [](const char* why) { return Plan{{}, why}; };
+  if (const char* why = too_large(
+          {call.batch, call.channels, call.input.height, call.input.width, call.output.height,
+           call.output.width, call.dilation_h * call.kernel_h, call.dilation_w * call.kernel_w,
+           call.kernel_h * call.kernel_w, std::abs(call.pad_top), std::abs(call.pad_left)}))
+    return refuse(why);
+  const Taps rows = taps_that_touch(call.input.height, call.output.height, call.kernel_h,
+                                    call.pad_top, call.dilation_h);
+  const Taps columns = taps_that_touch(call.input.width, call.output.width, call.kernel_w,
+                                       call.pad_left, call.dilation_w);
+  p.grad_output = access_of(call.output, call.batch, call.channels);
+  p.input = access_of(call.input, call.batch, call.channels);
+  p.batch = int32_t(call.batch);
+  p.channels = int32_t(call.channels);
+  p.kernel_h = int32_t(rows.count);
+  p.kernel_w = int32_t(columns.count);
+  p.dilation_h = int32_t(call.dilation_h);
+  p.dilation_w = int32_t(call.dilation_w);
+  p.top = int32_t(rows.before);
+  p.left = int32_t(columns.before);
+  p.first_h = int32_t(rows.first);
+  p.first_w = int32_t(columns.first);
+  p.full_h = int32_t(call.kernel_h);
+  p.full_w = int32_t(call.kernel_w);
+  p.tap_tiles_h = int32_t(ceil_div(rows.count, Kernel::kTapRows));
+  p.tap_tiles_w = int32_t(ceil_div(columns.count, Kernel::kTapColumns));
+  p.column_tiles = int32_t(ceil_div(call.input.width, Kernel::kColumns));
+
+  const int64_t taps_h = std::min<int64_t>(rows.count, Kernel::kTapRows);
+  const int64_t taps_w = std::min<int64_t>(columns.count, Kernel::kTapColumns);
+  const int64_t width = std::min<int64_t>(Kernel::kColumns, ceil_div(call.input.width, 16) * 16);
+  // Up to seven columns in front are skipped.
+  const int64_t grad_width = 7 + width + (taps_w - 1) * call.dilation_w;
+  p.input_tile.row_pitch = int32_t(row_pitch(width));
+  p.grad_tile.row_pitch = int32_t(row_pitch(grad_width));
+  // About 64 products for each tile of 16 × 8 taps between two barriers; rows of neighbouring
+  // strips overlap by the kernel's extent, so a strip is high before it is of several images.
+  const int64_t chunks = width / 16;
+  p.strip_rows = int32_t(std::min<int64_t>(16, call.output.height));
+  p.strips = int32_t(ceil_div(call.output.height, p.strip_rows));
+  const int64_t most_images = std::max<int64_t>(1, 64 / (p.strip_rows * chunks));
+  const bool by_rows = p.input.row_vector > 0 && p.grad_output.row_vector > 0;
+  const auto shared_bytes = [&](int64_t warps, int64_t images) {
+    p.input_rows = int32_t(p.strip_rows + (taps_h - 1) * call.dilation_h);
+    p.input_tile.plane_pitch = int32_t(images * p.input_rows * p.input_tile.row_pitch);
+    // Seven words of one copy and seven of the other should meet different banks.
+    int64_t copy = images * p.strip_rows * p.grad_tile.row_pitch / 2;
+    while (copy % 32 < 8 || copy % 32 > 24) copy += 4;
+    p.grad_copy = int32_t(copy);
+    p.grad_tile.plane_pitch = int32_t(4 * copy);
+    return 2 * warps * (p.input_tile.plane_pitch + int64_t(p.grad_tile.plane_pitch));
+  };
+  // A warp has a channel. First fewer images in a step, then fewer warps.
+  for (int64_t warps = by_rows ? 4 : 8; warps > 0; warps /= 2)
+    for (int64_t images = std::min(call.batch, most_images); images > 0; images /= 2) {
+      LaunchShape shape;
+      shape.shared_bytes = shared_bytes(warps, images);
+      if (shape.shared_bytes > (images > 1 ? kMostShared / 2 : kMostShared)) continue;
+      shape.threads = int(32 * warps);
+      p.images = int32_t(images);
+      p.image_groups = int32_t(ceil_div(call.batch, images));
+      p.channel_groups = int32_t(ceil_div(call.channels, warps));
+      p.steps = int64_t(p.image_groups) * p.strips * p.column_tiles;
+      const int64_t blocks = int64_t(p.channel_groups) * p.tap_tiles_h * p.tap_tiles_w;
+      // Four blocks for every multiprocessor; more groups would only make more partial sums.
+      const int64_t groups = std::clamp<int64_t>(ceil_div(4 * multiprocessors, blocks), 1, p.steps);
+      p.steps_of_group = ceil_div(p.steps, groups);
+      p.groups = int32_t(ceil_div(p.steps, p.steps_of_group));
+      shape.blocks = blocks * p.groups;
+      if (shape.blocks > kMostBlocks) return refuse("more than 2^31 blocks");
+      return {shape};
+    }
+  return refuse("the rows that 32 kernel rows meet do not fit shared memory");
+}
+
+// The sum of the groups.
+inline LaunchShape plan_sum_partials(const WeightGradientParams& p) {
+  const int64_t gradients = p.channels * (int64_t(p.full_h) * p.full_w + 1);
+  return {ceil_div(gradients, 128), 128, 0};
 }
 
 }  // namespace lka::cuda

@@ -1,5 +1,7 @@
 // The depthwise kernels as functions that Python calls: planned as for a GPU, run by fibers.
+#include <cmath>
 #include <string>
+#include <vector>
 
 #include "cuda/depthwise_plan.h"
 #include "cuda_on_cpu.h"
@@ -51,5 +53,38 @@ extern "C" const char* toeplitz_correlate(const ConvParams* call, bool backward,
       cuda::ToeplitzCorrelateBlock<cuda::BFloat16>(p, shared).run();
     else
       cuda::ToeplitzCorrelateBlock<cuda::Float16>(p, shared).run();
+  }));
+}
+
+extern "C" const char* toeplitz_weight_gradient(const ConvParams* call, int multiprocessors,
+                                                void* grad_weight, void* grad_bias) {
+  cuda::WeightGradientParams p;
+  const cuda::Plan plan = cuda::plan_weight_gradient(*call, multiprocessors, p);
+  if (plan.refusal != nullptr) return keep(std::string("refused: ") + plan.refusal);
+  const size_t taps = size_t(call->kernel_h * call->kernel_w), channels = size_t(call->channels);
+  std::vector<float> partials(p.groups * channels * (taps + 1), NAN);
+  p.partials = partials.data();
+  const cuda_on_cpu::Range ranges[] = {
+      range_of("grad_output", p.grad_output.view, p.batch, p.channels, false),
+      range_of("input", p.input.view, p.batch, p.channels, false),
+      {"partials", partials.data(), partials.size() * 4, true},
+      {"grad_weight", grad_weight, channels * taps * 2, true},
+      {"grad_bias", grad_bias, channels * 2, true},
+  };
+  const bool brain = call->storage == Storage::bfloat16;
+  const std::string said = cuda_on_cpu::run(launch_of(plan), ranges, 3, [&](char* shared) {
+    if (brain)
+      cuda::WeightGradientBlock<cuda::BFloat16>(p, shared).run();
+    else
+      cuda::WeightGradientBlock<cuda::Float16>(p, shared).run();
+  });
+  if (!said.empty()) return keep(said);
+  auto* const weight = static_cast<uint16_t*>(grad_weight);
+  auto* const bias = static_cast<uint16_t*>(grad_bias);
+  return keep(cuda_on_cpu::run(launch_of({cuda::plan_sum_partials(p)}), ranges + 2, 3, [&](char*) {
+    if (brain)
+      cuda::sum_partials<cuda::BFloat16>(p, weight, bias);
+    else
+      cuda::sum_partials<cuda::Float16>(p, weight, bias);
   }));
 }

@@ -73,7 +73,7 @@ class ConvParams(ctypes.Structure):
 
 def params(input: Tensor, output: Tensor, kernel, padding, dilation) -> ConvParams:
     """Stride 1; ``padding`` is (top, left, ...)."""
-    return ConvParams(
+    call = ConvParams(
         STORAGE[input.dtype],
         0,
         *input.shape[:2],
@@ -85,6 +85,8 @@ def params(input: Tensor, output: Tensor, kernel, padding, dilation) -> ConvPara
         *dilation,
         *padding[:2],
     )
+    call.tensors = (input, output)  # whose memory it names
+    return call
 
 
 def _function(name: str):
@@ -107,3 +109,12 @@ def correlate(call: ConvParams, backward: bool, weight: Tensor, bias: Tensor | N
     function = _function("toeplitz_correlate")
     flag = ctypes.c_bool(backward)
     _raise_for(function(ctypes.byref(call), flag, _pointer(weight), _pointer(bias)))
+
+
+def weight_gradient(
+    call: ConvParams, grad_weight: Tensor, grad_bias: Tensor, multiprocessors: int = 4
+) -> None:
+    """Fill both gradients from input and output of ``call``."""
+    function = _function("toeplitz_weight_gradient")
+    pointers = (_pointer(grad_weight), _pointer(grad_bias))
+    _raise_for(function(ctypes.byref(call), multiprocessors, *pointers))
