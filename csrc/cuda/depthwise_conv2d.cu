@@ -41,6 +41,22 @@ void check_form(Form form, const char* refusal) {
                   "; use 'auto' or 'direct'");
 }
 
+// Whether the register-blocked kernel in float32 could serve the call.
+bool correlate_in_float(const ConvParams& p, bool backward, const Tensor& weight, const void* bias,
+                        cudaStream_t stream) {
+  if (p.storage != Storage::float32 || p.stride_h != 1 || p.stride_w != 1) return false;
+  FloatCorrelateParams params;
+  const Plan plan = plan_float_correlate(correlation_of(p, backward), params);
+  if (plan.refusal != nullptr) return false;
+  Tensor taps = weight;
+  if (params.channels_in_lanes)
+    taps = torch::stable::contiguous(torch::stable::transpose(weight, 0, 3));
+  params.weight = static_cast<const float*>(taps.data_ptr());
+  params.bias = static_cast<const float*>(bias);
+  float_correlate(params, plan.shape, stream);
+  return true;
+}
+
 void correlate(Form form, const ConvParams& p, bool backward, const Tensor& weight,
                const std::optional<Tensor>& bias) {
   const Tensor dense = torch::stable::contiguous(weight);
@@ -63,6 +79,7 @@ void correlate(Form form, const ConvParams& p, bool backward, const Tensor& weig
       refusal = plan.refusal;
     }
     check_form(form, refusal);
+    if (correlate_in_float(p, backward, dense, bias_data, stream)) return;
   }
   if (backward)
     direct_backward_input(p, dense.data_ptr(), stream);

@@ -17,6 +17,9 @@ void direct_backward_weight(const ConvParams& p, void* grad_weight, void* grad_b
 void toeplitz_correlate(Storage storage, const CorrelateParams& p, const LaunchShape& shape,
                         cudaStream_t stream);
 
+// Forward and backward-input in float32, planned by plan_float_correlate.
+void float_correlate(const FloatCorrelateParams& p, const LaunchShape& shape, cudaStream_t stream);
+
 // Backward-weight for the tensor cores, planned by plan_weight_gradient: partial sums, then their
 // sum.
 void toeplitz_weight_gradient(Storage storage, const WeightGradientParams& p,

@@ -8,6 +8,7 @@
 #include <initializer_list>
 
 #include "../conv_params.h"
+#include "device/float_correlate.cuh"
 #include "device/toeplitz_correlate.cuh"
 #include "device/toeplitz_weight_gradient.cuh"
 #include "launch_shape.h"
@@ -101,21 +102,19 @@ inline const char* too_large(std::initializer_list<int64_t> sizes) {
                            : nullptr;
 }
 
-// Fills what does not depend on weight and bias, whose taps are contiguous.
-inline Plan plan_correlate(const Correlation& call, CorrelateParams& p) {
-  using Kernel = ToeplitzCorrelate;
-  const auto refuse = [](const char* why) { return Plan{{}, why}; };
-  if (const char* why =
-          too_large({call.source.height, call.source.width, call.result.height, call.result.width,
-                     call.batch, call.channels, call.dilation_h * call.kernel_h,
-                     call.dilation_w * call.kernel_w, std::abs(call.top), std::abs(call.left)}))
-    return refuse(why);
+inline const char* too_large(const Correlation& call) {
+  return too_large({call.source.height, call.source.width, call.result.height, call.result.width,
+                    call.batch, call.channels, call.dilation_h * call.kernel_h,
+                    call.dilation_w * call.kernel_w, std::abs(call.top), std::abs(call.left)});
+}
+
+// Clips the taps, those of a contiguous weight, and where they are reversed begins with the last.
+template <class Params>
+void describe(const Correlation& call, Params& p) {
   const Taps rows = taps_that_touch(call.source.height, call.result.height, call.kernel_h, call.top,
                                     call.dilation_h);
   const Taps columns = taps_that_touch(call.source.width, call.result.width, call.kernel_w,
                                        call.left, call.dilation_w);
-  p.source = access_of(call.source, call.batch, call.channels);
-  p.result = access_of(call.result, call.batch, call.channels);
   p.batch = int32_t(call.batch);
   p.channels = int32_t(call.channels);
   p.kernel_h = int32_t(rows.count);
@@ -131,14 +130,24 @@ inline Plan plan_correlate(const Correlation& call, CorrelateParams& p) {
   p.first_tap = int32_t(ky * call.kernel_w + kx);
   p.tap_stride_y = sign * int32_t(call.kernel_w);
   p.tap_stride_x = sign;
+}
+
+// Fills what does not depend on weight and bias.
+inline Plan plan_correlate(const Correlation& call, CorrelateParams& p) {
+  using Kernel = ToeplitzCorrelate;
+  const auto refuse = [](const char* why) { return Plan{{}, why}; };
+  if (const char* why = too_large(call)) return refuse(why);
+  describe(call, p);
+  p.source = access_of(call.source, call.batch, call.channels);
+  p.result = access_of(call.result, call.batch, call.channels);
 
   p.strips = int32_t(call.dilation_h *
                      ceil_div(ceil_div(call.result.height, call.dilation_h), Kernel::kRows));
   const int64_t slots = p.strips * call.batch;
   p.x_tiles = int32_t(ceil_div(call.result.width, Kernel::kColumns));
   // Eight outputs meet 7 + extent columns, and one more where they begin at an odd one.
-  const int64_t extent = (columns.count - 1) * call.dilation_w + 1;
-  p.chunks = int32_t(ceil_div(7 + extent + (columns.before & 1), 16));
+  const int64_t extent = int64_t(p.kernel_w - 1) * p.dilation_w + 1;
+  p.chunks = int32_t(ceil_div(7 + extent + (p.left & 1), 16));
   // Seven words of one copy of the taps and seven of the other should meet different banks.
   p.taps_pitch = 8 * p.chunks + 4;
   p.taps_copy = p.taps_pitch * p.kernel_h;
@@ -166,6 +175,39 @@ inline Plan plan_correlate(const Correlation& call, CorrelateParams& p) {
     return {shape};
   }
   return refuse("the taps of one channel do not fit shared memory");
+}
+
+// Whether neighbouring channels, and no neighbouring columns, are neighbours in memory. Then taps
+// are wanted in the order (kW, kH, C), as neighbouring threads read those of neighbouring channels.
+inline bool channels_in_lanes(const MapView& view) {
+  return view.stride_c == 1 && view.stride_w != 1;
+}
+
+// Fills what does not depend on weight and bias.
+inline Plan plan_float_correlate(const Correlation& call, FloatCorrelateParams& p) {
+  using Kernel = FloatCorrelate;
+  if (const char* why = too_large(call)) return {{}, why};
+  describe(call, p);
+  p.source = call.source;
+  p.result = call.result;
+  p.channels_in_lanes = channels_in_lanes(call.source);
+  if (p.channels_in_lanes) {
+    const int64_t first_h = p.first_tap / call.kernel_w, first_w = p.first_tap % call.kernel_w;
+    const int64_t sign = call.reversed ? -1 : 1;
+    p.weight_stride_c = 1;
+    p.tap_stride_y = sign * call.channels;
+    p.tap_stride_x = sign * call.channels * call.kernel_h;
+    p.first_tap = (first_w * call.kernel_h + first_h) * call.channels;
+  }
+  const auto groups = [](int64_t size, int64_t dilation, int64_t of) {
+    return int32_t(dilation * ceil_div(ceil_div(size, dilation), of));
+  };
+  p.strips = groups(call.result.height, call.dilation_h, Kernel::kRows);
+  p.columns = groups(call.result.width, call.dilation_w, Kernel::kColumns);
+  p.threads = call.batch * call.channels * p.strips * p.columns;
+  const int64_t blocks = ceil_div(p.threads, Kernel::kThreads);
+  if (blocks > kMostBlocks) return {{}, "more than 2^31 blocks"};
+  return {{blocks, Kernel::kThreads, 0}};
 }
 
 // Weight gradients: what does not depend on the partial sums. `multiprocessors` of the device only

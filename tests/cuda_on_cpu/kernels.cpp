@@ -56,6 +56,27 @@ extern "C" const char* toeplitz_correlate(const ConvParams* call, bool backward,
   }));
 }
 
+// Where channels are neighbours, `weight` is in the order (kW, kH, C).
+extern "C" const char* float_correlate(const ConvParams* call, bool backward, const float* weight,
+                                       const float* bias) {
+  cuda::FloatCorrelateParams p;
+  const cuda::Plan plan = cuda::plan_float_correlate(cuda::correlation_of(*call, backward), p);
+  if (plan.refusal != nullptr) return keep(std::string("refused: ") + plan.refusal);
+  p.weight = weight;
+  p.bias = bias;
+  const size_t weight_bytes = size_t(call->channels * call->kernel_h * call->kernel_w) * 4;
+  cuda_on_cpu::Range ranges[] = {
+      range_of("source", p.source, p.batch, p.channels, false),
+      range_of("result", p.result, p.batch, p.channels, true),
+      {"weight", weight, weight_bytes, false},
+      {"bias", bias, bias == nullptr ? 0 : size_t(call->channels) * 4, false},
+  };
+  ranges[0].bytes *= 2;  // of four bytes an element
+  ranges[1].bytes *= 2;
+  return keep(cuda_on_cpu::run(launch_of(plan), ranges, 4,
+                               [&](char*) { cuda::FloatCorrelateThread(p).run(); }));
+}
+
 extern "C" const char* toeplitz_weight_gradient(const ConvParams* call, int multiprocessors,
                                                 void* grad_weight, void* grad_bias) {
   cuda::WeightGradientParams p;
@@ -87,4 +108,22 @@ extern "C" const char* toeplitz_weight_gradient(const ConvParams* call, int mult
     else
       cuda::sum_partials<cuda::Float16>(p, weight, bias);
   }));
+}
+
+// Blocks, threads and shared memory of a block; or why the call is refused.
+extern "C" const char* plan(const ConvParams* call, const char* direction, int multiprocessors,
+                            int64_t* shape) {
+  cuda::Plan plan;
+  const std::string wanted = direction;
+  if (wanted == "backward_weight") {
+    cuda::WeightGradientParams p;
+    plan = cuda::plan_weight_gradient(*call, multiprocessors, p);
+  } else {
+    cuda::CorrelateParams p;
+    plan = cuda::plan_correlate(cuda::correlation_of(*call, wanted == "backward_input"), p);
+  }
+  shape[0] = plan.shape.blocks;
+  shape[1] = plan.shape.threads;
+  shape[2] = plan.shape.shared_bytes;
+  return plan.refusal == nullptr ? "" : plan.refusal;
 }

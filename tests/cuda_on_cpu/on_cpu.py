@@ -107,6 +107,11 @@ def _raise_for(message: bytes) -> None:
 def correlate(call: ConvParams, backward: bool, weight: Tensor, bias: Tensor | None) -> None:
     """Fill the output of ``call``, or with ``backward`` its input."""
     function = _function("toeplitz_correlate")
+    if weight.dtype == torch.float32:
+        function = _function("float_correlate")
+        source = call.tensors[1 if backward else 0]
+        if source.stride(1) == 1 and source.stride(3) != 1:
+            weight = weight.transpose(0, 3).contiguous()
     flag = ctypes.c_bool(backward)
     _raise_for(function(ctypes.byref(call), flag, _pointer(weight), _pointer(bias)))
 
@@ -118,3 +123,11 @@ def weight_gradient(
     function = _function("toeplitz_weight_gradient")
     pointers = (_pointer(grad_weight), _pointer(grad_bias))
     _raise_for(function(ctypes.byref(call), multiprocessors, *pointers))
+
+
+def plan(call: ConvParams, direction: str, multiprocessors: int) -> dict[str, int]:
+    """What is launched for a call, with or without memory behind it."""
+    shape = (ctypes.c_int64 * 3)()
+    arguments = (ctypes.byref(call), direction.encode(), multiprocessors, shape)
+    _raise_for(_function("plan")(*arguments))
+    return dict(zip(("blocks", "threads", "shared"), shape, strict=True))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,7 @@ from torch import Tensor
 LAYOUTS = ("contiguous", "channels_last", "cropped", "sliced", "transposed")
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """``padding`` is (top, left, bottom, right)."""
 
     batch: int

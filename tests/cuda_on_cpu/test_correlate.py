@@ -1,4 +1,4 @@
-"""The depthwise correlation for tensor cores, run by fibers, against float64."""
+"""Depthwise correlation, for tensor cores and in float32, run by fibers, against float64."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import on_cpu
 import pytest
 import torch
 import torch.nn.functional as F
-from toeplitz_cases import CASES, LAYOUTS, Case, spread
+from stride_one_cases import CASES, LAYOUTS, Case, spread
 
 pytestmark = pytest.mark.skipif(on_cpu.compiler() is None, reason="no C++ compiler")
-DTYPES = [torch.float16, torch.bfloat16]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 
 def run(case: Case, dtype: torch.dtype, backward: bool, result_layout: str, bias: bool = True):
@@ -49,13 +49,14 @@ def test_backward_input(case, dtype):
     run(case, dtype, True, "contiguous" if case.layout == "cropped" else case.layout)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("result_layout", LAYOUTS)
 @pytest.mark.parametrize("channels", [3, 16])
-def test_layouts(layout, result_layout, channels, backward):
+def test_layouts(layout, result_layout, channels, backward, dtype):
     case = Case(3, channels, 10, 13, (5, 4), (2, 1, 2, 2), layout=layout)
-    run(case, torch.float16, backward, result_layout, bias=False)
+    run(case, dtype, backward, result_layout, bias=False)
 
 
 @pytest.mark.parametrize("width", [*range(1, 18), 31, 32, 33, 64])

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import on_cpu
 import pytest
 import torch
-from toeplitz_cases import CASES, LAYOUTS, Case, same, spread
+from stride_one_cases import CASES, LAYOUTS, Case, same, spread
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(on_cpu.compiler() is None, reason="no C++ compiler")
@@ -74,7 +72,7 @@ def test_kernels_of_several_tiles_of_taps():
 @pytest.mark.parametrize("multiprocessors", [1, 4, 132])
 def test_groups_add_up(multiprocessors):
     """One group or many: the same within rounding, and the same bits for the same device."""
-    case = dataclasses.replace(same(9, 3, 20, 70, (7, 7)), layout="channels_last")
+    case = same(9, 3, 20, 70, (7, 7), layout="channels_last")
     first, second = (
         gradients(case, torch.bfloat16, "channels_last", multiprocessors) for _ in range(2)
     )
