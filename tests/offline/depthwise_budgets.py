@@ -10,7 +10,6 @@ a program, matrix instructions. Must run in a process of its own, without TRITON
 from __future__ import annotations
 
 import concurrent.futures
-import json
 import multiprocessing
 import os
 import sys
@@ -19,15 +18,14 @@ from typing import NamedTuple
 
 import torch
 import triton
-from compiled import compile_launch
+from budgets import Budgets
+from compiled import TENSOR_CORES, compile_launch
 
 from lka_kernels.backends.triton import depthwise
 
-BUDGETS = Path(__file__).with_name("depthwise_budgets.json")
 CAPABILITIES = (80, 90, 100)
 # Every call is compiled for 9.0 and one of three for the others: a minute on two cores.
 ONE_OF_THREE = {80: 1, 100: 0}
-TENSOR_CORES = r"(HMMA|HGMMA|UTCHMMA)"
 
 
 class Call(NamedTuple):
@@ -132,39 +130,14 @@ def measure_all() -> dict[str, dict]:
     return {f"{call.name} sm_{cap}": r for (call, cap), r in zip(jobs, results, strict=True)}
 
 
-def complaints(found: dict[str, dict], budgets: dict) -> list[str]:
-    """What must not be: spills, products without the tensor cores, more than the budget."""
-    wrong = []
-    # Another compiler gives other numbers, and some kernels a few bytes of stack.
-    same_compiler = budgets["triton"] == triton.__version__
-    for name, result in found.items():
-        if result["stack"] > (0 if same_compiler else 32):
-            wrong.append(f"{name}: {result['stack']} bytes of stack, where spilled registers go")
-        if not result["matrix_instructions"] and " direct " not in name:
-            wrong.append(f"{name}: no instruction of the tensor cores")
-        if not same_compiler:
-            continue
-        budget = budgets["kernels"].get(name)
-        if budget is None:
-            wrong.append(f"{name}: no budget")
-            continue
-        for what in ("registers", "shared"):
-            if result[what] > budget[what]:
-                wrong.append(f"{name}: {what} {result[what]}, budget {budget[what]}")
-    return wrong
-
-
 def main() -> None:
     """Compare or, with --write, keep."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET is set: nothing would be compiled")
-    found = measure_all()
-    if "--write" in sys.argv:
-        written = {"triton": triton.__version__, "kernels": found}
-        BUDGETS.write_text(json.dumps(written, indent=1) + "\n")
-    wrong = complaints(found, json.loads(BUDGETS.read_text()))
-    print("\n".join(wrong))
-    sys.exit(1 if wrong else 0)
+    file = Path(__file__).with_name("depthwise_budgets.json")
+    Budgets(
+        file, "triton", triton.__version__, takes_tensor_cores=lambda name: " direct " not in name
+    ).main(measure_all())
 
 
 if __name__ == "__main__":
