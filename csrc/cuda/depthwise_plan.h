@@ -158,22 +158,24 @@ inline Plan plan_correlate(const Correlation& call, CorrelateParams& p) {
   p.tile.plane_pitch = Kernel::kSlots * p.tile.row_pitch;
 
   // A warp has a channel. Eight make vectors of 16 bytes where channels are neighbours in memory;
-  // four let more blocks share a multiprocessor; fewer where the taps need the memory.
+  // four let more blocks share a multiprocessor; fewer where the taps need the memory. Only copies
+  // of rows are asynchronous and gain by more than two stages.
   const bool by_rows = p.source.row_vector > 0 && p.result.row_vector > 0;
-  for (int warps = by_rows ? 4 : 8; warps > 0; warps /= 2) {
-    const int64_t stages = int64_t(2) * Kernel::kStages * warps * p.tile.plane_pitch;
-    const int64_t turned =
-        int64_t(2) * Kernel::kSlots * (Kernel::kColumns * warps + Kernel::kResultPad);
-    LaunchShape shape;
-    shape.shared_bytes = Kernel::kSlots * int64_t(sizeof(Kernel::Slot)) +
-                         int64_t(4) * warps * p.taps_plane + std::max(stages, turned);
-    if (shape.shared_bytes > kMostShared) continue;
-    shape.threads = 32 * warps;
-    p.channel_groups = int32_t(ceil_div(call.channels, warps));
-    shape.blocks = int64_t(p.x_tiles) * p.channel_groups * ceil_div(slots, Kernel::kSlots);
-    if (shape.blocks > kMostBlocks) return refuse("more than 2^31 blocks");
-    return {shape};
-  }
+  for (int warps = by_rows ? 4 : 8; warps > 0; warps /= 2)
+    for (p.stages = p.source.row_vector > 0 ? 4 : 2; p.stages > 1; p.stages /= 2) {
+      const int64_t stages = int64_t(2) * p.stages * warps * p.tile.plane_pitch;
+      const int64_t turned =
+          int64_t(2) * Kernel::kSlots * (Kernel::kColumns * warps + Kernel::kResultPad);
+      LaunchShape shape;
+      shape.shared_bytes = Kernel::kSlots * int64_t(sizeof(Kernel::Slot)) +
+                           int64_t(4) * warps * p.taps_plane + std::max(stages, turned);
+      if (shape.shared_bytes > kMostShared) continue;
+      shape.threads = 32 * warps;
+      p.channel_groups = int32_t(ceil_div(call.channels, warps));
+      shape.blocks = int64_t(p.x_tiles) * p.channel_groups * ceil_div(slots, Kernel::kSlots);
+      if (shape.blocks > kMostBlocks) return refuse("more than 2^31 blocks");
+      return {shape};
+    }
   return refuse("the taps of one channel do not fit shared memory");
 }
 

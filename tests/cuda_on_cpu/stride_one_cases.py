@@ -107,6 +107,7 @@ CASES = [
     same(2, 1, 29, 28, (31, 31)),
     same(1, 8, 18, 28, (31, 31), layout="channels_last"),
     same(2, 2, 7, 7, (13, 13)),
+    same(1, 2, 30, 34, (43, 43)),  # two stages instead of four
     same(1, 1, 6, 5, (51, 51)),
     same(1, 1, 40, 41, (51, 5)),
     same(1, 1, 41, 40, (5, 51)),

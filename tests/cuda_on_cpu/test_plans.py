@@ -58,3 +58,8 @@ def test_more_multiprocessors_more_groups():
 def test_sizes_beyond_32_bits_are_refused(direction):
     with pytest.raises(RuntimeError, match=r"more than 2\^24 elements in one dimension"):
         plan(same(1, 1, 2, 2**25, (3, 3)), direction)
+
+
+def test_large_kernels_in_channels_last_keep_eight_channels():
+    case = same(64, 128, 56, 56, (31, 31), layout="channels_last")
+    assert plan(case)["threads"] == 256

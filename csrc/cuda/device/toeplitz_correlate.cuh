@@ -34,10 +34,11 @@ struct CorrelateParams {
   int32_t taps_pitch = 0, taps_copy = 0;    // words of a kernel row, of all rows
   int32_t taps_plane = 0;                   // words of both copies
   Tile tile;                                // of one stage
+  int32_t stages = 4;                       // 4 or 2: rows of the source in shared memory
 };
 
 struct ToeplitzCorrelate {
-  static constexpr int kRows = 4, kTiles = 4, kSlots = 16, kStages = 4;
+  static constexpr int kRows = 4, kTiles = 4, kSlots = 16;
   static constexpr int kColumns = 8 * kTiles;
   // Elements between slots of results on their way to channels-last memory, beside the channels.
   static constexpr int kResultPad = 8;
@@ -90,16 +91,19 @@ class ToeplitzCorrelateBlock : ToeplitzCorrelate {
     stage_taps();
     __syncthreads();
     find_steps();
-    // The loop is one step behind the copies of kStages - 1.
-    for (int i = 0; i < kStages - 1; ++i) stage(first_step_ + i, i);
+    // The loop is p.stages - 1 steps behind the copies.
+    for (int i = 0; i < p.stages - 1; ++i) stage(first_step_ + i, i);
     float sums[kRows][kTiles][4] = {};
     int buffer = 0;
     for (int s = first_step_; s < end_step_; ++s) {
-      cp_async_wait<kStages - 2>();
+      if (p.stages == 4)
+        cp_async_wait<2>();
+      else
+        cp_async_wait<0>();
       __syncthreads();
-      stage(s + kStages - 1, buffer == 0 ? kStages - 1 : buffer - 1);
+      stage(s + p.stages - 1, buffer == 0 ? p.stages - 1 : buffer - 1);
       multiply(sums, stages_ + buffer * stage_size(), s);
-      buffer = buffer == kStages - 1 ? 0 : buffer + 1;
+      buffer = buffer == p.stages - 1 ? 0 : buffer + 1;
     }
     add_bias(sums);
     if (p.result.row_vector > 0)
