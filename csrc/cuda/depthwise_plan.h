@@ -132,6 +132,8 @@ void describe(const Correlation& call, Params& p) {
   p.tap_stride_x = sign;
 }
 
+constexpr const char* kTapsDoNotFit = "the taps of one channel do not fit shared memory";
+
 // Fills what does not depend on weight and bias.
 inline Plan plan_correlate(const Correlation& call, CorrelateParams& p) {
   using Kernel = ToeplitzCorrelate;
@@ -149,10 +151,13 @@ inline Plan plan_correlate(const Correlation& call, CorrelateParams& p) {
   const int64_t extent = int64_t(p.kernel_w - 1) * p.dilation_w + 1;
   p.chunks = int32_t(ceil_div(7 + extent + (p.left & 1), 16));
   // Seven words of one copy of the taps and seven of the other should meet different banks.
-  p.taps_pitch = 8 * p.chunks + 4;
-  p.taps_copy = p.taps_pitch * p.kernel_h;
-  while (p.taps_copy % 32 < 8 || p.taps_copy % 32 > 24) p.taps_copy += 4;
-  p.taps_plane = 2 * p.taps_copy;
+  const int64_t taps_pitch = 8 * int64_t(p.chunks) + 4;
+  int64_t taps_copy = taps_pitch * p.kernel_h;
+  while (taps_copy % 32 < 8 || taps_copy % 32 > 24) taps_copy += 4;
+  if (8 * taps_copy > kMostShared) return refuse(kTapsDoNotFit);
+  p.taps_pitch = int32_t(taps_pitch);
+  p.taps_copy = int32_t(taps_copy);
+  p.taps_plane = int32_t(2 * taps_copy);
   const int64_t tiles = std::min<int64_t>(Kernel::kTiles, ceil_div(call.result.width, 8));
   p.tile.row_pitch = int32_t(row_pitch(6 + 8 * (tiles - 1) + 16 * p.chunks));
   p.tile.plane_pitch = Kernel::kSlots * p.tile.row_pitch;
@@ -176,7 +181,7 @@ inline Plan plan_correlate(const Correlation& call, CorrelateParams& p) {
       if (shape.blocks > kMostBlocks) return refuse("more than 2^31 blocks");
       return {shape};
     }
-  return refuse("the taps of one channel do not fit shared memory");
+  return refuse(kTapsDoNotFit);
 }
 
 // Whether neighbouring channels, and no neighbouring columns, are neighbours in memory. Then taps
@@ -259,22 +264,20 @@ inline Plan plan_weight_gradient(const ConvParams& call, int multiprocessors,
   p.strips = int32_t(ceil_div(call.output.height, p.strip_rows));
   const int64_t most_images = std::max<int64_t>(1, 64 / (p.strip_rows * chunks));
   const bool by_rows = p.input.row_vector > 0 && p.grad_output.row_vector > 0;
-  const auto shared_bytes = [&](int64_t warps, int64_t images) {
-    p.input_rows = int32_t(p.strip_rows + (taps_h - 1) * call.dilation_h);
-    p.input_tile.plane_pitch = int32_t(images * p.input_rows * p.input_tile.row_pitch);
-    // Seven words of one copy and seven of the other should meet different banks.
-    int64_t copy = images * p.strip_rows * p.grad_tile.row_pitch / 2;
-    while (copy % 32 < 8 || copy % 32 > 24) copy += 4;
-    p.grad_copy = int32_t(copy);
-    p.grad_tile.plane_pitch = int32_t(4 * copy);
-    return 2 * warps * (p.input_tile.plane_pitch + int64_t(p.grad_tile.plane_pitch));
-  };
+  p.input_rows = int32_t(p.strip_rows + (taps_h - 1) * call.dilation_h);
   // A warp has a channel. First fewer images in a step, then fewer warps.
   for (int64_t warps = by_rows ? 4 : 8; warps > 0; warps /= 2)
     for (int64_t images = std::min(call.batch, most_images); images > 0; images /= 2) {
+      const int64_t input_plane = images * p.input_rows * p.input_tile.row_pitch;
+      // Seven words of one copy and seven of the other should meet different banks.
+      int64_t grad_copy = images * p.strip_rows * p.grad_tile.row_pitch / 2;
+      while (grad_copy % 32 < 8 || grad_copy % 32 > 24) grad_copy += 4;
       LaunchShape shape;
-      shape.shared_bytes = shared_bytes(warps, images);
+      shape.shared_bytes = 2 * warps * (input_plane + 4 * grad_copy);
       if (shape.shared_bytes > (images > 1 ? kMostShared / 2 : kMostShared)) continue;
+      p.input_tile.plane_pitch = int32_t(input_plane);
+      p.grad_copy = int32_t(grad_copy);
+      p.grad_tile.plane_pitch = int32_t(4 * grad_copy);
       shape.threads = int(32 * warps);
       p.images = int32_t(images);
       p.image_groups = int32_t(ceil_div(call.batch, images));

@@ -60,6 +60,18 @@ def test_sizes_beyond_32_bits_are_refused(direction):
         plan(same(1, 1, 2, 2**25, (3, 3)), direction)
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_what_does_not_fit_is_refused_and_not_wrapped_around(direction):
+    """Sizes of shared memory beyond 32 bits."""
+    wide = same(64, 1, 5, 2**20, (40, 40), (1, 2**18))
+    with pytest.raises(RuntimeError, match="fit shared memory"):
+        plan(wide, direction)
+    high = same(64, 1, 2**22, 5, (40, 40), (2**18, 1))
+    if direction == "backward_weight":
+        with pytest.raises(RuntimeError, match="fit shared memory"):
+            plan(high, direction)
+
+
 def test_large_kernels_in_channels_last_keep_eight_channels():
     case = same(64, 128, 56, 56, (31, 31), layout="channels_last")
     assert plan(case)["threads"] == 256
