@@ -142,15 +142,17 @@ std::tuple<Tensor, Tensor> depthwise_conv2d_backward_weight(const Tensor& grad_o
   const DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
   if (kForm != Form::direct && grad_output.numel() > 0) {
+    const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, device);
+    const auto partials = [&](int64_t groups) {
+      return empty(input, {groups, p.channels, p.kernel_h * p.kernel_w + 1}, ScalarType::Float);
+    };
     const char* refusal = why_no_tensor_cores(p, device);
     if (refusal == nullptr) {
       WeightGradientParams params;
-      const Plan plan =
-          plan_weight_gradient(p, device_attribute(cudaDevAttrMultiProcessorCount, device), params);
+      const Plan plan = plan_weight_gradient(p, multiprocessors, params);
       if (plan.refusal == nullptr) {
-        const Tensor partials = empty(
-            input, {params.groups, p.channels, p.kernel_h * p.kernel_w + 1}, ScalarType::Float);
-        params.partials = static_cast<float*>(partials.data_ptr());
+        const Tensor sums = partials(params.groups);
+        params.partials = static_cast<float*>(sums.data_ptr());
         toeplitz_weight_gradient(p.storage, params, plan.shape, grad_weight.data_ptr(),
                                  grad_bias.data_ptr(), stream);
         return {grad_weight, grad_bias};
@@ -158,6 +160,17 @@ std::tuple<Tensor, Tensor> depthwise_conv2d_backward_weight(const Tensor& grad_o
       refusal = plan.refusal;
     }
     check_form(kForm, refusal);
+    FloatWeightGradientParams params;
+    if (p.storage == Storage::float32 && p.stride_h == 1 && p.stride_w == 1) {
+      const Plan plan = plan_float_weight_gradient(p, multiprocessors, params);
+      if (plan.refusal == nullptr) {
+        const Tensor sums = partials(params.groups);
+        params.partials = static_cast<float*>(sums.data_ptr());
+        float_weight_gradient(params, plan.shape, grad_weight.data_ptr(), grad_bias.data_ptr(),
+                              stream);
+        return {grad_weight, grad_bias};
+      }
+    }
   }
   direct_backward_weight(p, grad_weight.data_ptr(), grad_bias.data_ptr(), stream);
   return {grad_weight, grad_bias};

@@ -26,4 +26,8 @@ void toeplitz_weight_gradient(Storage storage, const WeightGradientParams& p,
                               const LaunchShape& shape, void* grad_weight, void* grad_bias,
                               cudaStream_t stream);
 
+// The same in float32, planned by plan_float_weight_gradient.
+void float_weight_gradient(const FloatWeightGradientParams& p, const LaunchShape& shape,
+                           void* grad_weight, void* grad_bias, cudaStream_t stream);
+
 }  // namespace lka::cuda

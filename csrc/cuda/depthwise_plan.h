@@ -9,6 +9,7 @@
 
 #include "../conv_params.h"
 #include "device/float_correlate.cuh"
+#include "device/float_weight_gradient.cuh"
 #include "device/toeplitz_correlate.cuh"
 #include "device/toeplitz_weight_gradient.cuh"
 #include "launch_shape.h"
@@ -217,23 +218,20 @@ inline Plan plan_float_correlate(const Correlation& call, FloatCorrelateParams& 
   return {{blocks, Kernel::kThreads, 0}};
 }
 
-// Weight gradients: what does not depend on the partial sums. `multiprocessors` of the device only
-// decides how many groups sum apart, so results are the same from run to run on one device.
-inline Plan plan_weight_gradient(const ConvParams& call, int multiprocessors,
-                                 WeightGradientParams& p) {
-  using Kernel = WeightGradient;
-  const auto refuse = [](const char* why) { return Plan{{}, why}; };
-  if (const char* why = too_large(
-          {call.batch, call.channels, call.input.height, call.input.width, call.output.height,
-           call.output.width, call.dilation_h * call.kernel_h, call.dilation_w * call.kernel_w,
-           call.kernel_h * call.kernel_w, std::abs(call.pad_top), std::abs(call.pad_left)}))
-    return refuse(why);
+inline const char* too_large(const ConvParams& call) {
+  return too_large({call.batch, call.channels, call.input.height, call.input.width,
+                    call.output.height, call.output.width, call.dilation_h * call.kernel_h,
+                    call.dilation_w * call.kernel_w, call.kernel_h * call.kernel_w,
+                    std::abs(call.pad_top), std::abs(call.pad_left)});
+}
+
+// Clips the taps of a weight gradient.
+template <class Params>
+void describe(const ConvParams& call, Params& p) {
   const Taps rows = taps_that_touch(call.input.height, call.output.height, call.kernel_h,
                                     call.pad_top, call.dilation_h);
   const Taps columns = taps_that_touch(call.input.width, call.output.width, call.kernel_w,
                                        call.pad_left, call.dilation_w);
-  p.grad_output = access_of(call.output, call.batch, call.channels);
-  p.input = access_of(call.input, call.batch, call.channels);
   p.batch = int32_t(call.batch);
   p.channels = int32_t(call.channels);
   p.kernel_h = int32_t(rows.count);
@@ -246,12 +244,46 @@ inline Plan plan_weight_gradient(const ConvParams& call, int multiprocessors,
   p.first_w = int32_t(columns.first);
   p.full_h = int32_t(call.kernel_h);
   p.full_w = int32_t(call.kernel_w);
-  p.tap_tiles_h = int32_t(ceil_div(rows.count, Kernel::kTapRows));
-  p.tap_tiles_w = int32_t(ceil_div(columns.count, Kernel::kTapColumns));
+}
+
+// As plan_weight_gradient.
+inline Plan plan_float_weight_gradient(const ConvParams& call, int multiprocessors,
+                                       FloatWeightGradientParams& p) {
+  using Kernel = FloatWeightGradient;
+  if (const char* why = too_large(call)) return {{}, why};
+  describe(call, p);
+  p.grad_output = call.output;
+  p.input = call.input;
+  p.tap_tiles_h = int32_t(ceil_div(p.kernel_h, Kernel::kTapRows));
+  p.tap_tiles_w = int32_t(ceil_div(p.kernel_w, Kernel::kTapColumns));
+  p.segments = int32_t(call.dilation_w *
+                       ceil_div(ceil_div(call.output.width, call.dilation_w), Kernel::kSegment));
+  p.units = call.batch * call.output.height * p.segments;
+  const int64_t blocks = call.channels * p.tap_tiles_h * p.tap_tiles_w;
+  const int64_t groups = std::clamp<int64_t>(ceil_div(8 * multiprocessors, blocks), 1,
+                                             ceil_div(p.units, Kernel::kThreads));
+  p.units_of_group = ceil_div(p.units, groups);
+  p.groups = int32_t(ceil_div(p.units, p.units_of_group));
+  if (blocks * p.groups > kMostBlocks) return {{}, "more than 2^31 blocks"};
+  return {{blocks * p.groups, Kernel::kThreads, 0}};
+}
+
+// Weight gradients: what does not depend on the partial sums. `multiprocessors` of the device only
+// decides how many groups sum apart, so results are the same from run to run on one device.
+inline Plan plan_weight_gradient(const ConvParams& call, int multiprocessors,
+                                 WeightGradientParams& p) {
+  using Kernel = WeightGradient;
+  const auto refuse = [](const char* why) { return Plan{{}, why}; };
+  if (const char* why = too_large(call)) return refuse(why);
+  describe(call, p);
+  p.grad_output = access_of(call.output, call.batch, call.channels);
+  p.input = access_of(call.input, call.batch, call.channels);
+  p.tap_tiles_h = int32_t(ceil_div(p.kernel_h, Kernel::kTapRows));
+  p.tap_tiles_w = int32_t(ceil_div(p.kernel_w, Kernel::kTapColumns));
   p.column_tiles = int32_t(ceil_div(call.input.width, Kernel::kColumns));
 
-  const int64_t taps_h = std::min<int64_t>(rows.count, Kernel::kTapRows);
-  const int64_t taps_w = std::min<int64_t>(columns.count, Kernel::kTapColumns);
+  const int64_t taps_h = std::min<int64_t>(p.kernel_h, Kernel::kTapRows);
+  const int64_t taps_w = std::min<int64_t>(p.kernel_w, Kernel::kTapColumns);
   const int64_t width = std::min<int64_t>(Kernel::kColumns, ceil_div(call.input.width, 16) * 16);
   // Up to seven columns in front are skipped.
   const int64_t grad_width = 7 + width + (taps_w - 1) * call.dilation_w;
@@ -296,7 +328,8 @@ inline Plan plan_weight_gradient(const ConvParams& call, int multiprocessors,
 }
 
 // The sum of the groups.
-inline LaunchShape plan_sum_partials(const WeightGradientParams& p) {
+template <class Params>
+LaunchShape plan_sum_partials(const Params& p) {
   const int64_t gradients = p.channels * (int64_t(p.full_h) * p.full_w + 1);
   return {ceil_div(gradients, 128), 128, 0};
 }

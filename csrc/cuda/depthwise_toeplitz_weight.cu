@@ -1,5 +1,6 @@
 // Launcher of the depthwise weight gradients for tensor cores.
 #include "depthwise_launchers.h"
+#include "device/sum_partials.cuh"
 #include "launch.h"
 
 namespace lka::cuda {
@@ -16,7 +17,7 @@ __global__ void __launch_bounds__(256)
 
 template <class Storage>
 __global__ void sum_partials_kernel(const __grid_constant__ WeightGradientParams p,
-                                    uint16_t* grad_weight, uint16_t* grad_bias) {
+                                    void* grad_weight, void* grad_bias) {
 #if __CUDA_ARCH__ >= 800
   sum_partials<Storage>(p, grad_weight, grad_bias);
 #endif
@@ -33,7 +34,7 @@ void toeplitz_weight_gradient(Storage storage, const WeightGradientParams& p,
          p);
   launch(brain ? "sum_partials<bfloat16>" : "sum_partials<float16>",
          brain ? sum_partials_kernel<BFloat16> : sum_partials_kernel<Float16>, plan_sum_partials(p),
-         stream, p, static_cast<uint16_t*>(grad_weight), static_cast<uint16_t*>(grad_bias));
+         stream, p, grad_weight, grad_bias);
 }
 
 }  // namespace lka::cuda

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "cuda/depthwise_plan.h"
+#include "cuda/device/sum_partials.cuh"
 #include "cuda_on_cpu.h"
 
 namespace {
@@ -77,37 +78,65 @@ extern "C" const char* float_correlate(const ConvParams* call, bool backward, co
                                [&](char*) { cuda::FloatCorrelateThread(p).run(); }));
 }
 
+namespace {
+
+// Partial sums by `kernel`, then their sum by `total`.
+template <class Params, class Kernel, class Total>
+const char* weight_gradient(const cuda::Plan& plan, Params& p, const MapView& grad_output,
+                            const MapView& input, int64_t element_size, void* grad_weight,
+                            void* grad_bias, Kernel kernel, Total total) {
+  if (plan.refusal != nullptr) return keep(std::string("refused: ") + plan.refusal);
+  const size_t taps = size_t(p.full_h) * p.full_w, channels = size_t(p.channels);
+  std::vector<float> partials(p.groups * channels * (taps + 1), NAN);
+  p.partials = partials.data();
+  cuda_on_cpu::Range ranges[] = {
+      range_of("grad_output", grad_output, p.batch, p.channels, false),
+      range_of("input", input, p.batch, p.channels, false),
+      {"partials", partials.data(), partials.size() * 4, true},
+      {"grad_weight", grad_weight, channels * taps * element_size, true},
+      {"grad_bias", grad_bias, channels * element_size, true},
+  };
+  for (int i = 0; i < 2; ++i) ranges[i].bytes *= element_size / 2;
+  const std::string said = cuda_on_cpu::run(launch_of(plan), ranges, 3, kernel);
+  if (!said.empty()) return keep(said);
+  return keep(cuda_on_cpu::run(launch_of({cuda::plan_sum_partials(p)}), ranges + 2, 3, total));
+}
+
+}  // namespace
+
 extern "C" const char* toeplitz_weight_gradient(const ConvParams* call, int multiprocessors,
                                                 void* grad_weight, void* grad_bias) {
   cuda::WeightGradientParams p;
   const cuda::Plan plan = cuda::plan_weight_gradient(*call, multiprocessors, p);
-  if (plan.refusal != nullptr) return keep(std::string("refused: ") + plan.refusal);
-  const size_t taps = size_t(call->kernel_h * call->kernel_w), channels = size_t(call->channels);
-  std::vector<float> partials(p.groups * channels * (taps + 1), NAN);
-  p.partials = partials.data();
-  const cuda_on_cpu::Range ranges[] = {
-      range_of("grad_output", p.grad_output.view, p.batch, p.channels, false),
-      range_of("input", p.input.view, p.batch, p.channels, false),
-      {"partials", partials.data(), partials.size() * 4, true},
-      {"grad_weight", grad_weight, channels * taps * 2, true},
-      {"grad_bias", grad_bias, channels * 2, true},
-  };
   const bool brain = call->storage == Storage::bfloat16;
-  const std::string said = cuda_on_cpu::run(launch_of(plan), ranges, 3, [&](char* shared) {
-    if (brain)
-      cuda::WeightGradientBlock<cuda::BFloat16>(p, shared).run();
-    else
-      cuda::WeightGradientBlock<cuda::Float16>(p, shared).run();
-  });
-  if (!said.empty()) return keep(said);
-  auto* const weight = static_cast<uint16_t*>(grad_weight);
-  auto* const bias = static_cast<uint16_t*>(grad_bias);
-  return keep(cuda_on_cpu::run(launch_of({cuda::plan_sum_partials(p)}), ranges + 2, 3, [&](char*) {
-    if (brain)
-      cuda::sum_partials<cuda::BFloat16>(p, weight, bias);
-    else
-      cuda::sum_partials<cuda::Float16>(p, weight, bias);
-  }));
+  return weight_gradient(
+      plan, p, call->output, call->input, 2, grad_weight, grad_bias,
+      [&](char* shared) {
+        if (brain)
+          cuda::WeightGradientBlock<cuda::BFloat16>(p, shared).run();
+        else
+          cuda::WeightGradientBlock<cuda::Float16>(p, shared).run();
+      },
+      [&](char*) {
+        if (brain)
+          cuda::sum_partials<cuda::BFloat16>(p, grad_weight, grad_bias);
+        else
+          cuda::sum_partials<cuda::Float16>(p, grad_weight, grad_bias);
+      });
+}
+
+extern "C" const char* float_weight_gradient(const ConvParams* call, int multiprocessors,
+                                             void* grad_weight, void* grad_bias) {
+  using Kernel = cuda::FloatWeightGradient;
+  cuda::FloatWeightGradientParams p;
+  cuda::Plan plan = cuda::plan_float_weight_gradient(*call, multiprocessors, p);
+  plan.shape.shared_bytes = Kernel::kWarps * Kernel::kSums * 4;  // which the kernel declares
+  return weight_gradient(
+      plan, p, call->output, call->input, 4, grad_weight, grad_bias,
+      [&](char* shared) {
+        cuda::FloatWeightGradientBlock(p, reinterpret_cast<float*>(shared)).run();
+      },
+      [&](char*) { cuda::sum_partials<cuda::Float32>(p, grad_weight, grad_bias); });
 }
 
 // Blocks, threads and shared memory of a block; or why the call is refused.

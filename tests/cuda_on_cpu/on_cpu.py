@@ -120,7 +120,8 @@ def weight_gradient(
     call: ConvParams, grad_weight: Tensor, grad_bias: Tensor, multiprocessors: int = 4
 ) -> None:
     """Fill both gradients from input and output of ``call``."""
-    function = _function("toeplitz_weight_gradient")
+    kind = "float" if grad_weight.dtype == torch.float32 else "toeplitz"
+    function = _function(f"{kind}_weight_gradient")
     pointers = (_pointer(grad_weight), _pointer(grad_bias))
     _raise_for(function(ctypes.byref(call), multiprocessors, *pointers))
 

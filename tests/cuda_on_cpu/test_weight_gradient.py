@@ -1,4 +1,4 @@
-"""Weight gradients for tensor cores, run by fibers, against float64."""
+"""Weight gradients, for tensor cores and in float32, run by fibers, against float64."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from stride_one_cases import CASES, LAYOUTS, Case, same, spread
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(on_cpu.compiler() is None, reason="no C++ compiler")
-DTYPES = [torch.float16, torch.bfloat16]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 
 def gradients(case: Case, dtype, grad_layout: str, multiprocessors: int = 4) -> list[Tensor]:
@@ -40,12 +40,13 @@ def test_backward_weight(case, dtype):
     gradients(case, dtype, "contiguous" if case.layout == "cropped" else case.layout)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("grad_layout", LAYOUTS)
 @pytest.mark.parametrize("channels", [3, 16])
-def test_layouts(layout, grad_layout, channels):
+def test_layouts(layout, grad_layout, channels, dtype):
     case = Case(3, channels, 10, 13, (5, 4), (2, 1, 2, 2), layout=layout)
-    gradients(case, torch.float16, grad_layout)
+    gradients(case, dtype, grad_layout)
 
 
 @pytest.mark.parametrize("width", [*range(1, 18), 31, 32, 33, 63, 64, 65, 130])
@@ -69,12 +70,11 @@ def test_kernels_of_several_tiles_of_taps():
     gradients(same(1, 1, 70, 68, (35, 66)), torch.float16, "contiguous")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("multiprocessors", [1, 4, 132])
-def test_groups_add_up(multiprocessors):
+def test_groups_add_up(multiprocessors, dtype):
     """One group or many: the same within rounding, and the same bits for the same device."""
     case = same(9, 3, 20, 70, (7, 7), layout="channels_last")
-    first, second = (
-        gradients(case, torch.bfloat16, "channels_last", multiprocessors) for _ in range(2)
-    )
+    first, second = (gradients(case, dtype, "channels_last", multiprocessors) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)

@@ -231,23 +231,4 @@ class WeightGradientBlock : WeightGradient {
   int tap_h_, tap_w_, taps_h_, taps_w_;  // the block's tile of taps
 };
 
-// Adds the groups' sums in their order, one gradient a thread. Taps that touch nothing have none.
-template <class Storage>
-LKA_DEVICE void sum_partials(const WeightGradientParams& p, uint16_t* grad_weight,
-                             uint16_t* grad_bias) {
-  const int64_t taps = int64_t(p.full_h) * p.full_w, row = p.channels * (taps + 1);
-  const int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
-  if (i >= row) return;
-  const int64_t channel = i / (taps + 1);
-  const int tap = int(i - channel * (taps + 1));
-  const int ky = tap / p.full_w - p.first_h, kx = tap % p.full_w - p.first_w;
-  const bool is_bias = tap == taps;
-  const bool touches = ky >= 0 && ky < p.kernel_h && kx >= 0 && kx < p.kernel_w;
-  float sum = 0;
-  if (is_bias || touches)
-    for (int group = 0; group < p.groups; ++group) sum += load_global(p.partials + group * row + i);
-  store_global(is_bias ? grad_bias + channel : grad_weight + channel * taps + tap,
-               narrow<Storage>(sum));
-}
-
 }  // namespace lka::cuda
