@@ -18,6 +18,7 @@ SANITIZE_TESTS ?= $(wildcard tests/test_depthwise_conv2d*.py tests/test_large_ke
 LIBRARY := lka_kernels/_C.abi3.so
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu')
 HEADERS := $(shell find csrc -name '*.h' -o -name '*.cuh')
+TEST_SOURCES := $(shell find tests -name '*.cpp' -o -name '*.h')
 
 .PHONY: help demo test lint format bench wheel gpu sanitize install clean distclean
 .DEFAULT_GOAL := help
@@ -25,7 +26,7 @@ HEADERS := $(shell find csrc -name '*.h' -o -name '*.cuh')
 help:
 	@echo "make demo      generated cells: linear probe and adapters on a frozen backbone (DEMO_ARGS)"
 	@echo "make test      the tests that need no GPU (TEST_ARGS)"
-	@echo "make lint      ruff, and clang-format on csrc/"
+	@echo "make lint      ruff, and clang-format on C++ and CUDA"
 	@echo "make format    apply both formatters"
 	@echo "make bench     the CPU benchmarks, up to ten minutes (BENCH_ARGS, BENCH_JSON)"
 	@echo "make wheel     dist/*.whl with CUDA code for $(WHEEL_ARCHITECTURES)"
@@ -80,12 +81,12 @@ test: install
 lint: $(VENV)/.packages
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(HEADERS)
+	@$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(HEADERS) $(TEST_SOURCES)
 
 format: $(VENV)/.packages
 	@$(BIN)/ruff check --fix-only --quiet .
 	@$(BIN)/ruff format .
-	@$(BIN)/clang-format -i $(SOURCES) $(HEADERS)
+	@$(BIN)/clang-format -i $(SOURCES) $(HEADERS) $(TEST_SOURCES)
 
 # glibc gives large tensors back to the system when they are freed, and new pages cost as much as
 # the convolution of a small kernel: keep them, to measure the latter.

@@ -8,8 +8,8 @@ namespace lka {
 
 enum class Storage : int { float32, float64, bfloat16, float16 };
 
-// What a caller leaves open, or asks for: "any" is the faster of the two.
-enum class Form : int { any, direct, fft };
+// What a caller leaves open, or asks for: "any" is the fastest of those that a backend has.
+enum class Form : int { any, direct, fft, implicit_gemm };
 
 // A batch of maps (B, C, H, W) in any layout.
 struct MapView {

@@ -29,6 +29,18 @@ void implement_depthwise(torch::stable::detail::StableLibrary& m, const std::str
          TORCH_BOX(&lka::cpu::depthwise_conv2d_backward_weight<kForm>));
 }
 
+#ifdef LKA_WITH_CUDA
+template <Form kForm>
+void implement_depthwise_cuda(torch::stable::detail::StableLibrary& m, const std::string& backend) {
+  m.impl(("depthwise_conv2d_forward_" + backend).c_str(),
+         TORCH_BOX(&lka::cuda::depthwise_conv2d_forward<kForm>));
+  m.impl(("depthwise_conv2d_backward_input_" + backend).c_str(),
+         TORCH_BOX(&lka::cuda::depthwise_conv2d_backward_input<kForm>));
+  m.impl(("depthwise_conv2d_backward_weight_" + backend).c_str(),
+         TORCH_BOX(&lka::cuda::depthwise_conv2d_backward_weight<kForm>));
+}
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lka_kernels, CPU, m) {
@@ -41,11 +53,9 @@ STABLE_TORCH_LIBRARY_IMPL(lka_kernels, CPU, m) {
 
 #ifdef LKA_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(lka_kernels, CUDA, m) {
-  m.impl("depthwise_conv2d_forward_cuda", TORCH_BOX(&lka::cuda::depthwise_conv2d_forward));
-  m.impl("depthwise_conv2d_backward_input_cuda",
-         TORCH_BOX(&lka::cuda::depthwise_conv2d_backward_input));
-  m.impl("depthwise_conv2d_backward_weight_cuda",
-         TORCH_BOX(&lka::cuda::depthwise_conv2d_backward_weight));
+  implement_depthwise_cuda<Form::any>(m, "cuda");
+  implement_depthwise_cuda<Form::direct>(m, "cuda_direct");
+  implement_depthwise_cuda<Form::implicit_gemm>(m, "cuda_gemm");
 }
 #endif
 

@@ -20,6 +20,7 @@ from lka_kernels.tiles import MOST_RANK
 
 BACKENDS = ("cpu", "triton", "cuda", "torch")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CUDA_GEMM_DTYPES = (torch.bfloat16, torch.float16)
 
 
 class Choice(NamedTuple):
@@ -33,8 +34,8 @@ class Choice(NamedTuple):
     def family(self) -> str:
         """The operators of ``ops.DEPTHWISE`` that serve the call, or "torch" for none of them.
 
-        Operators take no method: the CPU and Triton have a family for each, and one that chooses
-        by sizes.
+        Operators take no method: every backend has a family for each, and one that chooses by
+        sizes.
         """
         return _FAMILIES.get((self.backend, self.method), self.backend)
 
@@ -45,10 +46,13 @@ _FAMILIES = {
     ("triton", "direct"): "triton_direct",
     ("triton", "implicit_gemm"): "triton_gemm",
     ("triton", "fft"): "triton_fft",
+    ("cuda", "direct"): "cuda_direct",
+    ("cuda", "implicit_gemm"): "cuda_gemm",
 }
 _STRIDE_1_ONLY = {
     ("cpu", "fft"),
     *(("triton", method) for method in ("auto", "direct", "implicit_gemm")),
+    ("cuda", "implicit_gemm"),
 }
 
 
@@ -143,6 +147,8 @@ def _cannot_run_depthwise(
     if input.device.type != device:
         return f"it serves {device} tensors; input is on {input.device}"
     dtypes = TRITON_DTYPES if backend == "triton" else FLOAT_DTYPES
+    if (backend, method) == ("cuda", "implicit_gemm"):
+        dtypes = CUDA_GEMM_DTYPES
     if input.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         return f"it serves {names}; input is {input.dtype}"
@@ -210,23 +216,30 @@ def choose_depthwise(
         return Choice(requested, "auto", f"{reason}; sizes choose direct or implicit_gemm")
     if requested == "cpu" and method == "auto":
         return Choice(requested, "auto", f"{reason}; sizes choose direct or fft")
+    if requested == "cuda" and method == "auto":
+        refusal = cannot_run_depthwise("cuda", "implicit_gemm", input, weight, stride)
+        if refusal is None:
+            return Choice(requested, "auto", f"{reason}; implicit_gemm unless sizes refuse it")
+        return Choice(requested, "direct", f"{reason}; implicit_gemm cannot: {refusal}")
     return Choice(requested, "direct", reason)
 
 
 def _choose_implicit_gemm(input: Tensor, weight: Tensor, stride: tuple[int, int]) -> Choice:
+    """The Triton backend's, or the CUDA backend's where ``use_backend`` asked for that."""
     requested = _Requested.backend
-    if requested not in ("auto", "triton"):
+    backend = "cuda" if requested == "cuda" else "triton"
+    if requested not in ("auto", "triton", "cuda"):
         refusal = f"backend {requested!r} has none"
-    elif (status := triton_backend.status()) != "ready":
+    elif backend == "triton" and (status := triton_backend.status()) != "ready":
         refusal = f"it needs the Triton backend: {status}"
     else:
-        refusal = _cannot_run_depthwise("triton", input, weight, stride)
+        refusal = cannot_run_depthwise(backend, "implicit_gemm", input, weight, stride)
     if refusal is not None:
         raise ValueError(
             f"method='implicit_gemm' cannot serve this call: {refusal}; "
             "use 'auto', 'direct' or 'fft'"
         )
-    return Choice("triton", "implicit_gemm", "asked for by method='implicit_gemm'")
+    return Choice(backend, "implicit_gemm", "asked for by method='implicit_gemm'")
 
 
 _COMPILED_CPU = {

@@ -182,12 +182,13 @@ def _define(operator: str, backend: str, schemas: dict, fakes: dict) -> list:
     return overloads
 
 
-# Family -> operators; see ``dispatch.Choice.family``. "fft" runs on any device. The CPU and
-# Triton backends have one family more for each method that can be asked for.
+# Family -> operators; see ``dispatch.Choice.family``. "fft" runs on any device. The other backends
+# have one family more for each method that can be asked for.
 DEPTHWISE: dict[str, DepthwiseOps] = {
     name: DepthwiseOps(*_define("depthwise_conv2d", name, DEPTHWISE_SCHEMAS, _DEPTHWISE_FAKES))
     for name in (
-        *("cpu", "cpu_direct", "cpu_fft", "cuda", "fft"),
+        *("cpu", "cpu_direct", "cpu_fft", "fft"),
+        *("cuda", "cuda_direct", "cuda_gemm"),
         *("triton", "triton_direct", "triton_gemm", "triton_fft"),
     )
 }

@@ -240,6 +240,52 @@ def test_explain_of_an_empty_batch():
     assert "the result is empty" in text
 
 
+@pytest.fixture
+def ready_cuda(monkeypatch):
+    """As on a machine with a GPU; tensors on it have no memory."""
+    monkeypatch.setattr(dispatch, "_cuda_status", lambda: "ready")
+    with FakeTensorMode():
+        yield
+
+
+def on_cuda(dtype=torch.bfloat16) -> dict:
+    return {
+        "input": torch.zeros(2, 4, 9, 9, device="cuda", dtype=dtype),
+        "weight": torch.zeros(4, 1, 3, 3, device="cuda", dtype=dtype),
+    }
+
+
+@pytest.mark.usefixtures("ready_cuda")
+def test_the_cuda_backend_is_asked_for_by_name():
+    def served(method="auto", dtype=torch.bfloat16, **changes) -> tuple[str, str, str]:
+        given = on_cuda(dtype)
+        choice = dispatch.choose_depthwise(given["input"], given["weight"], method, **changes)
+        text = explain(**given, method=method, **changes)
+        assert text.startswith(f"backend={choice.backend} method={choice.method}: {choice.reason}")
+        return choice.backend, choice.method, choice.family
+
+    assert served() == ("torch", "direct", "torch")
+    with use_backend("cuda"):
+        assert served() == ("cuda", "auto", "cuda")
+        assert served("direct") == ("cuda", "direct", "cuda_direct")
+        assert served("implicit_gemm") == ("cuda", "implicit_gemm", "cuda_gemm")
+        assert served(stride=(2, 2)) == ("cuda", "direct", "cuda_direct")
+        for dtype in (torch.float32, torch.float64):
+            assert served(dtype=dtype)[:2] == ("cuda", "direct")
+            with pytest.raises(ValueError, match=r"bfloat16, float16; input is torch\.float"):
+                depthwise_conv2d(**on_cuda(dtype), method="implicit_gemm")
+        with pytest.raises(ValueError, match=r"it serves stride 1; stride is \(2, 2\)"):
+            depthwise_conv2d(**on_cuda(), method="implicit_gemm", stride=2)
+
+
+@pytest.mark.usefixtures("ready_cuda")
+def test_operators_of_the_cuda_backend():
+    with use_backend("cuda"):
+        for method, family in (("auto", ""), ("direct", "_direct"), ("implicit_gemm", "_gemm")):
+            operators = served_by(lambda m=method: depthwise_conv2d(**on_cuda(), method=m))
+            assert operators == [f"depthwise_conv2d_forward_cuda{family}"]
+
+
 def test_explain_raises_what_the_call_raises():
     with pytest.raises(ValueError, match="stride must be at least 1"):
         explain(**call(), stride=0)

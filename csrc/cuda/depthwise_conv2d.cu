@@ -1,101 +1,11 @@
-// Launchers of the direct depthwise convolution on CUDA: one thread per element of the result, one
-// block per weight for the weight gradient (a fixed tree, so the same bits every run).
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-#include <dlfcn.h>
-
-#include <algorithm>
-#include <string>
-
-#include "device/direct.cuh"
+// The CUDA operators of depthwise convolution: which kernel serves a call, and its arguments.
+#include "../stable.h"
+#include "depthwise_launchers.h"
+#include "launch.h"
 #include "operators.h"
 
 namespace lka::cuda {
 namespace {
-
-constexpr int kThreads = 256;
-
-template <class S, class A, bool kForward>
-__global__ void map_kernel(ConvParams p, const S* weight, const S* bias, int64_t numel) {
-  const MapView& target = kForward ? p.output : p.input;
-  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < numel;
-       i += int64_t(gridDim.x) * blockDim.x) {
-    const int64_t x = i % target.width, y = i / target.width % target.height;
-    const int64_t plane = i / target.width / target.height;
-    const int64_t c = plane % p.channels, b = plane / p.channels;
-    A value = kForward ? direct_forward<S, A>(p, weight, b, c, y, x)
-                       : direct_backward_input<S, A>(p, weight, b, c, y, x);
-    if (bias != nullptr) value += A(bias[c]);
-    static_cast<S*>(target.data)[b * target.stride_b + c * target.stride_c + y * target.stride_h +
-                                 x * target.stride_w] = S(value);
-  }
-}
-
-template <class S, class A>
-__global__ void weight_kernel(ConvParams p, S* grad_weight, S* grad_bias) {
-  const int64_t taps = p.kernel_h * p.kernel_w;
-  const int64_t c = blockIdx.x / (taps + 1), tap = blockIdx.x % (taps + 1);
-  const int64_t positions = p.output.height * p.output.width;
-  A sum = 0;
-  for (int64_t i = threadIdx.x; i < p.batch * positions; i += kThreads) {
-    const int64_t at = i % positions;
-    sum += direct_weight_term<S, A>(p, i / positions, c, at / p.output.width, at % p.output.width,
-                                    tap);
-  }
-  __shared__ A partial[kThreads];
-  partial[threadIdx.x] = sum;
-  __syncthreads();
-  for (int half = kThreads / 2; half > 0; half /= 2) {
-    if (threadIdx.x < half) partial[threadIdx.x] += partial[threadIdx.x + half];
-    __syncthreads();
-  }
-  if (threadIdx.x != 0) return;
-  if (tap < taps)
-    grad_weight[c * taps + tap] = S(partial[0]);
-  else
-    grad_bias[c] = S(partial[0]);
-}
-
-// Looked up when first needed, so that the library also loads beside a torch without CUDA.
-cudaStream_t current_stream(const Tensor& t) {
-  using Get = AOTITorchError (*)(int32_t, void**);
-  static const Get get =
-      reinterpret_cast<Get>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
-  STD_TORCH_CHECK(get != nullptr, "this torch has no CUDA stream to launch on");
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(get(t.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    cudaGetDevice(&previous_);
-    if (previous_ != device) cudaSetDevice(device);
-  }
-  ~DeviceGuard() { cudaSetDevice(previous_); }
-
- private:
-  int previous_ = 0;
-};
-
-void check_launch(const char* kernel) {
-  const cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(error == cudaSuccess, "launch of ", kernel,
-                  " failed: ", cudaGetErrorString(error));
-}
-
-// Calls f with a value of the storage type and one of the accumulation type.
-template <class F>
-void dispatch_storage(Storage storage, F f) {
-  switch (storage) {
-    case Storage::float32: return f(float(), float());
-    case Storage::float64: return f(double(), double());
-    case Storage::bfloat16: return f(__nv_bfloat16(), float());
-    case Storage::float16: return f(__half(), float());
-  }
-}
 
 ConvParams geometry(const Tensor& map, const std::vector<int64_t>& kernel,
                     const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
@@ -115,26 +25,71 @@ ConvParams geometry(const Tensor& map, const std::vector<int64_t>& kernel,
   return p;
 }
 
-template <bool kForward>
-void launch_map(const ConvParams& p, const Tensor& weight, const std::optional<Tensor>& bias,
-                int64_t numel) {
+// Why no kernel for tensor cores can serve a call, whatever its sizes; nullptr if one may.
+const char* why_no_tensor_cores(const ConvParams& p, int device) {
+  if (p.storage != Storage::float16 && p.storage != Storage::bfloat16)
+    return "tensor cores take float16 and bfloat16";
+  if (p.stride_h != 1 || p.stride_w != 1) return "it serves stride 1";
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor, device) < 8)
+    return "the device is older than compute capability 8.0";
+  return nullptr;
+}
+
+void check_form(Form form, const char* refusal) {
+  STD_TORCH_CHECK(form != Form::implicit_gemm,
+                  "method='implicit_gemm' of the cuda backend cannot serve this call: ", refusal,
+                  "; use 'auto' or 'direct'");
+}
+
+// Whether the register-blocked kernel in float32 could serve the call.
+bool correlate_in_float(const ConvParams& p, bool backward, const Tensor& weight, const void* bias,
+                        cudaStream_t stream) {
+  if (p.storage != Storage::float32 || p.stride_h != 1 || p.stride_w != 1) return false;
+  FloatCorrelateParams params;
+  const Plan plan = plan_float_correlate(correlation_of(p, backward), params);
+  if (plan.refusal != nullptr) return false;
+  Tensor taps = weight;
+  if (params.channels_in_lanes)
+    taps = torch::stable::contiguous(torch::stable::transpose(weight, 0, 3));
+  params.weight = static_cast<const float*>(taps.data_ptr());
+  params.bias = static_cast<const float*>(bias);
+  float_correlate(params, plan.shape, stream);
+  return true;
+}
+
+void correlate(Form form, const ConvParams& p, bool backward, const Tensor& weight,
+               const std::optional<Tensor>& bias) {
   const Tensor dense = torch::stable::contiguous(weight);
   Tensor dense_bias;
   if (bias.has_value()) dense_bias = torch::stable::contiguous(*bias);
-  const DeviceGuard guard(weight.get_device_index());
-  const cudaStream_t stream = current_stream(weight);
-  const int64_t blocks = std::min<int64_t>((numel + kThreads - 1) / kThreads, 1 << 20);
-  dispatch_storage(p.storage, [&](auto s, auto a) {
-    using S = decltype(s);
-    map_kernel<S, decltype(a), kForward><<<unsigned(blocks), kThreads, 0, stream>>>(
-        p, static_cast<const S*>(dense.data_ptr()),
-        bias.has_value() ? static_cast<const S*>(dense_bias.data_ptr()) : nullptr, numel);
-  });
-  check_launch(kForward ? "depthwise_conv2d_forward" : "depthwise_conv2d_backward_input");
+  const void* const bias_data = bias.has_value() ? dense_bias.data_ptr() : nullptr;
+  const int device = weight.get_device_index();
+  const DeviceGuard guard(device);
+  const cudaStream_t stream = current_stream(device);
+  if (form != Form::direct) {
+    const char* refusal = why_no_tensor_cores(p, device);
+    if (refusal == nullptr) {
+      CorrelateParams params;
+      const Plan plan = plan_correlate(correlation_of(p, backward), params);
+      if (plan.refusal == nullptr) {
+        params.weight = dense.data_ptr();
+        params.bias = bias_data;
+        return toeplitz_correlate(p.storage, params, plan.shape, stream);
+      }
+      refusal = plan.refusal;
+    }
+    check_form(form, refusal);
+    if (correlate_in_float(p, backward, dense, bias_data, stream)) return;
+  }
+  if (backward)
+    direct_backward_input(p, dense.data_ptr(), stream);
+  else
+    direct_forward(p, dense.data_ptr(), bias_data, stream);
 }
 
 }  // namespace
 
+template <Form kForm>
 Tensor depthwise_conv2d_forward(const Tensor& input, const Tensor& weight,
                                 const std::optional<Tensor>& bias,
                                 const std::vector<int64_t>& stride,
@@ -151,10 +106,11 @@ Tensor depthwise_conv2d_forward(const Tensor& input, const Tensor& weight,
   if (output.numel() == 0) return output;
   p.input = view_of(input);
   p.output = view_of(output);
-  launch_map<true>(p, weight, bias, output.numel());
+  correlate(kForm, p, false, weight, bias);
   return output;
 }
 
+template <Form kForm>
 Tensor depthwise_conv2d_backward_input(const Tensor& grad_output, const Tensor& weight,
                                        const std::vector<int64_t>& input_size,
                                        const std::vector<int64_t>& stride,
@@ -166,10 +122,11 @@ Tensor depthwise_conv2d_backward_input(const Tensor& grad_output, const Tensor& 
   if (grad_input.numel() == 0) return grad_input;
   p.output = view_of(grad_output);
   p.input = view_of(grad_input);
-  launch_map<false>(p, weight, std::nullopt, grad_input.numel());
+  correlate(kForm, p, true, weight, std::nullopt);
   return grad_input;
 }
 
+template <Form kForm>
 std::tuple<Tensor, Tensor> depthwise_conv2d_backward_weight(const Tensor& grad_output,
                                                             const Tensor& input,
                                                             const std::vector<int64_t>& kernel_size,
@@ -181,17 +138,57 @@ std::tuple<Tensor, Tensor> depthwise_conv2d_backward_weight(const Tensor& grad_o
   Tensor grad_bias = empty(input, {p.channels}, input.scalar_type());
   p.input = view_of(input);
   p.output = view_of(grad_output);
-  const DeviceGuard guard(input.get_device_index());
-  const cudaStream_t stream = current_stream(input);
-  const int64_t blocks = p.channels * (p.kernel_h * p.kernel_w + 1);
-  STD_TORCH_CHECK(blocks < (int64_t(1) << 31), "channels × taps must be below 2^31");
-  dispatch_storage(p.storage, [&](auto s, auto a) {
-    using S = decltype(s);
-    weight_kernel<S, decltype(a)><<<unsigned(blocks), kThreads, 0, stream>>>(
-        p, static_cast<S*>(grad_weight.data_ptr()), static_cast<S*>(grad_bias.data_ptr()));
-  });
-  check_launch("depthwise_conv2d_backward_weight");
+  const int device = input.get_device_index();
+  const DeviceGuard guard(device);
+  const cudaStream_t stream = current_stream(device);
+  if (kForm != Form::direct && grad_output.numel() > 0) {
+    const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, device);
+    const auto partials = [&](int64_t groups) {
+      return empty(input, {groups, p.channels, p.kernel_h * p.kernel_w + 1}, ScalarType::Float);
+    };
+    const char* refusal = why_no_tensor_cores(p, device);
+    if (refusal == nullptr) {
+      WeightGradientParams params;
+      const Plan plan = plan_weight_gradient(p, multiprocessors, params);
+      if (plan.refusal == nullptr) {
+        const Tensor sums = partials(params.groups);
+        params.partials = static_cast<float*>(sums.data_ptr());
+        toeplitz_weight_gradient(p.storage, params, plan.shape, grad_weight.data_ptr(),
+                                 grad_bias.data_ptr(), stream);
+        return {grad_weight, grad_bias};
+      }
+      refusal = plan.refusal;
+    }
+    check_form(kForm, refusal);
+    FloatWeightGradientParams params;
+    if (p.storage == Storage::float32 && p.stride_h == 1 && p.stride_w == 1) {
+      const Plan plan = plan_float_weight_gradient(p, multiprocessors, params);
+      if (plan.refusal == nullptr) {
+        const Tensor sums = partials(params.groups);
+        params.partials = static_cast<float*>(sums.data_ptr());
+        float_weight_gradient(params, plan.shape, grad_weight.data_ptr(), grad_bias.data_ptr(),
+                              stream);
+        return {grad_weight, grad_bias};
+      }
+    }
+  }
+  direct_backward_weight(p, grad_weight.data_ptr(), grad_bias.data_ptr(), stream);
   return {grad_weight, grad_bias};
 }
+
+#define LKA_INSTANTIATE(FORM)                                                                  \
+  template Tensor depthwise_conv2d_forward<FORM>(                                              \
+      const Tensor&, const Tensor&, const std::optional<Tensor>&, const std::vector<int64_t>&, \
+      const std::vector<int64_t>&, const std::vector<int64_t>&, bool);                         \
+  template Tensor depthwise_conv2d_backward_input<FORM>(                                       \
+      const Tensor&, const Tensor&, const std::vector<int64_t>&, const std::vector<int64_t>&,  \
+      const std::vector<int64_t>&, const std::vector<int64_t>&, bool);                         \
+  template std::tuple<Tensor, Tensor> depthwise_conv2d_backward_weight<FORM>(                  \
+      const Tensor&, const Tensor&, const std::vector<int64_t>&, const std::vector<int64_t>&,  \
+      const std::vector<int64_t>&, const std::vector<int64_t>&);
+LKA_INSTANTIATE(Form::any)
+LKA_INSTANTIATE(Form::direct)
+LKA_INSTANTIATE(Form::implicit_gemm)
+#undef LKA_INSTANTIATE
 
 }  // namespace lka::cuda

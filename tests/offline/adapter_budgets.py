@@ -1,9 +1,9 @@
-"""Compile the adapter's Triton kernels for GPUs that are not there; see ``budgets.py``."""
+"""Compile the adapter's Triton kernels for other GPUs; see ``triton_budgets.py``."""
 
 from pathlib import Path
 
 from adapter_launches import to_compile
-from budgets import Kernels, main
+from triton_budgets import Kernels, main
 
 
 def multiplies(name: str) -> bool:

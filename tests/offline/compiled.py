@@ -20,6 +20,7 @@ _TYPES = {
     torch.float16: "*fp16",
     torch.int64: "*i64",
 }
+TENSOR_CORES = r"(HMMA|HGMMA|UTCHMMA)"
 _BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -83,13 +84,32 @@ def compile_launch(launch, capability: int) -> Compiled:
         file.flush()
         usage = _run("cuobjdump", "-res-usage", file.name)
         sass = _run("nvdisasm", "-c", file.name)
-    found = {key: int(number) for key, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    return Compiled(
-        registers=found["REG"],
-        stack=found["STACK"] + found["LOCAL"],
-        shared=kernel.metadata.shared,
-        sass=sass,
-    )
+    return _compiled(usage, sass)._replace(shared=kernel.metadata.shared)
+
+
+def _compiled(usage: str, sass: str) -> Compiled:
+    found = {k: int(n) for k, n in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    return Compiled(found["REG"], found["STACK"] + found["LOCAL"], found["SHARED"], sass)
+
+
+def read_library(path: Path) -> dict[tuple[str, str], Compiled]:
+    """(mangled name, architecture) -> every kernel in a library or object file."""
+    machine_code = {}
+    for architecture, text in _by_architecture(_run("cuobjdump", "-sass", str(path))):
+        for part in text.split("Function : ")[1:]:
+            name, sass = part.split("\n", 1)
+            machine_code[name.strip(), architecture] = sass
+    found = {}
+    for architecture, text in _by_architecture(_run("cuobjdump", "-res-usage", str(path))):
+        for name, usage in re.findall(r"Function (\S+):\n(.*)", text):
+            key = name, architecture
+            found[key] = _compiled(usage, machine_code[key])
+    return found
+
+
+def _by_architecture(text: str) -> list[tuple[str, str]]:
+    parts = re.split(r"\narch = (\S+)\n", text)
+    return list(zip(parts[1::2], parts[2::2], strict=True))
 
 
 def _run(program: str, *arguments: str) -> str:

@@ -1,4 +1,4 @@
-"""Compile depthwise_conv2d's Triton kernels for GPUs that are not there; see ``budgets.py``."""
+"""Compile depthwise_conv2d's Triton kernels for other GPUs; see ``triton_budgets.py``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from budgets import CAPABILITIES, Kernels, main
+from triton_budgets import CAPABILITIES, Kernels, main
 
 from lka_kernels.backends.triton import depthwise
 from lka_kernels.backends.triton.launch import Launch

@@ -1,9 +1,9 @@
-"""Compile the Triton kernels around torch.fft for GPUs that are not there; see ``budgets.py``."""
+"""Compile the Triton kernels around torch.fft for other GPUs; see ``triton_budgets.py``."""
 
 from pathlib import Path
 
-from budgets import Kernels, main
 from fft_launches import to_compile
+from triton_budgets import Kernels, main
 
 KERNELS = Kernels(
     Path(__file__).with_name("fft_budgets.json"), to_compile, multiplies=lambda name: False
