@@ -14,8 +14,9 @@ from torch import Tensor
 from lka_kernels import philox, tiles
 from lka_kernels.backends.reference import center_tap_index
 from lka_kernels.backends.triton import adapter_kernels as kernels
-from lka_kernels.backends.triton.launch import Launch, dot_precision, run
+from lka_kernels.backends.triton.launch import Launch, dot_precision
 from lka_kernels.backends.triton.partial_sums import PartialSums
+from lka_kernels.backends.triton.run import run
 from lka_kernels.checks import same_padding
 from lka_kernels.fft_plan import touching_taps
 

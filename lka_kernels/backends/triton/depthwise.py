@@ -28,7 +28,8 @@ from lka_kernels.backends.triton.depthwise_geometry import (
     vector_of,
 )
 from lka_kernels.backends.triton.depthwise_weight import plan_backward_weight
-from lka_kernels.backends.triton.launch import Launch, run
+from lka_kernels.backends.triton.launch import Launch
+from lka_kernels.backends.triton.run import run
 from lka_kernels.checks import depthwise_output_size
 
 

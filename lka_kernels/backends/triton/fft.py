@@ -20,7 +20,7 @@ from torch import Tensor
 from lka_kernels import ops, tiles
 from lka_kernels.backends.triton import fft_kernels as kernels
 from lka_kernels.backends.triton.launch import Launch, Transform
-from lka_kernels.backends.triton.launch import run as run_launches
+from lka_kernels.backends.triton.run import run as run_launches
 from lka_kernels.checks import depthwise_output_size
 from lka_kernels.fft_plan import DimensionPlan, plan_dimension
 

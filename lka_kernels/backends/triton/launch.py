@@ -5,8 +5,6 @@ So too a transform by torch.fft that stands between launches.
 
 from __future__ import annotations
 
-import contextlib
-import os
 from typing import NamedTuple
 
 import torch
@@ -42,21 +40,6 @@ def dot_precision(dtype: torch.dtype, switch) -> str:
     older ``allow_tf32`` raises once the newer attribute has been set; this one follows both.
     """
     return "tf32" if dtype == torch.float32 and switch.fp32_precision == "tf32" else "ieee"
-
-
-def run(launches: list[Launch], device: torch.device) -> None:
-    """Run launches one after another on the current stream of ``device``."""
-    # Triton launches on the current device, whatever device its arguments are on.
-    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with guard:
-        if os.environ.get("LKA_TRITON_TUNE") == "1":
-            from lka_kernels.backends.triton.tuning import tuned  # imports this file
-
-            for launch in launches:
-                run_one(tuned(launch, device))
-        else:
-            for launch in launches:
-                run_one(launch)
 
 
 def run_one(launch: Launch) -> None:
