@@ -113,9 +113,17 @@ def _check_depthwise(input, weight, bias, stride, padding, dilation, method):
     return stride, padding, dilation
 
 
+# torch.is_autocast_enabled raises for a device that has no autocast, such as "meta". Asked once, as
+# torch.compile of PyTorch 2.11 cannot trace the question.
+_AUTOCAST_DEVICES = frozenset(
+    device
+    for device in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "maia", "xla", "ipu")
+    if torch.amp.is_autocast_available(device)
+)
+
+
 def _autocast_enabled(device_type: str) -> bool:
-    # is_autocast_enabled raises for a device that has no autocast, such as "meta".
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type)
 
 
 def _autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
