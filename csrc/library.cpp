@@ -73,24 +73,72 @@ PyObject* built_with_cuda(PyObject*, PyObject*) {
 #endif
 }
 
+// The storage type of that name; false if it is none of ours.
+bool storage_named(const std::string& name, lka::Storage& storage) {
+  if (name == "float32")
+    storage = lka::Storage::float32;
+  else if (name == "float64")
+    storage = lka::Storage::float64;
+  else if (name == "bfloat16")
+    storage = lka::Storage::bfloat16;
+  else if (name == "float16")
+    storage = lka::Storage::float16;
+  else
+    return false;
+  return true;
+}
+
+bool direction_named(const std::string& name, lka::cpu::Direction& direction) {
+  if (name == "forward")
+    direction = lka::cpu::Direction::forward;
+  else if (name == "backward_input")
+    direction = lka::cpu::Direction::backward_input;
+  else if (name == "backward_weight")
+    direction = lka::cpu::Direction::backward_weight;
+  else
+    return false;
+  return true;
+}
+
 // depthwise_kernel_name(direction, dtype, (B, C, H, W), (kH, kW), stride, padding, dilation,
 // channels_last, num_threads); padding is (top, left, bottom, right).
 PyObject* depthwise_kernel_name(PyObject*, PyObject* arguments) {
   const char *direction, *dtype;
-  long long n[14];
+  long long batch, channels, height, width, kernel_h, kernel_w, stride_h, stride_w;
+  long long top, left, bottom, right, dilation_h, dilation_w;
   int channels_last, num_threads;
-  if (!PyArg_ParseTuple(arguments, "ss(LLLL)(LL)(LL)(LLLL)(LL)pi", &direction, &dtype, &n[0], &n[1],
-                        &n[2], &n[3], &n[4], &n[5], &n[6], &n[7], &n[8], &n[9], &n[10], &n[11],
-                        &n[12], &n[13], &channels_last, &num_threads))
+  if (!PyArg_ParseTuple(arguments, "ss(LLLL)(LL)(LL)(LLLL)(LL)pi", &direction, &dtype, &batch,
+                        &channels, &height, &width, &kernel_h, &kernel_w, &stride_h, &stride_w,
+                        &top, &left, &bottom, &right, &dilation_h, &dilation_w, &channels_last,
+                        &num_threads))
     return nullptr;
-  const lka::cpu::DepthwiseSizes sizes = {n[0],  n[1],  n[2],  n[3],  n[4],
-                                          n[5],  n[6],  n[7],  n[8],  n[9],
-                                          n[10], n[11], n[12], n[13], channels_last != 0};
-  lka::Storage storage = lka::Storage::float32;
-  if (std::string(dtype) == "float64") storage = lka::Storage::float64;
-  if (std::string(dtype) == "bfloat16") storage = lka::Storage::bfloat16;
-  if (std::string(dtype) == "float16") storage = lka::Storage::float16;
-  const char* name = lka::cpu::depthwise_kernel_name(direction, storage, sizes, num_threads);
+  lka::cpu::Direction which;
+  if (!direction_named(direction, which))
+    return PyErr_Format(PyExc_ValueError,
+                        "direction must be forward, backward_input or backward_weight; got %s",
+                        direction);
+  lka::ConvParams call;
+  if (!storage_named(dtype, call.storage))
+    return PyErr_Format(PyExc_ValueError,
+                        "dtype must be float32, float64, bfloat16 or float16; got %s", dtype);
+  for (const long long size : {kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w})
+    if (size < 1)
+      return PyErr_Format(PyExc_ValueError,
+                          "kernel, stride and dilation must be at least 1; got %lld", size);
+  call.batch = batch;
+  call.channels = channels;
+  call.input.height = height;
+  call.input.width = width;
+  call.kernel_h = kernel_h;
+  call.kernel_w = kernel_w;
+  call.stride_h = stride_h;
+  call.stride_w = stride_w;
+  call.dilation_h = dilation_h;
+  call.dilation_w = dilation_w;
+  call.pad_top = top;
+  call.pad_left = left;
+  const char* name =
+      lka::cpu::depthwise_kernel_name(which, call, bottom, right, channels_last != 0, num_threads);
   if (name == nullptr) Py_RETURN_NONE;
   return PyUnicode_FromString(name);
 }

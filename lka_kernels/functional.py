@@ -113,8 +113,7 @@ def _check_depthwise(input, weight, bias, stride, padding, dilation, method):
     return stride, padding, dilation
 
 
-# torch.is_autocast_enabled raises for a device that has no autocast, such as "meta". Asked once, as
-# torch.compile of PyTorch 2.11 cannot trace the question.
+# For torch.compile of PyTorch 2.11, which cannot trace the question whether a device has autocast.
 _AUTOCAST_DEVICES = frozenset(
     device
     for device in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "maia", "xla", "ipu")
@@ -123,7 +122,12 @@ _AUTOCAST_DEVICES = frozenset(
 
 
 def _autocast_enabled(device_type: str) -> bool:
-    return device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type)
+    # torch.is_autocast_enabled raises for a device that has none, such as "meta".
+    if torch.compiler.is_compiling():
+        available = device_type in _AUTOCAST_DEVICES
+    else:
+        available = torch.amp.is_autocast_available(device_type)
+    return available and torch.is_autocast_enabled(device_type)
 
 
 def _autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:

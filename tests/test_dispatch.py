@@ -240,6 +240,38 @@ def test_explain_of_an_empty_batch():
     assert "the result is empty" in text
 
 
+@pytest.mark.usefixtures("compiled_cpu")
+def test_explain_of_a_map_whose_size_exceeds_32_bits():
+    x = torch.zeros(1).expand(2, 64, 65536, 65536)
+    assert "sizes choose forward " in explain(x, torch.zeros(64, 1, 3, 3), padding=1)
+
+
+@pytest.mark.usefixtures("compiled_cpu")
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"direction": "backward"}, "direction must be forward, .*; got backward"),
+        ({"dtype": torch.int32}, "dtype must be float32, .*; got int32"),
+        ({"kernel_size": (3, 0)}, "kernel, stride and dilation must be at least 1; got 0"),
+        ({"stride": (-1, 1)}, "kernel, stride and dilation must be at least 1; got -1"),
+    ],
+)
+def test_a_kernel_name_is_not_told_of_what_no_call_has(changes, named):
+    arguments = {
+        "direction": "forward",
+        "dtype": torch.float32,
+        "input_size": (1, 4, 9, 9),
+        "kernel_size": (3, 3),
+        "stride": (1, 1),
+        "padding": (1, 1, 1, 1),
+        "dilation": (1, 1),
+        "channels_last": False,
+    }
+    assert _extension.depthwise_kernel_name(**arguments)
+    with pytest.raises(ValueError, match=named):
+        _extension.depthwise_kernel_name(**(arguments | changes))
+
+
 @pytest.fixture
 def ready_cuda(monkeypatch):
     """As on a machine with a GPU; tensors on it have no memory."""

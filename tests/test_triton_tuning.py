@@ -24,6 +24,7 @@ def tuning(monkeypatch, tmp_path):
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tuning, "_KNOWN", {})
+    monkeypatch.setattr(tuning, "_TIMED_DEVICES", ("cuda", "cpu"))
     return tuning
 
 
@@ -79,10 +80,11 @@ def test_a_gain_within_the_noise_changes_nothing(tuning, monkeypatch):
     assert choice(tuning, launch(100)) == (4, 3)
 
 
-def test_a_choice_that_does_not_fit_is_passed_over(tuning, monkeypatch):
-    from triton.runtime.errors import OutOfResources
+@pytest.mark.parametrize("compiles", [True, False])
+def test_a_choice_that_does_not_fit_is_passed_over(compiles, tuning, monkeypatch):
+    from triton.runtime.errors import OutOfResources, PTXASError
 
-    error = OutOfResources(300_000, 232_448, "shared memory")
+    error = OutOfResources(300_000, 232_448, "shared memory") if compiles else PTXASError("no")
     monkeypatch.setattr(tuning, "time_launch", Timer({(8, 3): 0.1, (4, 2): 0.5}, error))
     assert choice(tuning, launch(100)) == (4, 2)
 
@@ -120,7 +122,17 @@ def test_a_known_choice_is_used_during_capture(tuning, monkeypatch):
     assert choice(tuning, launch(100)) == (2, 3)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"kernel 2^6 warps=4 stages=3": ["4", 3]}'])
+KEY = '"kernel 2^6 warps=4 stages=3"'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "{", "[1]", "[" * 200_000, f'{{{KEY}: ["4", 3]}}', f"{{{KEY}: 4}}"),
+        *(f"{{{KEY}: {choice}}}" for choice in ("[3, 3]", "[4, -1]", "[0, 0]", "[true, 3]")),
+    ],
+    ids=range(10),
+)
 def test_a_damaged_file_is_as_none(content, tuning, monkeypatch):
     timer = Timer({(2, 3): 0.5})
     monkeypatch.setattr(tuning, "time_launch", timer)
@@ -138,6 +150,48 @@ def test_without_a_place_to_write_choices_last_for_the_process(tuning, monkeypat
     monkeypatch.setattr(tuning, "time_launch", timer)
     assert choice(tuning, launch(100)) == choice(tuning, launch(100)) == (2, 3)
     assert len(timer.asked) == 5
+
+
+def test_without_a_home_choices_last_for_the_process(tuning, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(tuning.Path, "home", no_home)
+    timer = Timer({(2, 3): 0.5})
+    monkeypatch.setattr(tuning, "time_launch", timer)
+    assert choice(tuning, launch(100)) == choice(tuning, launch(100)) == (2, 3)
+    assert len(timer.asked) == 5
+
+
+def test_a_full_disk_leaves_nothing_behind(tuning, monkeypatch):
+    def full(self, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tuning, "time_launch", Timer({(2, 3): 0.5}))
+    monkeypatch.setattr(tuning.Path, "write_text", full)
+    assert choice(tuning, launch(100)) == (2, 3)
+    assert list(tuning.cache_file(torch.device(DEVICE)).parent.iterdir()) == []
+
+
+def test_what_another_process_found_adds_and_replaces_nothing(tuning, monkeypatch):
+    monkeypatch.setattr(tuning, "time_launch", Timer({(2, 3): 0.5}))
+    assert choice(tuning, launch(100)) == (2, 3)
+    file = tuning.cache_file(torch.device(DEVICE))
+    theirs = {tuning.key_of(launch(100)): [8, 3], tuning.key_of(launch(5)): [8, 3]}
+    file.write_text(json.dumps(theirs))
+    assert choice(tuning, launch(200)) == (2, 3)
+    assert choice(tuning, launch(100)) == (2, 3)
+    assert choice(tuning, launch(5)) == (8, 3)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU launches are timed")
+def test_nothing_is_timed_in_the_interpreter(tuning, monkeypatch):
+    monkeypatch.setattr(tuning, "_TIMED_DEVICES", ("cuda",))
+    monkeypatch.setenv("LKA_TRITON_TUNE", "1")
+    with use_backend("triton"):
+        depthwise_conv2d(torch.randn(1, 2, 5, 5), torch.randn(2, 1, 3, 3), padding=1)
+    assert not any(tuning._KNOWN.values())
 
 
 @pytest.mark.parametrize("method", ["direct", "fft"])

@@ -15,6 +15,7 @@
 // taps, which each vector of the source meets as soon as it is loaded.
 #pragma once
 
+#include "depthwise_plan.h"
 #include "prefetch.h"
 #include "simd.h"
 
@@ -29,6 +30,18 @@ struct Axis {
   int64_t live_begin;  // source indices in [live_begin, live_end) may be non-zero
   int64_t live_end;
 };
+
+// Outputs from first_out on of a phase, in a buffer that begins at source element buffer_begin.
+inline Axis axis_of(const lka::cpu::Phase& phase, int64_t first_out, int64_t count,
+                    int64_t buffer_begin, int64_t live_size) {
+  return Axis{count,
+              phase.taps,
+              phase.out_step,
+              phase.tap_step,
+              phase.origin + first_out * phase.out_step - buffer_begin,
+              -buffer_begin,
+              live_size - buffer_begin};
+}
 
 // Steps are mostly 1, and a division would cost as much as ten multiply-adds.
 inline int64_t ceil_div(int64_t a, int64_t b) {

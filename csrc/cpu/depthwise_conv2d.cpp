@@ -9,6 +9,7 @@
 #include "operators.h"
 #include "rounding.h"
 #include "scratch.h"
+#include "sizes.h"
 
 namespace lka::cpu {
 namespace {
@@ -33,11 +34,6 @@ ConvParams geometry(const Tensor& map, const std::vector<int64_t>& stride,
   p.pad_top = padding[0];
   p.pad_left = padding[1];
   return p;
-}
-
-int64_t output_extent(int64_t input, int64_t kernel, int64_t stride, int64_t before, int64_t after,
-                      int64_t dilation) {
-  return (input + before + after - dilation * (kernel - 1) - 1) / stride + 1;
 }
 
 void check_weight(const Tensor& weight, const Tensor& map) {

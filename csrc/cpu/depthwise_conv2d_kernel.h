@@ -96,17 +96,6 @@ void pack_weights_as(const ConvolvePlan& plan, int64_t begin, int64_t end) {
   }
 }
 
-inline Axis axis_of(const Phase& phase, int64_t first_out, int64_t count, int64_t buffer_begin,
-                    int64_t live_size) {
-  return Axis{count,
-              phase.taps,
-              phase.out_step,
-              phase.tap_step,
-              phase.origin + first_out * phase.out_step - buffer_begin,
-              -buffer_begin,
-              live_size - buffer_begin};
-}
-
 // The rows of a source that a band of outputs reads, as a SourceBuffer says, in scratch memory; or
 // its pairs of rows.
 template <class T, int V, class Taps = SingleTaps>

@@ -4,6 +4,7 @@
 #include <numeric>
 
 #include "fft_planner.h"
+#include "sizes.h"
 
 namespace lka::cpu {
 namespace {
@@ -23,7 +24,7 @@ constexpr int64_t kWeightGradientTasks = 16;
 // A part of the batch has at least this many positions: its partial sums are added up at the end.
 constexpr int64_t kPositionsPerPart = 384;
 
-// Taps of kernels that read maps where they stand. Measured: 7 × 7 gains nothing.
+// Taps of kernels that read maps where they stand: 7 × 7 was mostly slower so.
 constexpr int64_t kMostInPlaceTaps = 25;
 // Blocks of channels that a weight gradient takes together there: a pixel is read in long runs.
 constexpr int64_t kInPlaceBlocks = 6;
@@ -36,8 +37,6 @@ constexpr double kPairedCost = 0.55;
 constexpr int64_t kPlanarBufferBytes = 24 * 1024;
 // Sums of weight gradients of the channels that it takes together.
 constexpr int64_t kPlanarSumsBytes = 16 * 1024;
-
-int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
 
 // Drop taps that meet no source element [0, size) for any output.
 void clip(Phase& phase, int64_t size) {
@@ -211,13 +210,17 @@ void pair_rows(PlannedConvolution& planned) {
   planned.kernels = planned.kernels == &set.half ? &set.paired_half : &set.paired_full;
 }
 
-// Whether maps are read where they stand: with a stride and few taps. 16-bit elements are widened
-// once for every tap that they meet, which half a vector of them does not pay for.
+// Whether maps are read where they stand: with a stride and few taps.
 bool in_place_serves(const ConvParams& p, const LanePlan& lanes) {
-  const bool narrow = p.storage == Storage::bfloat16 || p.storage == Storage::float16;
   return p.stride_h * p.stride_w > 1 && p.kernel_h * p.kernel_w <= kMostInPlaceTaps &&
-         p.input.stride_c == 1 && p.output.stride_c == 1 && !lanes.cross_images &&
-         !(narrow && lanes.lanes < kernels(p.storage).full.lanes);
+         p.input.stride_c == 1 && p.output.stride_c == 1 && !lanes.cross_images;
+}
+
+// Half vectors of 16-bit elements, which in place are widened once for every tap that they meet:
+// measured slower than unpacking, but for weight gradients.
+bool half_of_narrow(const ConvParams& p, const LanePlan& lanes) {
+  return (p.storage == Storage::bfloat16 || p.storage == Storage::float16) &&
+         lanes.lanes < kernels(p.storage).full.lanes;
 }
 
 void plan_in_place(PlannedConvolution& planned, int num_threads) {
@@ -426,7 +429,7 @@ PlannedConvolution plan_convolution(const ConvParams& p, const MapView& source,
     planned.kernel_name = "dense";
     return planned;
   }
-  if (in_place_serves(p, plan.lanes)) {
+  if (in_place_serves(p, plan.lanes) && !half_of_narrow(p, plan.lanes)) {
     plan_in_place(planned, num_threads);
     planned.kernel_name = "in_place";
     return planned;

@@ -6,10 +6,10 @@
 #include <mutex>
 #include <vector>
 
+#include "sizes.h"
+
 namespace lka::cpu {
 namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
 
 // In units of the direct kernels' vector multiply-adds: a transform of n elements, for each of
 // n·log2(n), and what is done beside it to each element of a spectrum. Measured, see

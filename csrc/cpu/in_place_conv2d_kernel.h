@@ -1,6 +1,6 @@
 // Depthwise convolution that reads channels_last maps where they stand, for kernels with few taps
 // and a stride. The other kernels unpack the source first, which pays where each element meets many
-// taps; with stride 2 an element meets a quarter as many, and the unpacking is most of the time.
+// taps; with stride 2 an element meets a quarter as many.
 #pragma once
 
 #include "correlate.h"
@@ -15,21 +15,17 @@ using lka::cpu::ConvolvePlan;
 using lka::cpu::Phase;
 using lka::cpu::WeightGradientPlan;
 
-// Taps or outputs [begin, end) of one dimension.
-struct Range {
+// Taps of output j that meet an element of the source.
+inline TapRange taps_of(const Phase& phase, int64_t j, int64_t source_size) {
+  return live_taps(axis_of(phase, 0, phase.count, 0, source_size), j, 1);
+}
+
+struct OutputRange {
   int64_t begin, end;
 };
 
-// Taps of output j that meet an element of the source.
-inline Range taps_of(const Phase& phase, int64_t j, int64_t source_size) {
-  const int64_t at = phase.origin + j * phase.out_step;
-  const int64_t begin = at < 0 ? ceil_div(-at, phase.tap_step) : 0;
-  const int64_t end = ceil_div(source_size - at, phase.tap_step);
-  return {begin, end < phase.taps ? end : phase.taps};
-}
-
 // Outputs of which every tap meets an element of the source.
-inline Range whole_outputs(const Phase& phase, int64_t source_size) {
+inline OutputRange whole_outputs(const Phase& phase, int64_t source_size) {
   if (phase.taps == 0) return {0, phase.count};
   const int64_t last = source_size - 1 - phase.origin - (phase.taps - 1) * phase.tap_step;
   int64_t begin = phase.origin < 0 ? ceil_div(-phase.origin, phase.out_step) : 0;
@@ -99,7 +95,7 @@ constexpr int kInPlaceOutputs = LKA_VECTOR_BYTES == 64 ? 4 : 6;
 template <class T, int V, class S>
 void convolve_row_in_place(const ConvolvePlan& plan, const S* source, const Phase& y, int64_t j,
                            const Phase& x, const T* weight, S* out, Ahead& ahead) {
-  const Range rows = taps_of(y, j, plan.source.height);
+  const TapRange rows = taps_of(y, j, plan.source.height);
   InPlaceSums<T, S> sums;
   sums.rows = rows.end > rows.begin ? rows.end - rows.begin : 0;
   sums.source_row = y.tap_step * plan.source.stride_h;
@@ -111,7 +107,7 @@ void convolve_row_in_place(const ConvolvePlan& plan, const S* source, const Phas
   source += (y.origin + j * y.out_step + rows.begin * y.tap_step) * plan.source.stride_h;
   out += x.first_output * plan.target.stride_w;
   weight += rows.begin * sums.weight_row;
-  const auto from = [&](int64_t output, Range columns) {
+  const auto from = [&](int64_t output, TapRange columns) {
     sums.columns = columns.end > columns.begin ? columns.end - columns.begin : 0;
     if (sums.columns == 0) sums.rows = 0;
     sums.source = source + (x.origin + output * x.out_step + columns.begin * x.tap_step) *
@@ -126,7 +122,7 @@ void convolve_row_in_place(const ConvolvePlan& plan, const S* source, const Phas
     in_place_pixels<T, V, S, 1>(sums, plan.channels, weight_block, ahead);
     sums.rows = all_rows;
   };
-  const Range whole = whole_outputs(x, plan.source.width);
+  const OutputRange whole = whole_outputs(x, plan.source.width);
   int64_t output = 0;
   for (; output < whole.begin; ++output) one(output);
   const auto some = [&](auto many) {
@@ -225,14 +221,14 @@ void weight_gradient_row_in_place(const WeightGradientPlan& plan, InPlaceProduct
                                   Ahead* ahead) {
   // As a convolution has it: outputs are columns of grad_output, taps are kernel elements.
   const Phase x = {0, 1, plan.x.taps, kTaps, plan.x.origin, plan.x.tap_step, plan.x.out_step, 0, 1};
-  const Range whole = whole_outputs(x, plan.input.width);
+  const OutputRange whole = whole_outputs(x, plan.input.width);
   const InPlaceProducts<T, S> first = p;
   const auto at = [&](int64_t column) {
     p.grad = first.grad + column * p.grad_column;
     p.input = first.input + column * p.input_column;
   };
   const auto edge = [&](int64_t column) {
-    const Range taps = taps_of(x, column, plan.input.width);
+    const TapRange taps = taps_of(x, column, plan.input.width);
     for (int64_t n = taps.begin; n < taps.end; ++n) {
       at(column);
       p.input += n * p.input_tap;

@@ -109,6 +109,21 @@ inline const char* too_large(const Correlation& call) {
                     call.dilation_w * call.kernel_w, std::abs(call.top), std::abs(call.left)});
 }
 
+// What all parameters have in common: sizes, and the taps that touch the map. Of one tap in a
+// dimension the dilation means nothing, but would cut the outputs into as many interleaved parts.
+template <class Params>
+void describe(int64_t batch, int64_t channels, const Taps& rows, const Taps& columns,
+              int64_t dilation_h, int64_t dilation_w, Params& p) {
+  p.batch = int32_t(batch);
+  p.channels = int32_t(channels);
+  p.kernel_h = int32_t(rows.count);
+  p.kernel_w = int32_t(columns.count);
+  p.dilation_h = rows.count > 1 ? int32_t(dilation_h) : 1;
+  p.dilation_w = columns.count > 1 ? int32_t(dilation_w) : 1;
+  p.top = int32_t(rows.before);
+  p.left = int32_t(columns.before);
+}
+
 // Clips the taps, those of a contiguous weight, and where they are reversed begins with the last.
 template <class Params>
 void describe(const Correlation& call, Params& p) {
@@ -116,14 +131,7 @@ void describe(const Correlation& call, Params& p) {
                                     call.dilation_h);
   const Taps columns = taps_that_touch(call.source.width, call.result.width, call.kernel_w,
                                        call.left, call.dilation_w);
-  p.batch = int32_t(call.batch);
-  p.channels = int32_t(call.channels);
-  p.kernel_h = int32_t(rows.count);
-  p.kernel_w = int32_t(columns.count);
-  p.dilation_h = int32_t(call.dilation_h);
-  p.dilation_w = int32_t(call.dilation_w);
-  p.top = int32_t(rows.before);
-  p.left = int32_t(columns.before);
+  describe(call.batch, call.channels, rows, columns, call.dilation_h, call.dilation_w, p);
   const int32_t sign = call.reversed ? -1 : 1;
   const int64_t ky = call.reversed ? call.kernel_h - 1 - rows.first : rows.first;
   const int64_t kx = call.reversed ? call.kernel_w - 1 - columns.first : columns.first;
@@ -144,8 +152,8 @@ inline Plan plan_correlate(const Correlation& call, CorrelateParams& p) {
   p.source = access_of(call.source, call.batch, call.channels);
   p.result = access_of(call.result, call.batch, call.channels);
 
-  p.strips = int32_t(call.dilation_h *
-                     ceil_div(ceil_div(call.result.height, call.dilation_h), Kernel::kRows));
+  p.strips =
+      int32_t(p.dilation_h * ceil_div(ceil_div(call.result.height, p.dilation_h), Kernel::kRows));
   const int64_t slots = p.strips * call.batch;
   p.x_tiles = int32_t(ceil_div(call.result.width, Kernel::kColumns));
   // Eight outputs meet 7 + extent columns, and one more where they begin at an odd one.
@@ -210,8 +218,8 @@ inline Plan plan_float_correlate(const Correlation& call, FloatCorrelateParams& 
   const auto groups = [](int64_t size, int64_t dilation, int64_t of) {
     return int32_t(dilation * ceil_div(ceil_div(size, dilation), of));
   };
-  p.strips = groups(call.result.height, call.dilation_h, Kernel::kRows);
-  p.columns = groups(call.result.width, call.dilation_w, Kernel::kColumns);
+  p.strips = groups(call.result.height, p.dilation_h, Kernel::kRows);
+  p.columns = groups(call.result.width, p.dilation_w, Kernel::kColumns);
   p.threads = call.batch * call.channels * p.strips * p.columns;
   const int64_t blocks = ceil_div(p.threads, Kernel::kThreads);
   if (blocks > kMostBlocks) return {{}, "more than 2^31 blocks"};
@@ -232,14 +240,7 @@ void describe(const ConvParams& call, Params& p) {
                                     call.pad_top, call.dilation_h);
   const Taps columns = taps_that_touch(call.input.width, call.output.width, call.kernel_w,
                                        call.pad_left, call.dilation_w);
-  p.batch = int32_t(call.batch);
-  p.channels = int32_t(call.channels);
-  p.kernel_h = int32_t(rows.count);
-  p.kernel_w = int32_t(columns.count);
-  p.dilation_h = int32_t(call.dilation_h);
-  p.dilation_w = int32_t(call.dilation_w);
-  p.top = int32_t(rows.before);
-  p.left = int32_t(columns.before);
+  describe(call.batch, call.channels, rows, columns, call.dilation_h, call.dilation_w, p);
   p.first_h = int32_t(rows.first);
   p.first_w = int32_t(columns.first);
   p.full_h = int32_t(call.kernel_h);
@@ -256,8 +257,8 @@ inline Plan plan_float_weight_gradient(const ConvParams& call, int multiprocesso
   p.input = call.input;
   p.tap_tiles_h = int32_t(ceil_div(p.kernel_h, Kernel::kTapRows));
   p.tap_tiles_w = int32_t(ceil_div(p.kernel_w, Kernel::kTapColumns));
-  p.segments = int32_t(call.dilation_w *
-                       ceil_div(ceil_div(call.output.width, call.dilation_w), Kernel::kSegment));
+  p.segments =
+      int32_t(p.dilation_w * ceil_div(ceil_div(call.output.width, p.dilation_w), Kernel::kSegment));
   p.units = call.batch * call.output.height * p.segments;
   const int64_t blocks = call.channels * p.tap_tiles_h * p.tap_tiles_w;
   const int64_t groups = std::clamp<int64_t>(ceil_div(8 * multiprocessors, blocks), 1,
@@ -286,7 +287,7 @@ inline Plan plan_weight_gradient(const ConvParams& call, int multiprocessors,
   const int64_t taps_w = std::min<int64_t>(p.kernel_w, Kernel::kTapColumns);
   const int64_t width = std::min<int64_t>(Kernel::kColumns, ceil_div(call.input.width, 16) * 16);
   // Up to seven columns in front are skipped.
-  const int64_t grad_width = 7 + width + (taps_w - 1) * call.dilation_w;
+  const int64_t grad_width = 7 + width + (taps_w - 1) * p.dilation_w;
   p.input_tile.row_pitch = int32_t(row_pitch(width));
   p.grad_tile.row_pitch = int32_t(row_pitch(grad_width));
   // About 64 products for each tile of 16 × 8 taps between two barriers; rows of neighbouring
@@ -296,7 +297,7 @@ inline Plan plan_weight_gradient(const ConvParams& call, int multiprocessors,
   p.strips = int32_t(ceil_div(call.output.height, p.strip_rows));
   const int64_t most_images = std::max<int64_t>(1, 64 / (p.strip_rows * chunks));
   const bool by_rows = p.input.row_vector > 0 && p.grad_output.row_vector > 0;
-  p.input_rows = int32_t(p.strip_rows + (taps_h - 1) * call.dilation_h);
+  p.input_rows = int32_t(p.strip_rows + (taps_h - 1) * p.dilation_h);
   // A warp has a channel. First fewer images in a step, then fewer warps.
   for (int64_t warps = by_rows ? 4 : 8; warps > 0; warps /= 2)
     for (int64_t images = std::min(call.batch, most_images); images > 0; images /= 2) {

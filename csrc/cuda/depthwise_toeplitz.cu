@@ -10,6 +10,8 @@ __global__ void __launch_bounds__(256) correlate_kernel(const __grid_constant__ 
   extern __shared__ __align__(16) char shared[];
 #if __CUDA_ARCH__ >= 800
   ToeplitzCorrelateBlock<Storage>(p, shared).run();
+#else  // a newer device made this from PTX for an older one
+  __trap();
 #endif
 }
 

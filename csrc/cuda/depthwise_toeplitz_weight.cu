@@ -12,6 +12,8 @@ __global__ void __launch_bounds__(256)
   extern __shared__ __align__(16) char shared[];
 #if __CUDA_ARCH__ >= 800
   WeightGradientBlock<Storage>(p, shared).run();
+#else  // a newer device made this from PTX for an older one
+  __trap();
 #endif
 }
 
@@ -20,6 +22,8 @@ __global__ void sum_partials_kernel(const __grid_constant__ WeightGradientParams
                                     void* grad_weight, void* grad_bias) {
 #if __CUDA_ARCH__ >= 800
   sum_partials<Storage>(p, grad_weight, grad_bias);
+#else  // a newer device made this from PTX for an older one
+  __trap();
 #endif
 }
 

@@ -26,14 +26,18 @@ inline cudaStream_t current_stream(int device) {
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
-    cudaGetDevice(&previous_);
-    if (previous_ != device) cudaSetDevice(device);
+    check(cudaGetDevice(&previous_), device);
+    if (previous_ != device) check(cudaSetDevice(device), device);
   }
   ~DeviceGuard() { cudaSetDevice(previous_); }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
+  static void check(cudaError_t error, int device) {
+    STD_TORCH_CHECK(error == cudaSuccess, "CUDA device ", device, ": ", cudaGetErrorString(error));
+  }
+
   int previous_ = 0;
 };
 

@@ -32,8 +32,12 @@ from lka_kernels.version import __version__
 _LEAST_GAIN = 0.03
 _REPEATS = 15
 
-# File -> key of a launch -> (warps, stages).
-_KNOWN: dict[Path, dict[str, list[int]]] = {}
+_TIMED_DEVICES = ("cuda",)  # not the interpreter's
+_WARPS = (1, 2, 4, 8, 16)
+_STAGES = range(1, 6)
+
+# File, or None where there is no place for one -> key of a launch -> (warps, stages).
+_KNOWN: dict[Path | None, dict[str, list[int]]] = {}
 
 
 def tuned(launch: Launch, device: torch.device) -> Launch:
@@ -44,24 +48,30 @@ def tuned(launch: Launch, device: torch.device) -> Launch:
         known = _KNOWN[file] = _read(file)
     key = key_of(launch)
     if key not in known:
-        if not may_time(launch):
+        if not may_time(launch, device):
             return launch
         best = _fastest(launch, device)
-        # Other processes may have written meanwhile.
-        known |= {**_read(file), key: [best.num_warps, best.num_stages]}
+        # Other processes may have written meanwhile. What this one has used stays, for the sake of
+        # equal bits; of two that write at the same time one loses its choice, and times it again.
+        known.update({**_read(file), **known, key: [best.num_warps, best.num_stages]})
         _write(file, known)
     num_warps, num_stages = known[key]
     return launch._replace(num_warps=num_warps, num_stages=num_stages)
 
 
-def cache_file(device: torch.device) -> Path:
-    """Where the choices for ``device`` are kept."""
+def cache_file(device: torch.device) -> Path | None:
+    """Where the choices for ``device`` are kept; None if the user has no home."""
     name = "interpreter"
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         name = f"{torch.cuda.get_device_name(device)} {major}.{minor}"
     name = re.sub(r"[^\w.]+", "-", f"{name} triton {triton.__version__} {__version__}")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    base = os.environ.get("XDG_CACHE_HOME")
+    if not base:
+        try:
+            base = Path.home() / ".cache"
+        except RuntimeError:
+            return None
     return Path(base) / "lka_kernels" / f"{name}.json"
 
 
@@ -89,13 +99,13 @@ def candidates(launch: Launch) -> list[Launch]:
     return [
         launch._replace(num_warps=w, num_stages=s)
         for w, s in choices
-        if 1 <= w <= 16 and 1 <= s <= 5
+        if w in _WARPS and s in _STAGES
     ]
 
 
-def may_time(launch: Launch) -> bool:
-    """Whether ``launch`` can be repeated here without a trace."""
-    if torch.compiler.is_compiling():
+def may_time(launch: Launch, device: torch.device) -> bool:
+    """Whether ``launch`` can be repeated here without a trace, on a device worth timing."""
+    if device.type not in _TIMED_DEVICES or torch.compiler.is_compiling():
         return False
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return False
@@ -111,7 +121,8 @@ def _fastest(launch: Launch, device: torch.device) -> Launch:
     for candidate in others:
         try:
             seconds = time_launch(candidate, device)
-        except triton.runtime.errors.OutOfResources:  # more shared memory than there is
+        # What the default does without, such as more shared memory than there is, is no error.
+        except (triton.errors.TritonError, RuntimeError):
             continue
         if seconds < least:
             best, least = candidate, seconds
@@ -133,25 +144,35 @@ def time_launch(launch: Launch, device: torch.device) -> float:
     return statistics.median(begin.elapsed_time(end) for begin, end in pairs) / 1e3
 
 
-def _read(file: Path) -> dict[str, list[int]]:
+def _read(file: Path | None) -> dict[str, list[int]]:
     """What the file holds; nothing if it is missing or damaged."""
+    if file is None:
+        return {}
     try:
         found = json.loads(file.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     if not isinstance(found, dict):
         return {}
-    return {
-        key: value
-        for key, value in found.items()
-        if isinstance(value, list) and len(value) == 2 and all(type(n) is int for n in value)
-    }
+    return {key: value for key, value in found.items() if _is_choice(value)}
 
 
-def _write(file: Path, known: dict) -> None:
+def _is_choice(value) -> bool:
+    return (
+        isinstance(value, list)
+        and [type(n) for n in value] == [int, int]
+        and value[0] in _WARPS
+        and value[1] in _STAGES
+    )
+
+
+def _write(file: Path | None, known: dict) -> None:
     """Replace the file in one step; where that cannot be, the choices last for this process."""
+    if file is None:
+        return
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as new:
-            json.dump(known, new, indent=1, sort_keys=True)
-        os.replace(new.name, file)
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            new = Path(folder) / file.name
+            new.write_text(json.dumps(known, indent=1, sort_keys=True))
+            new.replace(file)
