@@ -27,7 +27,7 @@ constexpr int64_t kPositionsPerPart = 384;
 // Taps of kernels that read maps where they stand: 7 × 7 was mostly slower so.
 constexpr int64_t kMostInPlaceTaps = 25;
 // Blocks of channels that a weight gradient takes together there: a pixel is read in long runs.
-constexpr int64_t kInPlaceBlocks = 6;
+constexpr int64_t kInPlaceBlocks = 12;
 
 constexpr double kSupposedThreads = 4.0;
 // The time of direct sums of pairs of rows over that of single rows. Seen: 0.50 to 0.63.
@@ -52,6 +52,11 @@ double used_share(int64_t channels, int lanes) {
   return double(channels) / double(ceil_div(channels, lanes) * lanes);
 }
 
+LanePlan channel_blocks(int64_t batch, int64_t channels, int lanes) {
+  const int64_t blocks = ceil_div(channels, lanes);
+  return {lanes, false, blocks, blocks * batch, blocks};
+}
+
 // Channels of one image fill the lanes where at most a fifth of them would idle; else planes of
 // different images share a vector, unless channels are adjacent in memory: then reading them
 // together is worth more.
@@ -73,10 +78,7 @@ LanePlan plan_lanes(int64_t batch, int64_t channels, bool channels_adjacent, con
     plan.num_patterns =
         std::min(plan.num_blocks, channels / std::gcd(channels, int64_t(plan.lanes)));
   } else {
-    plan.lanes = kernels->lanes;
-    plan.blocks_per_image = ceil_div(channels, plan.lanes);
-    plan.num_blocks = plan.blocks_per_image * batch;
-    plan.num_patterns = plan.blocks_per_image;
+    plan = channel_blocks(batch, channels, kernels->lanes);
   }
   return plan;
 }
@@ -186,13 +188,14 @@ bool covers(const Phase& phase, int64_t source_size) {
          phase.taps == source_size - phase.origin;
 }
 
-// Whether two rows of the source can stand in a lane.
-bool pairs_serve(const ConvParams& p, const Phase& y) {
-  return kernels(p.storage).paired_full.convolve != nullptr && p.stride_h == 1 && p.stride_w == 1 &&
-         p.dilation_h == 1 && y.taps > 1;
+// Whether two rows of the source can stand in a lane, where outputs have one phase, `y` its rows.
+bool pairs_serve(Storage storage, const Phase& y) {
+  return kernels(storage).paired_full.convolve != nullptr && y.tap_step == 1 && y.taps > 1 &&
+         y.out_step <= 2;
 }
 
-// The phases of even and of odd output rows over pairs of source rows.
+// The phases of even and of odd output rows over pairs of source rows; with a stride of two every
+// output row begins with a pair.
 void pair_rows(PlannedConvolution& planned) {
   ConvolvePlan& plan = planned.plan;
   const Phase y = planned.phases_y[0];
@@ -202,10 +205,13 @@ void pair_rows(PlannedConvolution& planned) {
   plan.pair_shift = -(y.origin & 1);
   plan.source_height = ceil_div(plan.source.height - plan.pair_shift, 2);
   const int64_t origin = (y.origin - plan.pair_shift) / 2;
-  planned.phases_y = {{0, 2, (y.count + 1) / 2, (y.taps + 1) / 2, origin, 1, 1, 0, 1},
-                      {1, 2, y.count / 2, y.taps / 2 + 1, origin, 1, 1, 0, 1}};
+  if (y.out_step == 2)
+    planned.phases_y = {{0, 1, y.count, (y.taps + 1) / 2, origin, 1, 1, 0, 1}};
+  else
+    planned.phases_y = {{0, 2, (y.count + 1) / 2, (y.taps + 1) / 2, origin, 1, 1, 0, 1},
+                        {1, 2, y.count / 2, y.taps / 2 + 1, origin, 1, 1, 0, 1}};
   plan.phases_y = planned.phases_y.data();
-  plan.num_phases_y = 2;
+  plan.num_phases_y = int64_t(planned.phases_y.size());
   const KernelSet& set = kernels(plan.storage);
   planned.kernels = planned.kernels == &set.half ? &set.paired_half : &set.paired_full;
 }
@@ -216,15 +222,16 @@ bool in_place_serves(const ConvParams& p, const LanePlan& lanes) {
          p.input.stride_c == 1 && p.output.stride_c == 1 && !lanes.cross_images;
 }
 
-// Half vectors of 16-bit elements, which in place are widened once for every tap that they meet:
-// measured slower than unpacking, but for weight gradients.
-bool half_of_narrow(const ConvParams& p, const LanePlan& lanes) {
-  return (p.storage == Storage::bfloat16 || p.storage == Storage::float16) &&
-         lanes.lanes < kernels(p.storage).full.lanes;
-}
-
 void plan_in_place(PlannedConvolution& planned, int num_threads) {
   ConvolvePlan& plan = planned.plan;
+  // Elements of 16 bits are widened for every row of taps. What counts is the number of
+  // instructions then, and a full vector with idle lanes takes as many as half a one.
+  const bool narrow = plan.storage == Storage::bfloat16 || plan.storage == Storage::float16;
+  const KernelSet& set = kernels(plan.storage);
+  if (narrow && plan.channels > set.half.lanes) {
+    planned.kernels = &set.full;
+    plan.lanes = channel_blocks(plan.batch, plan.channels, set.full.lanes);
+  }
   plan.in_place = true;
   plan.packed_taps = 0;
   double multiply_adds = 0;
@@ -353,7 +360,7 @@ double direct_form_cost(const ConvParams& p, const Phase& y, const Phase& x,
   if (covers(y, source.height) && covers(x, source.width))
     return dense_cost(y, x, source.height, source.width);
   const double single = direct_cost(y, x, source.height, source.width);
-  return pairs_serve(p, y) ? kPairedCost * single : single;
+  return pairs_serve(p.storage, y) ? kPairedCost * single : single;
 }
 
 // Plans transforms, if they serve and cost less than direct sums or are asked for.
@@ -429,14 +436,15 @@ PlannedConvolution plan_convolution(const ConvParams& p, const MapView& source,
     planned.kernel_name = "dense";
     return planned;
   }
-  if (in_place_serves(p, plan.lanes) && !half_of_narrow(p, plan.lanes)) {
+  if (in_place_serves(p, plan.lanes)) {
     plan_in_place(planned, num_threads);
     planned.kernel_name = "in_place";
     return planned;
   }
   plan.source_height = source.height;
   planned.kernel_name = "blocks";
-  if (pairs_serve(p, first_y)) pair_rows(planned);
+  if (planned.phases_y.size() * planned.phases_x.size() == 1 && pairs_serve(p.storage, first_y))
+    pair_rows(planned);
   const bool together = source.stride_c == 1 && !plan.lanes.cross_images;
 
   const Extent y = extent_of(planned.phases_y), x = extent_of(planned.phases_x);

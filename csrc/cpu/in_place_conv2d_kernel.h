@@ -46,104 +46,232 @@ struct InPlaceSums {
   const T* bias;  // or null
   S* out;
   int64_t out_column;
-  int channels;  // in the block
+
+  template <int V>
+  void next_block(int64_t weight_block) {
+    source += V;
+    out += V;
+    weight += weight_block;
+    if (bias) bias += V;
+  }
+
+  template <int V, int kOutputs>
+  void sum(int channels) const {
+    const Vec<T, V> start = bias ? load_aligned<V>(bias) : Vec<T, V>{};
+    Vec<T, V> sums[kOutputs];
+#pragma GCC unroll 8
+    for (int t = 0; t < kOutputs; ++t) sums[t] = start;
+    for (int64_t m = 0; m < rows; ++m) {
+      const S* from = source + m * source_row;
+      const T* w = weight + m * weight_row;
+      for (int64_t n = 0; n < columns; ++n, from += source_column, w += V) {
+        Vec<T, V> tap = load_aligned<V>(w);
+        keep_in_register(tap);
+#pragma GCC unroll 8
+        for (int t = 0; t < kOutputs; ++t)
+          sums[t] += tap * load_some<T, V, S>(from + t * source_output, channels);
+      }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < kOutputs; ++t) store_some<T, V, S>(out + t * out_column, sums[t], channels);
+  }
 };
 
-template <class T, int V, class S, int kOutputs, bool kWhole>
-inline void in_place_sums(const InPlaceSums<T, S>& sums) {
-  const Vec<T, V> start = sums.bias ? load_aligned<V>(sums.bias) : Vec<T, V>{};
-  Vec<T, V> sum[kOutputs];
+// What networks have, known when it is compiled: one phase of outputs, or two that interleave, with
+// kTaps and kMoreTaps taps in a row. Output j of a phase begins at source column j·kStep, of the
+// second kLater further right (left where it is negative).
+template <int kStep_, int kTaps_, int kMoreTaps_ = 0, int kLater_ = 0>
+struct RowShape {
+  static constexpr int kStep = kStep_, kPhases = kMoreTaps_ > 0 ? 2 : 1;
+  static constexpr int kTaps[] = {kTaps_, kMoreTaps_};
+  static constexpr int kFirst[] = {kLater_ < 0 ? -kLater_ : 0, kLater_ > 0 ? kLater_ : 0};
+  // Outputs of a phase side by side: sums and taps fill the registers. Maps of networks are
+  // multiples of 7.
+  static constexpr int kOutputs = LKA_VECTOR_BYTES == 64 || kPhases == 1 ? 7 : 4;
+  static constexpr int end(int phase) { return kFirst[phase] + kTaps[phase]; }
+  static constexpr int kColumns =
+      (kOutputs - 1) * kStep + (kPhases > 1 && end(1) > end(0) ? end(1) : end(0));
+};
+
+// The same for such rows. A source column is read once for all outputs that it meets.
+template <class T, class S, class Row>
+struct InPlaceTile {
+  const S* source;  // of kernel row 0 and the first column
+  int64_t rows, source_row, source_column;
+  int64_t first_column, last_column;  // of kColumns those that the source has
+  const T* weight[2];                 // of phases
+  const T* bias;
+  S* out;
+  int64_t out_column, out_phase;
+
+  template <int V>
+  void next_block(int64_t weight_block) {
+    source += V;
+    out += V;
+    weight[0] += weight_block;
+    weight[1] += weight_block;
+    if (bias) bias += V;
+  }
+
+  // kWhole: the source has all columns, and the block all channels.
+  template <int V, bool kWhole>
+  void sum(int channels) const {
+    const Vec<T, V> start = bias ? load_aligned<V>(bias) : Vec<T, V>{};
+    Vec<T, V> sums[Row::kPhases][Row::kOutputs];
+#pragma GCC unroll 2
+    for (int p = 0; p < Row::kPhases; ++p)
 #pragma GCC unroll 8
-  for (int t = 0; t < kOutputs; ++t) sum[t] = start;
-  for (int64_t m = 0; m < sums.rows; ++m) {
-    const S* from = sums.source + m * sums.source_row;
-    const T* w = sums.weight + m * sums.weight_row;
-    for (int64_t n = 0; n < sums.columns; ++n, from += sums.source_column, w += V) {
-      Vec<T, V> tap = load_aligned<V>(w);
-      keep_in_register(tap);
+      for (int t = 0; t < Row::kOutputs; ++t) sums[p][t] = start;
+    for (int64_t m = 0; m < rows; ++m) {
+      const S* from = source + m * source_row;
+      Vec<T, V> taps[2][5];
+#pragma GCC unroll 2
+      for (int p = 0; p < Row::kPhases; ++p)
 #pragma GCC unroll 8
-      for (int t = 0; t < kOutputs; ++t) {
-        const S* at = from + t * sums.source_output;
-        sum[t] += tap * (kWhole ? load<T, V, S>(at) : load_some<T, V, S>(at, sums.channels));
+        for (int n = 0; n < Row::kTaps[p]; ++n)
+          taps[p][n] = load_aligned<V>(weight[p] + (m * Row::kTaps[p] + n) * V);
+#pragma GCC unroll 32
+      for (int s = 0; s < Row::kColumns; ++s, from += source_column) {
+        if (!kWhole && (s < first_column || s >= last_column)) continue;
+        Vec<T, V> value = kWhole ? load<T, V, S>(from) : load_some<T, V, S>(from, channels);
+        keep_in_register(value);
+#pragma GCC unroll 2
+        for (int p = 0; p < Row::kPhases; ++p)
+#pragma GCC unroll 8
+          for (int t = 0; t < Row::kOutputs; ++t) {
+            const int n = s - Row::kFirst[p] - t * Row::kStep;
+            if (n >= 0 && n < Row::kTaps[p]) sums[p][t] += taps[p][n] * value;
+          }
+      }
+    }
+#pragma GCC unroll 2
+    for (int p = 0; p < Row::kPhases; ++p)
+#pragma GCC unroll 8
+      for (int t = 0; t < Row::kOutputs; ++t)
+        store_some<T, V, S>(out + t * out_column + p * out_phase, sums[p][t],
+                            kWhole ? V : channels);
+  }
+};
+
+// A row of outputs of one phase of rows.
+template <class T, int V, class S>
+struct InPlaceRow {
+  const ConvolvePlan& plan;
+  const S* source;  // where kernel row 0 that meets the source begins
+  int64_t rows, source_row;
+  const T* weight;            // of all phases of columns, each [taps_y][taps][V]
+  int64_t taps_y, first_tap;  // first_tap: the kernel row that source and rows begin with
+  S* out;
+  Ahead& ahead;
+
+  const T* bias() const { return plan.bias ? static_cast<const T*>(plan.packed_bias) : nullptr; }
+  const T* weight_of(int64_t phase) const {
+    const T* w = weight;
+    for (int64_t p = 0; p < phase; ++p) w += taps_y * plan.phases_x[p].taps * V;
+    return w + first_tap * plan.phases_x[phase].taps * V;
+  }
+
+  // Outputs [begin, end) of a phase of columns.
+  void outputs(int64_t phase, int64_t begin, int64_t end) const {
+    const Phase& x = plan.phases_x[phase];
+    InPlaceSums<T, S> sums;
+    sums.source_row = source_row;
+    sums.source_column = x.tap_step * plan.source.stride_w;
+    sums.source_output = x.out_step * plan.source.stride_w;
+    sums.weight_row = x.taps * V;
+    sums.out_column = x.output_stride * plan.target.stride_w;
+    const int64_t weight_block = plan.packed_taps * V;
+    const T* const first_weight = weight_of(phase);
+    const auto some = [&](auto many, int64_t output, TapRange columns) {
+      sums.columns = columns.end > columns.begin ? columns.end - columns.begin : 0;
+      sums.rows = sums.columns > 0 ? rows : 0;
+      sums.source = source + (x.origin + output * x.out_step + columns.begin * x.tap_step) *
+                                 plan.source.stride_w;
+      sums.weight = first_weight + columns.begin * V;
+      sums.bias = bias();
+      sums.out = out + x.first_output * plan.target.stride_w + output * sums.out_column;
+      // All blocks of some pixels, one after the other, in the order of memory.
+      for (int64_t left = plan.channels; left > 0; left -= V) {
+        ahead.step();
+        sums.template sum<V, decltype(many)::value>(left < V ? int(left) : V);
+        sums.template next_block<V>(weight_block);
+      }
+    };
+    const OutputRange whole = whole_outputs(x, plan.source.width);
+    constexpr int kOutputs = 4;  // side by side: enough for sums not to wait for themselves
+    for (int64_t output = begin; output < end;)
+      if (output >= whole.begin && output + kOutputs <= whole.end && output + kOutputs <= end) {
+        some(Constant<kOutputs>{}, output, {0, x.taps});
+        output += kOutputs;
+      } else {
+        some(Constant<1>{}, output, taps_of(x, output, plan.source.width));
+        ++output;
+      }
+  }
+
+  // Tiles of all phases of columns; the last overlaps the one before.
+  template <class Row>
+  void tiles(int64_t count) const {
+    const Phase& x = plan.phases_x[0];
+    InPlaceTile<T, S, Row> tile;
+    tile.rows = rows;
+    tile.source_row = source_row;
+    tile.source_column = plan.source.stride_w;
+    tile.out_column = x.output_stride * plan.target.stride_w;
+    tile.out_phase = plan.target.stride_w;
+    for (int64_t next = 0; next < count; next += Row::kOutputs) {
+      const int64_t output = next + Row::kOutputs <= count ? next : count - Row::kOutputs;
+      const int64_t column = x.origin - Row::kFirst[0] + output * Row::kStep;
+      tile.source = source + column * plan.source.stride_w;
+      tile.first_column = -column;
+      tile.last_column = plan.source.width - column;
+      const bool inside = column >= 0 && tile.last_column >= Row::kColumns;
+      tile.bias = bias();
+      tile.weight[0] = weight_of(0);
+      tile.weight[1] = weight_of(plan.num_phases_x - 1);
+      tile.out = out + output * tile.out_column;
+      for (int64_t left = plan.channels; left > 0; left -= V) {
+        ahead.step();
+        if (inside && left >= V)
+          tile.template sum<V, true>(V);
+        else
+          tile.template sum<V, false>(left < V ? int(left) : V);
+        tile.template next_block<V>(plan.packed_taps * V);
       }
     }
   }
-#pragma GCC unroll 8
-  for (int t = 0; t < kOutputs; ++t)
-    store_some<T, V, S>(sums.out + t * sums.out_column, sum[t], kWhole ? V : sums.channels);
-}
 
-// The same for all blocks of channels of a pixel, one after the other, in the order of memory.
-template <class T, int V, class S, int kOutputs>
-void in_place_pixels(InPlaceSums<T, S> sums, int64_t channels, int64_t weight_block, Ahead& ahead) {
-  for (; channels >= V; channels -= V) {
-    ahead.step();
-    in_place_sums<T, V, S, kOutputs, true>(sums);
-    sums.source += V;
-    sums.out += V;
-    sums.weight += weight_block;
-    if (sums.bias) sums.bias += V;
-  }
-  sums.channels = int(channels);
-  if (channels > 0) in_place_sums<T, V, S, kOutputs, false>(sums);
-}
-
-// Outputs side by side: enough for sums not to wait for themselves.
-constexpr int kInPlaceOutputs = LKA_VECTOR_BYTES == 64 ? 4 : 6;
-
-// Outputs of one phase of a row of the target.
-template <class T, int V, class S>
-void convolve_row_in_place(const ConvolvePlan& plan, const S* source, const Phase& y, int64_t j,
-                           const Phase& x, const T* weight, S* out, Ahead& ahead) {
-  const TapRange rows = taps_of(y, j, plan.source.height);
-  InPlaceSums<T, S> sums;
-  sums.rows = rows.end > rows.begin ? rows.end - rows.begin : 0;
-  sums.source_row = y.tap_step * plan.source.stride_h;
-  sums.source_column = x.tap_step * plan.source.stride_w;
-  sums.source_output = x.out_step * plan.source.stride_w;
-  sums.weight_row = x.taps * V;
-  sums.bias = plan.bias ? static_cast<const T*>(plan.packed_bias) : nullptr;
-  sums.out_column = x.output_stride * plan.target.stride_w;
-  source += (y.origin + j * y.out_step + rows.begin * y.tap_step) * plan.source.stride_h;
-  out += x.first_output * plan.target.stride_w;
-  weight += rows.begin * sums.weight_row;
-  const auto from = [&](int64_t output, TapRange columns) {
-    sums.columns = columns.end > columns.begin ? columns.end - columns.begin : 0;
-    if (sums.columns == 0) sums.rows = 0;
-    sums.source = source + (x.origin + output * x.out_step + columns.begin * x.tap_step) *
-                               plan.source.stride_w;
-    sums.weight = weight + columns.begin * V;
-    sums.out = out + output * sums.out_column;
-  };
-  const int64_t weight_block = plan.packed_taps * V;
-  const int64_t all_rows = sums.rows;
-  const auto one = [&](int64_t output) {
-    from(output, taps_of(x, output, plan.source.width));
-    in_place_pixels<T, V, S, 1>(sums, plan.channels, weight_block, ahead);
-    sums.rows = all_rows;
-  };
-  const OutputRange whole = whole_outputs(x, plan.source.width);
-  int64_t output = 0;
-  for (; output < whole.begin; ++output) one(output);
-  const auto some = [&](auto many) {
-    constexpr int kOutputs = decltype(many)::value;
-    for (; output + kOutputs <= whole.end; output += kOutputs) {
-      from(output, {0, x.taps});
-      in_place_pixels<T, V, S, kOutputs>(sums, plan.channels, weight_block, ahead);
-      sums.rows = all_rows;
+  template <class Row>
+  bool tiled() const {
+    const Phase* const x = plan.phases_x;
+    int64_t count = x[0].count;
+    for (int p = 0; p < Row::kPhases; ++p) {
+      if (x[p].taps != Row::kTaps[p] || x[p].out_step != Row::kStep || x[p].tap_step != 1 ||
+          x[p].origin - x[0].origin != Row::kFirst[p] - Row::kFirst[0])
+        return false;
+      count = x[p].count < count ? x[p].count : count;
     }
-  };
-  some(Constant<kInPlaceOutputs>{});
-  some(Constant<2>{});
-  for (; output < x.count; ++output) one(output);
-}
+    if (plan.num_phases_x != Row::kPhases || count < Row::kOutputs) return false;
+    tiles<Row>(count);
+    for (int p = 0; p < Row::kPhases; ++p) outputs(p, count, x[p].count);
+    return true;
+  }
+
+  void convolve() const {
+    // 3 and 5 taps with stride 2 and the usual padding, forward and backward.
+    if (tiled<RowShape<2, 3>>() || tiled<RowShape<2, 5>>() || tiled<RowShape<1, 1, 2>>() ||
+        tiled<RowShape<1, 3, 2, 1>>())
+      return;
+    for (int64_t p = 0; p < plan.num_phases_x; ++p) outputs(p, 0, plan.phases_x[p].count);
+  }
+};
 
 // A task is one band of rows of the target of one image.
 template <class T, int V, class S>
 void convolve_in_place_as(const ConvolvePlan& plan, int64_t begin, int64_t end) {
   const MapView &source = plan.source, &target = plan.target;
-  const int64_t tiles = target.width / kInPlaceOutputs + 1;
-  const int64_t steps = tiles * (plan.channels / V > 0 ? plan.channels / V : 1);
+  const int64_t tiles = ceil_div(target.width, 7 * plan.num_phases_x);
+  const int64_t steps = tiles * ceil_div(plan.channels, V);
   Ahead ahead;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t image = task / plan.num_bands, first = task % plan.num_bands * plan.band;
@@ -152,157 +280,190 @@ void convolve_in_place_as(const ConvolvePlan& plan, int64_t begin, int64_t end) 
     S* to = static_cast<S*>(target.data) + image * target.stride_b;
     for (int64_t row = first; row < last; ++row) {
       const int64_t phase = row % plan.phases_y[0].output_stride;
+      const Phase& y = plan.phases_y[phase];
+      const int64_t j = row / y.output_stride;
       // Meanwhile the next row, and what it reads beyond this one, come into the cache.
-      const int64_t next = row / plan.phases_y[0].output_stride * plan.phases_y[0].out_step;
-      const int64_t first_read = plan.origin_y + next + plan.span_y;
+      const int64_t first_read = plan.origin_y + j * y.out_step + plan.span_y;
       ahead.first.begin(channels_region<S>(source, image * source.stride_b, plan.channels,
-                                           first_read, first_read + plan.phases_y[0].out_step),
+                                           first_read, first_read + y.out_step),
                         steps);
       ahead.second.begin(
           channels_region<S>(target, image * target.stride_b, plan.channels, row + 1, row + 2),
           steps, true);
       const T* weight = static_cast<const T*>(plan.packed_weight);
-      for (int64_t py = 0; py < plan.num_phases_y; ++py)
-        for (int64_t px = 0; px < plan.num_phases_x; ++px) {
-          const Phase &y = plan.phases_y[py], &x = plan.phases_x[px];
-          if (py == phase)
-            convolve_row_in_place<T, V, S>(plan, from, y, row / y.output_stride, x, weight,
-                                           to + row * target.stride_h, ahead);
-          weight += y.taps * x.taps * V;
-        }
+      for (int64_t py = 0; py < phase; ++py)
+        for (int64_t px = 0; px < plan.num_phases_x; ++px)
+          weight += plan.phases_y[py].taps * plan.phases_x[px].taps * V;
+      const TapRange taps = taps_of(y, j, source.height);
+      InPlaceRow<T, V, S>{
+          plan,
+          from + (y.origin + j * y.out_step + taps.begin * y.tap_step) * source.stride_h,
+          taps.end > taps.begin ? taps.end - taps.begin : 0,
+          y.tap_step * source.stride_h,
+          weight,
+          y.taps,
+          taps.begin,
+          to + row * target.stride_h,
+          ahead}
+          .convolve();
     }
   }
 }
 
-// Columns of one row of grad_output against one row of the input, for one block of channels: adds
-// to the gradients of kTaps taps of a kernel row. Steps are elements.
-template <class T, class S>
+// Rows [row, row + rows) of grad_output of one image against what kernel rows first_tap_row … + 2
+// of three taps meet, for one block of channels: added to the gradients of those taps, and where
+// `bias` is wanted to that of the bias. Where kTwoApart, neighbouring columns of grad_output meet
+// input columns that are two apart, neighbouring taps neighbouring ones: one in three is met again.
+template <class T, int V, class S, bool kTwoApart>
 struct InPlaceProducts {
-  const S *grad, *input;  // at the first column, and what its first tap meets
-  int64_t grad_column, input_column, input_tap;
-  int channels;
-  T* gradient;  // [tap][V]
+  static constexpr int kTapRows = 3, kTaps = 3;
+  const WeightGradientPlan& plan;
+  const S *grad, *input;  // at (0, 0)
+  int channels;           // in the block; all of it where kTwoApart
+
+  Vec<T, V> element(const S* at) const {
+    return kTwoApart ? load<T, V, S>(at) : load_some<T, V, S>(at, channels);
+  }
+
+  void add(int64_t row, int64_t rows, int64_t first_tap_row, T* gradient, T* bias,
+           Ahead& ahead) const {
+    const Phase &y = plan.y, &x = plan.x;
+    const MapView& map = plan.input;
+    const int64_t count = plan.grad_output.width, stride = map.stride_w;
+    // Columns of grad_output of which every tap meets a column of the input.
+    const Phase as_outputs = {0, 1, count, kTaps, x.origin, x.tap_step, x.out_step, 0, 1};
+    const OutputRange whole = whole_outputs(as_outputs, map.width);
+    Vec<T, V> sums[kTapRows][kTaps], total = {};
+#pragma GCC unroll 3
+    for (int m = 0; m < kTapRows; ++m)
+#pragma GCC unroll 3
+      for (int n = 0; n < kTaps; ++n) sums[m][n] = Vec<T, V>{};
+    for (int64_t r = row; r < row + rows; ++r) {
+      ahead.step();
+      const S* const grad_row = grad + r * plan.grad_output.stride_h;
+      const S* input_row[kTapRows];
+      bool meets[kTapRows];
+      bool all = true;
+      for (int m = 0; m < kTapRows; ++m) {
+        const int64_t at = y.origin + r * y.tap_step + (first_tap_row + m) * y.out_step;
+        meets[m] = first_tap_row + m < y.count && at >= 0 && at < map.height;
+        input_row[m] = input + at * map.stride_h + x.origin * stride;
+        all = all && meets[m];
+      }
+      const auto edges = [&](int64_t begin, int64_t end) {
+        for (int64_t c = begin; c < end; ++c) {
+          const Vec<T, V> g = element(grad_row + c * plan.grad_output.stride_w);
+          total += g;
+#pragma GCC unroll 3
+          for (int m = 0; m < kTapRows; ++m)
+#pragma GCC unroll 3
+            for (int n = 0; n < kTaps; ++n) {
+              const int64_t column = c * x.tap_step + n * x.out_step;
+              if (meets[m] && x.origin + column >= 0 && x.origin + column < map.width)
+                sums[m][n] += g * element(input_row[m] + column * stride);
+            }
+        }
+      };
+      const auto columns = [&](auto every_row) __attribute__((always_inline)) {
+        const S* at[kTapRows];
+        Vec<T, V> shared[kTapRows];
+#pragma GCC unroll 3
+        for (int m = 0; m < kTapRows; ++m) {
+          at[m] = input_row[m] + whole.begin * x.tap_step * stride;
+          shared[m] = every_row.value || meets[m] ? element(at[m]) : Vec<T, V>{};
+        }
+        for (int64_t c = whole.begin; c < whole.end; ++c) {
+          Vec<T, V> g = element(grad_row + c * plan.grad_output.stride_w);
+          keep_in_register(g);
+          total += g;
+#pragma GCC unroll 3
+          for (int m = 0; m < kTapRows; ++m) {
+            if (!every_row.value && !meets[m]) continue;
+            sums[m][0] += g * shared[m];
+            sums[m][1] += g * element(at[m] + stride);
+            shared[m] = element(at[m] + 2 * stride);
+            sums[m][2] += g * shared[m];
+            at[m] += 2 * stride;
+          }
+        }
+      };
+      if (!kTwoApart || whole.begin >= whole.end) {
+        edges(0, count);
+        continue;
+      }
+      edges(0, whole.begin);
+      if (all)
+        columns(Constant<true>{});
+      else
+        columns(Constant<false>{});
+      edges(whole.end, count);
+    }
+    const auto add_to = [](T* to, const Vec<T, V>& sum) {
+      store_aligned<V>(to, load_aligned<V>(to) + sum);
+    };
+#pragma GCC unroll 3
+    for (int m = 0; m < kTapRows; ++m)
+      if (first_tap_row + m < y.count)
+#pragma GCC unroll 3
+        for (int n = 0; n < kTaps; ++n) add_to(gradient + (m * plan.kernel_w + n) * V, sums[m][n]);
+    if (bias) add_to(bias, total);
+  }
 };
-
-template <class T, int V, class S, int kTaps, bool kWhole>
-void in_place_products(const InPlaceProducts<T, S>& p, int64_t columns, Ahead* ahead) {
-  Vec<T, V> even[kTaps], odd[kTaps];  // one sum alone would wait for itself
-#pragma GCC unroll 8
-  for (int n = 0; n < kTaps; ++n) even[n] = odd[n] = Vec<T, V>{};
-  const S *grad = p.grad, *input = p.input;
-  const auto add = [&](Vec<T, V>(&sum)[kTaps]) __attribute__((always_inline)) {
-    Vec<T, V> g = kWhole ? load<T, V, S>(grad) : load_some<T, V, S>(grad, p.channels);
-    keep_in_register(g);
-#pragma GCC unroll 8
-    for (int n = 0; n < kTaps; ++n) {
-      const S* at = input + n * p.input_tap;
-      sum[n] += g * (kWhole ? load<T, V, S>(at) : load_some<T, V, S>(at, p.channels));
-    }
-    grad += p.grad_column;
-    input += p.input_column;
-  };
-  int64_t column = 0;
-  for (; column + 1 < columns; column += 2) {
-    add(even);
-    add(odd);
-    ahead->step();
-  }
-  if (column < columns) add(even);
-#pragma GCC unroll 8
-  for (int n = 0; n < kTaps; ++n) {
-    T* to = p.gradient + n * V;
-    store_aligned<V>(to, load_aligned<V>(to) + (even[n] + odd[n]));
-  }
-}
-
-// All columns of a row of grad_output against the input row that kernel row m meets.
-template <class T, int V, class S, int kTaps>
-void weight_gradient_row_in_place(const WeightGradientPlan& plan, InPlaceProducts<T, S> p,
-                                  Ahead* ahead) {
-  // As a convolution has it: outputs are columns of grad_output, taps are kernel elements.
-  const Phase x = {0, 1, plan.x.taps, kTaps, plan.x.origin, plan.x.tap_step, plan.x.out_step, 0, 1};
-  const OutputRange whole = whole_outputs(x, plan.input.width);
-  const InPlaceProducts<T, S> first = p;
-  const auto at = [&](int64_t column) {
-    p.grad = first.grad + column * p.grad_column;
-    p.input = first.input + column * p.input_column;
-  };
-  const auto edge = [&](int64_t column) {
-    const TapRange taps = taps_of(x, column, plan.input.width);
-    for (int64_t n = taps.begin; n < taps.end; ++n) {
-      at(column);
-      p.input += n * p.input_tap;
-      p.gradient = first.gradient + n * V;
-      in_place_products<T, V, S, 1, false>(p, 1, nullptr);
-    }
-    p.gradient = first.gradient;
-  };
-  for (int64_t column = 0; column < whole.begin; ++column) edge(column);
-  at(whole.begin);
-  if (p.channels == V)
-    in_place_products<T, V, S, kTaps, true>(p, whole.end - whole.begin, ahead);
-  else
-    in_place_products<T, V, S, kTaps, false>(p, whole.end - whole.begin, ahead);
-  for (int64_t column = whole.end; column < x.count; ++column) edge(column);
-}
 
 // A task is one group of blocks of channels over one part of the rows of all images, as for the
 // other kernel.
 template <class T, int V, class S>
 void weight_gradient_in_place_as(const WeightGradientPlan& plan, int64_t begin, int64_t end) {
-  constexpr int kTaps = 3;
   const MapView &input = plan.input, &grad = plan.grad_output;
   const int64_t taps = plan.kernel_h * plan.kernel_w, elements = (taps + 1) * V;
   const int64_t blocks = plan.lanes.blocks_per_image, height = grad.height;
+  const bool two_apart = plan.x.tap_step == 2 && plan.x.out_step == 1;
+  // Narrow maps: several rows before sums leave the registers.
+  const int64_t together = grad.width < 28 ? 28 / grad.width : 1;
   Ahead ahead;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t part = task / plan.num_groups, group = task % plan.num_groups;
     const int64_t first_block = group * blocks / plan.num_groups;
     const int64_t last_block = (group + 1) * blocks / plan.num_groups;
+    const int64_t channel = first_block * V, count = (last_block - first_block) * V;
+    const int64_t channels = plan.channels - channel < count ? plan.channels - channel : count;
     T* partial = static_cast<T*>(plan.partial) + part * blocks * elements;
     memset(static_cast<void*>(partial + first_block * elements), 0,
            size_t((last_block - first_block) * elements) * sizeof(T));
     const int64_t last_row = (part + 1) * plan.batch * height / plan.num_parts;
-    for (int64_t row = part * plan.batch * height / plan.num_parts; row < last_row; ++row) {
+    for (int64_t row = part * plan.batch * height / plan.num_parts; row < last_row;) {
       const int64_t image = row / height, i = row % height;
-      const S* grad_row =
-          static_cast<const S*>(grad.data) + image * grad.stride_b + i * grad.stride_h;
-      const S* image_input = static_cast<const S*>(input.data) + image * input.stride_b;
-      const int64_t channel = first_block * V;
-      const int64_t count = (last_block - first_block) * V;
-      const int64_t channels = plan.channels - channel < count ? plan.channels - channel : count;
-      const int64_t steps = (last_block - first_block) * plan.y.count * (grad.width / 2 + 1);
-      const int64_t next =
-          plan.y.origin + i * plan.y.tap_step + (plan.y.count - 1) * plan.y.out_step;
-      ahead.first.begin(channels_region<S>(input, image * input.stride_b + channel, channels,
-                                           next + 1, next + 1 + plan.y.tap_step),
+      int64_t rows = together < last_row - row ? together : last_row - row;
+      if (rows > height - i) rows = height - i;
+      row += rows;
+      // Meanwhile the next rows, and what they meet beyond these, come into the cache.
+      const int64_t met = plan.y.origin + (i + rows - 1) * plan.y.tap_step +
+                          (plan.y.count - 1) * plan.y.out_step + 1;
+      const int64_t steps = (last_block - first_block) * rows * ceil_div(plan.y.count, 3);
+      ahead.first.begin(channels_region<S>(input, image * input.stride_b + channel, channels, met,
+                                           met + rows * plan.y.tap_step),
                         steps);
-      ahead.second.begin(
-          channels_region<S>(grad, image * grad.stride_b + channel, channels, i + 1, i + 2), steps);
+      ahead.second.begin(channels_region<S>(grad, image * grad.stride_b + channel, channels,
+                                            i + rows, i + 2 * rows),
+                         steps);
       for (int64_t block = first_block; block < last_block; ++block) {
         const int64_t left = plan.channels - block * V;
-        T* gradient = partial + block * elements;
-        InPlaceProducts<T, S> p;
-        p.channels = left < V ? int(left) : V;
-        p.grad = grad_row + block * V;
-        p.grad_column = grad.stride_w;
-        p.input_column = plan.x.tap_step * input.stride_w;
-        p.input_tap = plan.x.out_step * input.stride_w;
-        for (int64_t m = 0; m < plan.y.count; ++m) {
-          const int64_t y = plan.y.origin + i * plan.y.tap_step + m * plan.y.out_step;
-          if (y < 0 || y >= input.height) continue;
-          p.input = image_input + y * input.stride_h + plan.x.origin * input.stride_w + block * V;
-          p.gradient =
-              gradient + ((plan.y.first_output + m) * plan.kernel_w + plan.x.first_output) * V;
-          weight_gradient_row_in_place<T, V, S, kTaps>(plan, p, &ahead);
-        }
-        Vec<T, V> even{}, odd{};
-        for (int64_t x = 0; x < grad.width; ++x, p.grad += grad.stride_w) {
-          const Vec<T, V> g = load_some<T, V, S>(p.grad, p.channels);
-          x& 1 ? odd += g : even += g;
-        }
-        T* bias = gradient + taps * V;
-        store_aligned<V>(bias, load_aligned<V>(bias) + (even + odd));
+        T* const gradient = partial + block * elements;
+        T* const first_tap =
+            gradient + (plan.y.first_output * plan.kernel_w + plan.x.first_output) * V;
+        const auto add = [&](auto shape) {
+          const InPlaceProducts<T, V, S, decltype(shape)::value != 0> products = {
+              plan, static_cast<const S*>(grad.data) + image * grad.stride_b + block * V,
+              static_cast<const S*>(input.data) + image * input.stride_b + block * V,
+              left < V ? int(left) : V};
+          for (int64_t m = 0; m < plan.y.count; m += products.kTapRows)
+            products.add(i, rows, m, first_tap + m * plan.kernel_w * V,
+                         m == 0 ? gradient + taps * V : nullptr, ahead);
+        };
+        if (two_apart && left >= V)
+          add(Constant<true>{});
+        else
+          add(Constant<false>{});
       }
     }
   }

@@ -4,6 +4,7 @@
 //
 // With the pairs of rows (0, 1), (2, 3), … an even output row meets the pairs of kernel rows (0,
 // 1), (2, 3), …, (K - 1, none), an odd one (none, 0), (1, 2), …: two phases, as of a stride of two.
+// With a stride of two all output rows are as the even ones.
 // Where a weight is "none", zero, it still multiplies an element of the source: an infinity or NaN
 // there reaches one row of outputs more than its window does.
 #pragma once
@@ -86,12 +87,12 @@ void pack_pair(const bfloat16_t* upper, const bfloat16_t* lower, const Lanes& la
     }
 }
 
-// Pairs of taps of both phases in front of the single ones, [tap y][tap x][V], that stand at
+// Pairs of taps of all phases in front of the single ones, [tap y][tap x][V], that stand at
 // `single`.
 template <int V>
 void pair_taps(const lka::cpu::ConvolvePlan& plan, const float* single, float* to) {
   const int64_t row = plan.phases_x[0].taps * V, rows = plan.unpaired_y.taps;
-  for (int64_t phase = 0; phase < 2; ++phase)
+  for (int64_t phase = 0; phase < plan.num_phases_y; ++phase)
     for (int64_t m = 0; m < plan.phases_y[phase].taps; ++m, to += row) {
       const int64_t upper = 2 * m - phase, lower = upper + 1;
       for (int64_t at = 0; at < row; at += V) {

@@ -42,13 +42,18 @@ class Prefetcher {
   }
 
   void step() {
-    for (int64_t line = 0; line < per_step_ && left_ > 0; ++line) {
+    for (int64_t lines = per_step_; lines > 0 && left_ > 0;) {
+      // A loop that stores nothing: members would be stored and loaded again at every line.
+      const char* const from = at_ + offset_;
+      const int64_t of_run = (region_.run - offset_ + 63) / 64;
+      const int64_t now = lines < of_run ? lines : of_run;
       if (for_writing_)
-        __builtin_prefetch(at_ + offset_, 1);
+        for (int64_t line = 0; line < now; ++line) __builtin_prefetch(from + 64 * line, 1);
       else
-        __builtin_prefetch(at_ + offset_, 0);
-      offset_ += 64;
-      if (offset_ < region_.run) continue;
+        for (int64_t line = 0; line < now; ++line) __builtin_prefetch(from + 64 * line, 0, 2);
+      lines -= now;
+      offset_ += 64 * now;
+      if (now < of_run) return;
       offset_ = 0;
       at_ += region_.column_step;
       if (++column_ < region_.columns) continue;
