@@ -317,6 +317,8 @@ void convolve_in_place_as(const ConvolvePlan& plan, int64_t begin, int64_t end) 
 template <class T, int V, class S, bool kTwoApart>
 struct InPlaceProducts {
   static constexpr int kTapRows = 3, kTaps = 3;
+  // Columns between two steps of loading ahead: a whole row's at once would stall the processor.
+  static constexpr int kColumnsPerStep = sizeof(S) == 2 ? 2 : 1;
   const WeightGradientPlan& plan;
   const S *grad, *input;  // at (0, 0)
   int channels;           // in the block; all of it where kTwoApart
@@ -339,7 +341,6 @@ struct InPlaceProducts {
 #pragma GCC unroll 3
       for (int n = 0; n < kTaps; ++n) sums[m][n] = Vec<T, V>{};
     for (int64_t r = row; r < row + rows; ++r) {
-      ahead.step();
       const S* const grad_row = grad + r * plan.grad_output.stride_h;
       const S* input_row[kTapRows];
       bool meets[kTapRows];
@@ -375,6 +376,7 @@ struct InPlaceProducts {
         for (int64_t c = whole.begin; c < whole.end; ++c) {
           Vec<T, V> g = element(grad_row + c * plan.grad_output.stride_w);
           keep_in_register(g);
+          if (c % kColumnsPerStep == 0) ahead.step();
           total += g;
 #pragma GCC unroll 3
           for (int m = 0; m < kTapRows; ++m) {
@@ -419,7 +421,8 @@ void weight_gradient_in_place_as(const WeightGradientPlan& plan, int64_t begin, 
   const int64_t blocks = plan.lanes.blocks_per_image, height = grad.height;
   const bool two_apart = plan.x.tap_step == 2 && plan.x.out_step == 1;
   // Narrow maps: several rows before sums leave the registers.
-  const int64_t together = grad.width < 28 ? 28 / grad.width : 1;
+  constexpr int64_t kTogether = sizeof(S) == 2 ? 28 : 14;
+  const int64_t together = grad.width < kTogether ? kTogether / grad.width : 1;
   Ahead ahead;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t part = task / plan.num_groups, group = task % plan.num_groups;
@@ -439,7 +442,11 @@ void weight_gradient_in_place_as(const WeightGradientPlan& plan, int64_t begin, 
       // Meanwhile the next rows, and what they meet beyond these, come into the cache.
       const int64_t met = plan.y.origin + (i + rows - 1) * plan.y.tap_step +
                           (plan.y.count - 1) * plan.y.out_step + 1;
-      const int64_t steps = (last_block - first_block) * rows * ceil_div(plan.y.count, 3);
+      using Products = InPlaceProducts<T, V, S, true>;
+      const int64_t columns = ceil_div(grad.width - 1, Products::kColumnsPerStep);
+      const int64_t steps = (last_block - first_block) * rows *
+                            ceil_div(plan.y.count, Products::kTapRows) *
+                            (columns > 0 ? columns : 1);
       ahead.first.begin(channels_region<S>(input, image * input.stride_b + channel, channels, met,
                                            met + rows * plan.y.tap_step),
                         steps);
