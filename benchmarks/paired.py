@@ -43,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--stride", type=int, default=1)
     parser.add_argument("--match", default="", help="shapes whose name contains this")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -50,7 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     dtype = getattr(torch, options.dtype)
     print(
         f"{info.processor_name()}, {info._extension.instruction_set()}, torch {torch.__version__}, "
-        f"{options.threads} thread(s), {options.dtype}: torch's time / ours"
+        f"{options.threads} thread(s), {options.dtype}, stride {options.stride}: "
+        "torch's time / ours"
     )
     print(" ".join(f"{k}={v}" for k, v in os.environ.items() if k.startswith("MALLOC_")))
     print(f"{'shape':34}{'layout':>15}" + "".join(f"{d:>24}" for d in DIRECTIONS), flush=True)
@@ -62,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
             cells = []
             for direction in DIRECTIONS:
                 ours, theirs = (
-                    calls(function, shape, layout, dtype, direction)
+                    calls(function, shape, layout, dtype, direction, options.stride)
                     for function in (depthwise_conv2d, F.conv2d)
                 )
                 ratio, milliseconds = compare(ours, theirs, options.rounds)
@@ -78,10 +80,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def calls(
-    function, shape: shapes.Depthwise, layout, dtype: torch.dtype, direction: str
+    function,
+    shape: shapes.Depthwise,
+    layout: torch.memory_format,
+    dtype: torch.dtype,
+    direction: str,
+    stride: int = 1,
 ) -> Callable[[], object]:
     """A call of ``function`` in ``direction`` that takes the next of several inputs each time."""
-    geometry = (1, shape.padding, shape.dilation)
+    geometry = (stride, shape.padding, shape.dilation)
     groups = () if function is depthwise_conv2d else (shape.channels,)
 
     def make():

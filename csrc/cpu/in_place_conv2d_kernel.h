@@ -99,6 +99,7 @@ struct InPlaceTile {
   const S* source;  // of kernel row 0 and the first column
   int64_t rows, source_row, source_column;
   int64_t first_column, last_column;  // of kColumns those that the source has
+  int64_t outputs[2];                 // of phases, those that the target has
   const T* weight[2];                 // of phases
   const T* bias;
   S* out;
@@ -113,7 +114,7 @@ struct InPlaceTile {
     if (bias) bias += V;
   }
 
-  // kWhole: the source has all columns, and the block all channels.
+  // kWhole: all columns, channels and outputs exist.
   template <int V, bool kWhole>
   void sum(int channels) const {
     const Vec<T, V> start = bias ? load_aligned<V>(bias) : Vec<T, V>{};
@@ -148,8 +149,9 @@ struct InPlaceTile {
     for (int p = 0; p < Row::kPhases; ++p)
 #pragma GCC unroll 8
       for (int t = 0; t < Row::kOutputs; ++t)
-        store_some<T, V, S>(out + t * out_column + p * out_phase, sums[p][t],
-                            kWhole ? V : channels);
+        if (kWhole || t < outputs[p])
+          store_some<T, V, S>(out + t * out_column + p * out_phase, sums[p][t],
+                              kWhole ? V : channels);
   }
 };
 
@@ -171,8 +173,8 @@ struct InPlaceRow {
     return w + first_tap * plan.phases_x[phase].taps * V;
   }
 
-  // Outputs [begin, end) of a phase of columns.
-  void outputs(int64_t phase, int64_t begin, int64_t end) const {
+  // Outputs of one phase of columns, whatever its steps.
+  void outputs(int64_t phase) const {
     const Phase& x = plan.phases_x[phase];
     InPlaceSums<T, S> sums;
     sums.source_row = source_row;
@@ -199,8 +201,8 @@ struct InPlaceRow {
     };
     const OutputRange whole = whole_outputs(x, plan.source.width);
     constexpr int kOutputs = 4;  // side by side: enough for sums not to wait for themselves
-    for (int64_t output = begin; output < end;)
-      if (output >= whole.begin && output + kOutputs <= whole.end && output + kOutputs <= end) {
+    for (int64_t output = 0; output < x.count;)
+      if (output >= whole.begin && output + kOutputs <= whole.end) {
         some(Constant<kOutputs>{}, output, {0, x.taps});
         output += kOutputs;
       } else {
@@ -209,23 +211,28 @@ struct InPlaceRow {
       }
   }
 
-  // Tiles of all phases of columns; the last overlaps the one before.
+  // Tiles of all phases of columns; the last of several overlaps the one before.
   template <class Row>
-  void tiles(int64_t count) const {
-    const Phase& x = plan.phases_x[0];
+  void tiles() const {
+    const Phase& x = plan.phases_x[0];  // the first phase has the most outputs
     InPlaceTile<T, S, Row> tile;
     tile.rows = rows;
     tile.source_row = source_row;
     tile.source_column = plan.source.stride_w;
     tile.out_column = x.output_stride * plan.target.stride_w;
     tile.out_phase = plan.target.stride_w;
-    for (int64_t next = 0; next < count; next += Row::kOutputs) {
-      const int64_t output = next + Row::kOutputs <= count ? next : count - Row::kOutputs;
+    for (int64_t next = 0; next < x.count; next += Row::kOutputs) {
+      const int64_t last = x.count > Row::kOutputs ? x.count - Row::kOutputs : 0;
+      const int64_t output = next < last ? next : last;
       const int64_t column = x.origin - Row::kFirst[0] + output * Row::kStep;
       tile.source = source + column * plan.source.stride_w;
       tile.first_column = -column;
       tile.last_column = plan.source.width - column;
-      const bool inside = column >= 0 && tile.last_column >= Row::kColumns;
+      bool inside = column >= 0 && tile.last_column >= Row::kColumns;
+      for (int p = 0; p < Row::kPhases; ++p) {
+        tile.outputs[p] = plan.phases_x[p].count - output;
+        inside = inside && tile.outputs[p] >= Row::kOutputs;
+      }
       tile.bias = bias();
       tile.weight[0] = weight_of(0);
       tile.weight[1] = weight_of(plan.num_phases_x - 1);
@@ -244,16 +251,13 @@ struct InPlaceRow {
   template <class Row>
   bool tiled() const {
     const Phase* const x = plan.phases_x;
-    int64_t count = x[0].count;
+    if (plan.num_phases_x != Row::kPhases) return false;
     for (int p = 0; p < Row::kPhases; ++p) {
       if (x[p].taps != Row::kTaps[p] || x[p].out_step != Row::kStep || x[p].tap_step != 1 ||
           x[p].origin - x[0].origin != Row::kFirst[p] - Row::kFirst[0])
         return false;
-      count = x[p].count < count ? x[p].count : count;
     }
-    if (plan.num_phases_x != Row::kPhases || count < Row::kOutputs) return false;
-    tiles<Row>(count);
-    for (int p = 0; p < Row::kPhases; ++p) outputs(p, count, x[p].count);
+    tiles<Row>();
     return true;
   }
 
@@ -262,7 +266,7 @@ struct InPlaceRow {
     if (tiled<RowShape<2, 3>>() || tiled<RowShape<2, 5>>() || tiled<RowShape<1, 1, 2>>() ||
         tiled<RowShape<1, 3, 2, 1>>())
       return;
-    for (int64_t p = 0; p < plan.num_phases_x; ++p) outputs(p, 0, plan.phases_x[p].count);
+    for (int64_t p = 0; p < plan.num_phases_x; ++p) outputs(p);
   }
 };
 
@@ -283,13 +287,19 @@ void convolve_in_place_as(const ConvolvePlan& plan, int64_t begin, int64_t end) 
       const Phase& y = plan.phases_y[phase];
       const int64_t j = row / y.output_stride;
       // Meanwhile the next row, and what it reads beyond this one, come into the cache.
-      const int64_t first_read = plan.origin_y + j * y.out_step + plan.span_y;
-      ahead.first.begin(channels_region<S>(source, image * source.stride_b, plan.channels,
-                                           first_read, first_read + y.out_step),
-                        steps);
-      ahead.second.begin(
-          channels_region<S>(target, image * target.stride_b, plan.channels, row + 1, row + 2),
-          steps, true);
+      const bool same_task = row + 1 < last;
+      if (same_task || task + 1 < end) {
+        const int64_t next = same_task ? row + 1 : (task + 1) % plan.num_bands * plan.band;
+        const int64_t next_image = same_task ? image : (task + 1) / plan.num_bands;
+        const int64_t next_read = plan.origin_y + next / y.output_stride * y.out_step;
+        const int64_t read = plan.origin_y + j * y.out_step + plan.span_y;
+        ahead.first.begin(channels_region<S>(source, next_image * source.stride_b, plan.channels,
+                                             same_task ? read : next_read, next_read + plan.span_y),
+                          steps);
+        ahead.second.begin(
+            channels_region<S>(target, next_image * target.stride_b, plan.channels, next, next + 1),
+            steps, true);
+      }
       const T* weight = static_cast<const T*>(plan.packed_weight);
       for (int64_t py = 0; py < phase; ++py)
         for (int64_t px = 0; px < plan.num_phases_x; ++px)
@@ -351,8 +361,9 @@ struct InPlaceProducts {
         input_row[m] = input + at * map.stride_h + x.origin * stride;
         all = all && meets[m];
       }
-      const auto edges = [&](int64_t begin, int64_t end) {
-        for (int64_t c = begin; c < end; ++c) {
+      // Any steps: every tap reads for itself.
+      const auto apart = [&] {
+        for (int64_t c = 0; c < count; ++c) {
           const Vec<T, V> g = element(grad_row + c * plan.grad_output.stride_w);
           total += g;
 #pragma GCC unroll 3
@@ -368,12 +379,17 @@ struct InPlaceProducts {
       const auto columns = [&](auto every_row) __attribute__((always_inline)) {
         const S* at[kTapRows];
         Vec<T, V> shared[kTapRows];
+        const auto read = [&](int m, int64_t column, bool inside) __attribute__((always_inline)) {
+          const bool there = inside || (column >= 0 && column < map.width);
+          return there ? element(at[m] + column * stride) : Vec<T, V>{};
+        };
 #pragma GCC unroll 3
         for (int m = 0; m < kTapRows; ++m) {
-          at[m] = input_row[m] + whole.begin * x.tap_step * stride;
-          shared[m] = every_row.value || meets[m] ? element(at[m]) : Vec<T, V>{};
+          at[m] = input_row[m] - x.origin * stride;
+          shared[m] = every_row.value || meets[m] ? read(m, x.origin, false) : Vec<T, V>{};
         }
-        for (int64_t c = whole.begin; c < whole.end; ++c) {
+        for (int64_t c = 0, column = x.origin; c < count; ++c, column += 2) {
+          const bool inside = c >= whole.begin && c < whole.end;
           Vec<T, V> g = element(grad_row + c * plan.grad_output.stride_w);
           keep_in_register(g);
           if (c % kColumnsPerStep == 0) ahead.step();
@@ -382,23 +398,18 @@ struct InPlaceProducts {
           for (int m = 0; m < kTapRows; ++m) {
             if (!every_row.value && !meets[m]) continue;
             sums[m][0] += g * shared[m];
-            sums[m][1] += g * element(at[m] + stride);
-            shared[m] = element(at[m] + 2 * stride);
+            sums[m][1] += g * read(m, column + 1, inside);
+            shared[m] = read(m, column + 2, inside);
             sums[m][2] += g * shared[m];
-            at[m] += 2 * stride;
           }
         }
       };
-      if (!kTwoApart || whole.begin >= whole.end) {
-        edges(0, count);
-        continue;
-      }
-      edges(0, whole.begin);
-      if (all)
+      if (!kTwoApart)
+        apart();
+      else if (all)
         columns(Constant<true>{});
       else
         columns(Constant<false>{});
-      edges(whole.end, count);
     }
     const auto add_to = [](T* to, const Vec<T, V>& sum) {
       store_aligned<V>(to, load_aligned<V>(to) + sum);
@@ -434,25 +445,35 @@ void weight_gradient_in_place_as(const WeightGradientPlan& plan, int64_t begin, 
     memset(static_cast<void*>(partial + first_block * elements), 0,
            size_t((last_block - first_block) * elements) * sizeof(T));
     const int64_t last_row = (part + 1) * plan.batch * height / plan.num_parts;
-    for (int64_t row = part * plan.batch * height / plan.num_parts; row < last_row;) {
+    // From `row` on, as many as are taken together: of one image.
+    const auto rows_from = [&](int64_t row) {
+      const int64_t rows = together < last_row - row ? together : last_row - row;
+      return rows < height - row % height ? rows : height - row % height;
+    };
+    const int64_t first_row = part * plan.batch * height / plan.num_parts;
+    for (int64_t row = first_row, rows; row < last_row; row += rows) {
       const int64_t image = row / height, i = row % height;
-      int64_t rows = together < last_row - row ? together : last_row - row;
-      if (rows > height - i) rows = height - i;
-      row += rows;
-      // Meanwhile the next rows, and what they meet beyond these, come into the cache.
-      const int64_t met = plan.y.origin + (i + rows - 1) * plan.y.tap_step +
-                          (plan.y.count - 1) * plan.y.out_step + 1;
+      rows = rows_from(row);
       using Products = InPlaceProducts<T, V, S, true>;
-      const int64_t columns = ceil_div(grad.width - 1, Products::kColumnsPerStep);
+      const int64_t columns = ceil_div(grad.width, Products::kColumnsPerStep);
       const int64_t steps = (last_block - first_block) * rows *
                             ceil_div(plan.y.count, Products::kTapRows) *
                             (columns > 0 ? columns : 1);
-      ahead.first.begin(channels_region<S>(input, image * input.stride_b + channel, channels, met,
-                                           met + rows * plan.y.tap_step),
-                        steps);
-      ahead.second.begin(channels_region<S>(grad, image * grad.stride_b + channel, channels,
-                                            i + rows, i + 2 * rows),
-                         steps);
+      // Meanwhile the next rows, and what they meet beyond these, come into the cache.
+      if (const int64_t next = row + rows; next < last_row) {
+        const int64_t next_image = next / height, next_i = next % height;
+        const int64_t next_rows = rows_from(next);
+        const auto meets = [&](int64_t of) { return plan.y.origin + of * plan.y.tap_step; };
+        const int64_t span = (plan.y.count - 1) * plan.y.out_step + 1;
+        ahead.first.begin(
+            channels_region<S>(input, next_image * input.stride_b + channel, channels,
+                               next_image == image ? meets(i + rows - 1) + span : meets(next_i),
+                               meets(next_i + next_rows - 1) + span),
+            steps);
+        ahead.second.begin(channels_region<S>(grad, next_image * grad.stride_b + channel, channels,
+                                              next_i, next_i + next_rows),
+                           steps);
+      }
       for (int64_t block = first_block; block < last_block; ++block) {
         const int64_t left = plan.channels - block * V;
         T* const gradient = partial + block * elements;
