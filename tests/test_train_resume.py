@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import json
 import os
 import random
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from train_cases import command_line, make_folder, one_thread  # noqa: F401
 
 from lka_kernels.train import checkpoint, files
@@ -27,7 +29,7 @@ LKA = {
 
 def numbers(out):
     """All of history.csv but what measures the machine."""
-    with open(out / "history.csv", newline="") as file:
+    with open(out / "history.csv", errors="surrogateescape", newline="") as file:
         return [{k: v for k, v in row.items() if k not in TIMING} for row in csv.DictReader(file)]
 
 
@@ -121,6 +123,52 @@ def test_stop_before_any_write(data, tmp_path, monkeypatch, method):
             break
     else:
         assert method != "lka", "more writes than were tried"
+
+
+def test_names_that_are_no_utf_8_and_no_formulas(tmp_path, monkeypatch, capsys):
+    """Nothing is refused, lost or changed, when a run is stopped and continued too."""
+    data = make_folder(tmp_path / os.fsdecode(b"da\xffta"), images=6)
+    odd = os.fsdecode(b"\xe9 $<5$ and $_$")
+    (data / "a").rename(data / odd)
+    for path in (data / "b").iterdir():
+        path.rename(path.with_name(os.fsdecode(b"\xfc") + path.name))
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    options = {"epochs": 2, "tensorboard": True}
+    assert main(command_line(data, whole, **options)) == 0
+    assert r"\xe9 $<5$ and $_$" in capsys.readouterr().err
+
+    save = checkpoint.save
+
+    def stop_after_the_first(*arguments):
+        if arguments[3] == 2:
+            raise Killed
+        save(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save", stop_after_the_first)
+        with pytest.raises(Killed):
+            main(command_line(data, stopped, **options))
+    assert main(["--resume", f"--out={stopped}"]) == 0
+    assert_same_run(whole, stopped, "head.safetensors")
+    assert odd in json.loads((stopped / "metrics.json").read_text())["classes"]
+    assert yaml.safe_load((stopped / "config.yaml").read_text())["data"] == str(data)
+    split = json.loads((stopped / "split.json").read_text())
+    with open(stopped / "predictions.csv", errors="surrogateescape", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == [str(data / name) for name in split["test"]]
+    assert f"p_{odd}" in rows[0]
+    assert (stopped / "confusion_matrix.png").exists()
+    assert f"test_acc_{odd}".encode(errors="surrogateescape") in (
+        (stopped / "history.csv").read_bytes()
+    )
+
+
+def test_tensorboard_and_a_folder_that_is_no_utf_8(data, tmp_path, capsys):
+    out = tmp_path / os.fsdecode(b"ru\xffn")
+    assert main(command_line(data, out, epochs=1, tensorboard=True)) == 1
+    assert "--tensorboard false" in capsys.readouterr().err
+    assert main(command_line(data, out, epochs=1, resume=True)) == 0
+    assert (out / "head.safetensors").exists()
 
 
 def test_resume_needs_the_same_options_and_images(data, tmp_path, capsys):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import TrainError
+from .files import shown
 
 # Options that change how a run is carried out but not its numbers: these may differ on --resume.
 FREE_ON_RESUME = frozenset(
@@ -128,7 +129,7 @@ class TrainConfig:
         if self.out:
             return Path(self.out)
         name = f"{Path(self.data).resolve().name}-{self.model}-{self.method}-seed{self.seed}"
-        return Path("runs") / name.replace("/", "_")
+        return Path("runs") / shown(name.replace("/", "_"))
 
 
 def as_dict(config: TrainConfig, method_options: Any = None) -> dict[str, Any]:

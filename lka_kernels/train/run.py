@@ -23,7 +23,7 @@ from lka_kernels.methods import Method, get_method
 from . import batches, checkpoint, dataset, features, history, loop, model, report
 from .config import TrainConfig, as_dict, difference
 from .errors import TrainError
-from .files import write_atomically, write_json
+from .files import shown, write_atomically, write_json
 from .folder import RunFolder, check_free
 from .metrics import Scores, score
 
@@ -325,5 +325,5 @@ def _named_scores(scores: Scores, classes: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _say(text: str) -> None:
-    tqdm.write(text, file=sys.stderr)
+    tqdm.write(shown(text), file=sys.stderr)
     sys.stderr.flush()
