@@ -1,3 +1,8 @@
+import errno
+import os
+import re
+from functools import partial
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -8,6 +13,9 @@ from lka_kernels.train.data import decode_all, scan
 from lka_kernels.train.dataset import load
 from lka_kernels.train.errors import TrainError
 from lka_kernels.train.images import fit, pixel_hash, read_rgb
+
+# How a folder may be listed: os.walk and Path.iterdir each take one of these.
+LISTING = ("scandir", "listdir")
 
 
 def pixels(path, **options):
@@ -120,6 +128,30 @@ def test_broken_images_are_named_before_training(tmp_path):
         load(TrainConfig(data=str(tmp_path)), 16)
     for name in ("garbage.png", "truncated.png", "empty.jpg", "3 of 23"):
         assert name in str(raised.value)
+
+
+def test_links_that_lead_nowhere_are_broken_images(tmp_path):
+    make_folder(tmp_path)
+    (tmp_path / "a" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(TrainError, match=r"1 of 21 images are broken:\n.*gone\.png"):
+        load(TrainConfig(data=str(tmp_path)), 16)
+
+
+@pytest.mark.parametrize("locked", ["", "a", "a/deep"])
+def test_folders_without_permission_are_named(tmp_path, monkeypatch, locked):
+    make_folder(tmp_path)
+    make_image(tmp_path / "a" / "deep" / "x.png", 7)
+    closed, real = str(tmp_path / locked), {name: getattr(os, name) for name in LISTING}
+
+    def refuse(name, path):
+        if os.fspath(path) == closed:  # chmod would not stop a test that runs as root
+            raise PermissionError(errno.EACCES, "Permission denied", closed)
+        return real[name](path)
+
+    for name in LISTING:
+        monkeypatch.setattr(os, name, partial(refuse, name))
+    with pytest.raises(TrainError, match=f"{re.escape(closed)} cannot be read: Permission denied"):
+        scan(tmp_path)
 
 
 def test_sixteen_bit_grey(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -58,8 +59,12 @@ def scan(
             class in one half only. The message names the folder or class.
     """
     root = Path(root)
-    if not root.exists():
-        raise TrainError(f"data folder {root} does not exist")
+    try:
+        root.stat()
+    except FileNotFoundError:
+        raise TrainError(f"data folder {root} does not exist") from None
+    except OSError as error:
+        raise _unreadable(error) from error
     if not root.is_dir():
         raise TrainError(f"{root} is a file; a folder of class folders is expected")
     halves = {folder.name.lower(): folder for folder in _subfolders(root)}
@@ -162,8 +167,28 @@ def decode_all(
     return Decoded(hashes, pixels, brightest)
 
 
+def _unreadable(error: OSError) -> TrainError:
+    return TrainError(f"data folder {error.filename} cannot be read: {error.strerror}")
+
+
 def _subfolders(root: Path) -> list[Path]:
-    return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    try:
+        return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    except OSError as error:
+        raise _unreadable(error) from error
+
+
+def _files(folder: Path) -> list[Path]:
+    """Every file below ``folder`` that is not hidden, in order; TrainError if it cannot be read."""
+
+    def fail(error: OSError) -> None:  # os.walk, as Path.rglob, would go on without a word
+        raise _unreadable(error) from error
+
+    found = []
+    for here, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(here, name) for name in names if not name.startswith(".")]
+    return sorted(found)
 
 
 def _choose_test(
@@ -190,10 +215,7 @@ def _scan_half(
     samples: list[Sample] = []
     for label, folder in enumerate(folders):
         images, others, excluded = [], [], 0
-        for path in sorted(folder.rglob("*")):
-            inside = path.relative_to(folder).parts
-            if path.is_dir() or any(part.startswith(".") for part in inside):
-                continue
+        for path in _files(folder):
             if any(fnmatch(path.name, pattern) for pattern in exclude):
                 excluded += 1
             elif path.suffix.lower() in SUFFIXES:
