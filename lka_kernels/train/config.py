@@ -44,7 +44,7 @@ class TrainConfig:
         drop_leaked: leave out training images that stand in the test half too
         exclude: file name patterns to leave out, such as "*_mask*"
         limit_per_class: use at most so many images of each class in each half; 0 uses all
-        sixteen_bit_max: the value that counts as white in 16-bit greyscale images
+        sixteen_bit_max: the value that counts as white in 16-bit images
         seed: seeds weights, order, augmentation and dropout
         deterministic: ask torch for deterministic algorithms only
         device: "auto", "cpu", "cuda", "cuda:1", ...

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .errors import TrainError
-from .images import SUFFIXES, brightest_sixteen_bit, fit, pixel_hash, read_rgb
+from .images import SUFFIXES, decode, fit, pixel_hash
 
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "testing", "val", "valid", "validation")
@@ -141,19 +141,19 @@ def decode_all(
     brightest = 0
     failures: list[str] = []
 
-    def decode(index: int) -> tuple[int, str]:
+    def keep_one(index: int) -> tuple[int, str]:
         try:
-            image = read_rgb(paths[index], sixteen_bit_max)
+            image, brightest = decode(paths[index], sixteen_bit_max)
         except TrainError as error:
             return 0, str(error)
         hashes[index] = pixel_hash(image)
         if pixels is not None:
             pixels[index] = fit(image, size, resize)
-        return brightest_sixteen_bit(paths[index]) or 0, ""
+        return brightest, ""
 
     # Threads are enough: Pillow releases the interpreter lock while it decodes and resizes.
     with ThreadPoolExecutor(workers) as pool:
-        found = pool.map(decode, range(len(paths)))
+        found = pool.map(keep_one, range(len(paths)))
         for value, failure in tqdm(
             found, "reading images", len(paths), unit="img", leave=False, disable=None
         ):
