@@ -86,6 +86,8 @@ def test_lka_options_mirror_the_configuration():
         ({"weights": "model.pth"}, "safetensors"),
         ({"method": "magic"}, "--method magic"),
         ({"device": "cuda:99"}, "--device cuda:99"),
+        ({"device": "meta"}, "--device meta cannot be used"),
+        ({"method": "full", "batch_size": 1}, "--batch_size 1: the model cannot be trained on si"),
         ({"cache_features": True}, "--cache_features needs"),
         ({"model": "test_vit", "input_size": 33}, "33 pixels"),
         ({"method": "lka", "model": "test_resnet"}, "takes adapters"),

@@ -19,6 +19,7 @@ from train_cases import command_line, make_folder, one_thread  # noqa: F401
 from lka_kernels.train import checkpoint, files
 from lka_kernels.train.cli import main
 from lka_kernels.train.errors import TrainError
+from lka_kernels.train.folder import RunFolder, check_free
 from lka_kernels.train.history import TIMING
 
 LKA = {
@@ -200,9 +201,41 @@ def test_existing_run_is_neither_overwritten_nor_shared(data, tmp_path, capsys):
     assert (tmp_path / "mine" / "thesis.tex").exists()
 
 
-def test_a_run_folder_has_one_user_at_a_time(data, tmp_path, capsys):
-    from lka_kernels.train.folder import RunFolder
+def test_overwrite_stopped_at_any_file_can_be_given_again(data, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    assert main(command_line(data, out, epochs=1)) == 0
+    unlink = Path.unlink
+    for stop in range(20):
+        removed = 0
 
+        def limited(path, *arguments, stop=stop, **options):
+            nonlocal removed
+            if path.parent == out:
+                if removed == stop:
+                    raise Killed
+                removed += 1
+            unlink(path, *arguments, **options)
+
+        monkeypatch.setattr(Path, "unlink", limited)
+        try:
+            with RunFolder(out, overwrite=True):
+                break
+        except Killed:
+            check_free(out, resume=False, overwrite=True)
+        finally:
+            monkeypatch.setattr(Path, "unlink", unlink)
+    assert stop > 1
+    check_free(out, resume=False, overwrite=False)
+
+
+def test_resume_without_a_run_says_so(tmp_path, capsys):
+    assert main(["--resume"]) == 1
+    assert "--resume: --out is missing" in capsys.readouterr().err
+    assert main(["--resume", f"--out={tmp_path}"]) == 1
+    assert f"--resume: --out {tmp_path} holds no run" in capsys.readouterr().err
+
+
+def test_a_run_folder_has_one_user_at_a_time(data, tmp_path, capsys):
     with RunFolder(tmp_path / "run"):
         assert main(command_line(data, tmp_path / "run", epochs=1)) == 1
     assert "in use by another" in capsys.readouterr().err

@@ -49,6 +49,9 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, Any]:
     parsed = parser.parse_args(_with_saved_config(arguments))
     values = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(TrainConfig)}
     values["data"] = parsed.DATA or parsed.data
+    if parsed.resume and not values["data"]:
+        where = f"--out {parsed.out} holds no run" if parsed.out else "--out is missing"
+        raise TrainError(f"--resume: {where}; give the folder of a run, or DATA to begin one")
     config = TrainConfig(**values)
     if config.method not in METHODS:
         raise TrainError(f"--method {config.method} is unknown; there are {', '.join(METHODS)}")
@@ -109,11 +112,10 @@ def _with_saved_config(arguments: list[str]) -> list[str]:
     """``--resume`` takes the options of the run's own file as defaults."""
     if "--resume=true" not in arguments and "--resume" not in arguments:
         return arguments
+    out = ""
     for place, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name == "--out":
             out = value if equals else next(iter(arguments[place + 1 : place + 2]), "")
-            saved = Path(out) / CONFIG_NAME
-            if out and saved.is_file():
-                return ["--config", str(saved), *arguments]
-    return arguments
+    saved = Path(out) / CONFIG_NAME
+    return ["--config", str(saved), *arguments] if out and saved.is_file() else arguments

@@ -62,6 +62,8 @@ def train(config: TrainConfig, method_options: Any = None) -> dict[str, Any]:
         network = method.apply(backbone.model, options)
     except (ValueError, TypeError) as error:
         raise TrainError(f"--method {method.name}: {error}") from error
+    if config.batch_size == 1:  # else no batch has one image, see batches.epoch_order
+        model.check_single_images(network, method.train_mode, backbone.size)
     network.to(device)
     if config.channels_last:
         network.to(memory_format=torch.channels_last)
@@ -89,7 +91,7 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # "meta" has no values, and so cannot train
     except Exception as error:  # torch raises RuntimeError or AssertionError by build
         raise TrainError(f"--device {name} cannot be used: {error}") from error
     return device
