@@ -20,6 +20,8 @@ from lka_kernels.tiles import MOST_RANK
 
 BACKENDS = ("cpu", "triton", "cuda", "torch")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The kernels write padded rows out; with a stride as large F.conv2d serves any padding.
+_MOST_PADDING = 2**20
 CUDA_GEMM_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -143,6 +145,8 @@ def _cannot_run_depthwise(
     """Why ``backend`` cannot serve this depthwise convolution, or None if it can."""
     if backend == "torch":
         return None
+    if (refusal := _not_strided(input, weight)) is not None:
+        return refusal
     device = {"cpu": "cpu", "cuda": "cuda", "triton": triton_backend.device_type()}[backend]
     if input.device.type != device:
         return f"it serves {device} tensors; input is on {input.device}"
@@ -184,11 +188,23 @@ def _cannot_transform(input: Tensor, weight: Tensor) -> str | None:
         )
     if input.dtype not in FLOAT_DTYPES:
         return f"input is {input.dtype}"
+    return _not_strided(input, weight)
+
+
+def _not_strided(input: Tensor, weight: Tensor) -> str | None:
+    """Why kernels that read memory by strides cannot serve a call: oneDNN's opaque layout."""
+    for name, tensor in (("input", input), ("weight", weight)):
+        if tensor.layout is not torch.strided:
+            return f"it serves layout torch.strided; {name} has {tensor.layout}"
     return None
 
 
 def choose_depthwise(
-    input: Tensor, weight: Tensor, method: str, stride: tuple[int, int] = (1, 1)
+    input: Tensor,
+    weight: Tensor,
+    method: str,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, ...] = (0, 0, 0, 0),
 ) -> Choice:
     """Choose for one call of ``depthwise_conv2d`` with checked arguments.
 
@@ -202,6 +218,8 @@ def choose_depthwise(
     if method == "fft":
         return _choose_fft(input, weight, stride)
     if requested == "auto":
+        if any(size > _MOST_PADDING for size in padding):
+            return Choice("torch", "direct", f"padding is above {_MOST_PADDING}")
         if input.device.type == "cpu" and _extension.MODULE is not None:
             refusal = _cannot_run_depthwise("cpu", input, weight, stride)
             if refusal is None:

@@ -321,6 +321,8 @@ def test_operators_of_the_cuda_backend():
 def test_explain_raises_what_the_call_raises():
     with pytest.raises(ValueError, match="stride must be at least 1"):
         explain(**call(), stride=0)
+    with pytest.raises(TypeError, match="weight must have the dtype of input"):
+        explain(**call() | {"weight": call()["weight"].double()})
 
 
 @pytest.mark.usefixtures("compiled_cpu")

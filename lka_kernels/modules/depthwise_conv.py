@@ -47,6 +47,8 @@ class DepthwiseConv2d(nn.Conv2d):
         stride = checks.pair("stride", stride, minimum=1)
         dilation = checks.pair("dilation", dilation, minimum=1)
         checks.padding_tlbr(padding, stride, dilation, kernel_size)
+        if not isinstance(padding, str):
+            padding = checks.pair("padding", padding, minimum=0)
         super().__init__(
             channels,
             channels,
