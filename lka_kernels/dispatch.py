@@ -77,6 +77,11 @@ class _Requested:
 class use_backend:
     """Use one backend for every following call; also a context manager that restores the last.
 
+    The choice is the process's, as torch.backends is: it holds in all threads, those that a data
+    loader or DataParallel starts included, which a context variable would not reach. A function
+    that torch.compile has traced is traced anew for another choice. A context manager that was
+    kept may be entered again, and then chooses again.
+
     Args:
         name: "cpu" (compiled kernels for CPU tensors), "triton", "cuda", "torch" (plain PyTorch)
             or "auto" (the fastest that can serve each call).
@@ -92,14 +97,20 @@ class use_backend:
             status = available_backends()[name]
             if status != "ready":
                 raise RuntimeError(f"backend {name!r} cannot run: {status}")
-        self._previous = _Requested.backend
+        self._name = name
+        self._previous = [_Requested.backend]
+        self._entered = False
         _Requested.backend = name
 
     def __enter__(self) -> use_backend:
+        if self._entered:
+            self._previous.append(_Requested.backend)
+        self._entered = True
+        _Requested.backend = self._name
         return self
 
     def __exit__(self, *exception) -> None:
-        _Requested.backend = self._previous
+        _Requested.backend = self._previous.pop()
 
 
 def available_backends() -> dict[str, str]:

@@ -131,6 +131,14 @@ def test_use_backend_restores_after_an_error():
     assert dispatch._Requested.backend == "auto"
 
 
+def test_a_kept_use_backend_chooses_again():
+    kept = use_backend("torch")
+    for _ in range(2):
+        with kept, use_backend("auto"), kept:
+            assert dispatch._Requested.backend == "torch"
+        assert dispatch._Requested.backend == "auto"
+
+
 def test_use_backend_as_a_function_lasts():
     use_backend("torch")
     assert served_by(lambda: depthwise_conv2d(**call())) == ["convolution"]

@@ -23,6 +23,9 @@ class DepthwiseConv2d(nn.Conv2d):
         method: as ``lka_kernels.functional.depthwise_conv2d``.
 
     Shape: (B, C, H, W) -> (B, C, H', W').
+
+    torch.jit.trace takes it under torch.no_grad() only: with gradients it records a Python
+    function, which its second, checking pass does not meet. torch.compile has no such limit.
     """
 
     def __init__(

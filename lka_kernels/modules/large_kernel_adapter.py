@@ -55,6 +55,9 @@ class FusedLKA(nn.Module):
             shifts the grid by less than the dilation, and prefix tokens meet no tap.)
         data_format: "channels_last" takes (B, P+N, C) or (B, H, W, C), "channels_first" takes
             (B, C, H, W).
+
+    torch.jit.trace takes it under torch.no_grad() only: with gradients it records a Python
+    function, which its second, checking pass does not meet. torch.compile has no such limit.
     """
 
     def __init__(
