@@ -49,9 +49,6 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, Any]:
     parsed = parser.parse_args(_with_saved_config(arguments))
     values = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(TrainConfig)}
     values["data"] = parsed.DATA or parsed.data
-    if parsed.resume and not values["data"]:
-        where = f"--out {parsed.out} holds no run" if parsed.out else "--out is missing"
-        raise TrainError(f"--resume: {where}; give the folder of a run, or DATA to begin one")
     config = TrainConfig(**values)
     if config.method not in METHODS:
         raise TrainError(f"--method {config.method} is unknown; there are {', '.join(METHODS)}")

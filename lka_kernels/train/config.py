@@ -98,6 +98,9 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raises TrainError for a value that no run could use."""
+        if self.resume and not self.data:  # a run's own file would have given it
+            where = f"--out {self.out} holds no run" if self.out else "--out is missing"
+            raise TrainError(f"--resume: {where}; give the folder of a run, or DATA to begin one")
         if not self.data:
             raise TrainError("DATA is missing: give a folder of class folders")
         at_least = {
