@@ -6,7 +6,9 @@ given and what is accepted.
 
 from __future__ import annotations
 
+import math
 import numbers
+import operator
 
 import torch
 from torch import Tensor
@@ -26,15 +28,33 @@ def one_of(name: str, value, accepted) -> None:
         raise ValueError(f"{name} must be one of {choices}; got {value!r}")
 
 
-def is_tensor(name: str, value) -> None:
-    """Raise TypeError unless ``value`` is a Tensor."""
+def is_tensor(name: str, value, layouts=(torch.strided,)) -> None:
+    """Raise TypeError unless ``value`` is a Tensor of one of ``layouts``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a Tensor; got {type(value).__name__}")
+    if value.layout not in layouts:
+        accepted = " or ".join(map(str, layouts))
+        raise TypeError(f"{name} must have layout {accepted}; got {value.layout}")
 
 
 def is_int(value) -> bool:
     """True for int and SymInt, False for bool and everything else."""
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def as_int(value) -> int | torch.SymInt | None:
+    """``value`` as the integer that it is to ``F.conv2d``, NumPy's and tensors included, or None.
+
+    A SymInt stays one: as an int it would be a constant of the graph.
+    """
+    if is_int(value):
+        return value
+    if isinstance(value, (bool, tuple, list, str)):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def is_number(name: str, value) -> None:
@@ -67,15 +87,15 @@ def adapter_options(
     if dilation < 1:
         raise ValueError(f"dilation must be at least 1; got {dilation}")
     is_number("scale", scale)
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"scale must be finite; got {scale}")
 
 
 def pair(name: str, value, *, minimum: int) -> tuple[int, int]:
     """Return (height, width) from an int or a pair of ints, each at least ``minimum``."""
-    if is_int(value):
-        height = width = value
-    elif isinstance(value, (tuple, list)) and len(value) in (1, 2) and all(map(is_int, value)):
-        height, width = (value[0], value[-1])
-    else:
+    several = isinstance(value, (tuple, list)) and len(value) in (1, 2)
+    height, width = (as_int(value[0]), as_int(value[-1])) if several else (as_int(value),) * 2
+    if height is None or width is None:
         raise TypeError(f"{name} must be an int or a pair of ints; got {value!r}")
     if height < minimum or width < minimum:
         raise ValueError(f"{name} must be at least {minimum}; got {value!r}")

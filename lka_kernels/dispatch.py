@@ -20,6 +20,8 @@ from lka_kernels.tiles import MOST_RANK
 
 BACKENDS = ("cpu", "triton", "cuda", "torch")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The kernels write padded rows out; with a stride as large F.conv2d serves any padding.
+_MOST_PADDING = 2**20
 CUDA_GEMM_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -75,6 +77,11 @@ class _Requested:
 class use_backend:
     """Use one backend for every following call; also a context manager that restores the last.
 
+    The choice is the process's, as torch.backends is: it holds in all threads, those that a data
+    loader or DataParallel starts included, which a context variable would not reach. A function
+    that torch.compile has traced is traced anew for another choice. A context manager that was
+    kept may be entered again, and then chooses again.
+
     Args:
         name: "cpu" (compiled kernels for CPU tensors), "triton", "cuda", "torch" (plain PyTorch)
             or "auto" (the fastest that can serve each call).
@@ -90,14 +97,20 @@ class use_backend:
             status = available_backends()[name]
             if status != "ready":
                 raise RuntimeError(f"backend {name!r} cannot run: {status}")
-        self._previous = _Requested.backend
+        self._name = name
+        self._previous = [_Requested.backend]
+        self._entered = False
         _Requested.backend = name
 
     def __enter__(self) -> use_backend:
+        if self._entered:
+            self._previous.append(_Requested.backend)
+        self._entered = True
+        _Requested.backend = self._name
         return self
 
     def __exit__(self, *exception) -> None:
-        _Requested.backend = self._previous
+        _Requested.backend = self._previous.pop()
 
 
 def available_backends() -> dict[str, str]:
@@ -143,6 +156,8 @@ def _cannot_run_depthwise(
     """Why ``backend`` cannot serve this depthwise convolution, or None if it can."""
     if backend == "torch":
         return None
+    if (refusal := _not_strided(input, weight)) is not None:
+        return refusal
     device = {"cpu": "cpu", "cuda": "cuda", "triton": triton_backend.device_type()}[backend]
     if input.device.type != device:
         return f"it serves {device} tensors; input is on {input.device}"
@@ -184,11 +199,23 @@ def _cannot_transform(input: Tensor, weight: Tensor) -> str | None:
         )
     if input.dtype not in FLOAT_DTYPES:
         return f"input is {input.dtype}"
+    return _not_strided(input, weight)
+
+
+def _not_strided(input: Tensor, weight: Tensor) -> str | None:
+    """Why kernels that read memory by strides cannot serve a call: oneDNN's opaque layout."""
+    for name, tensor in (("input", input), ("weight", weight)):
+        if tensor.layout is not torch.strided:
+            return f"it serves layout torch.strided; {name} has {tensor.layout}"
     return None
 
 
 def choose_depthwise(
-    input: Tensor, weight: Tensor, method: str, stride: tuple[int, int] = (1, 1)
+    input: Tensor,
+    weight: Tensor,
+    method: str,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, ...] = (0, 0, 0, 0),
 ) -> Choice:
     """Choose for one call of ``depthwise_conv2d`` with checked arguments.
 
@@ -202,6 +229,8 @@ def choose_depthwise(
     if method == "fft":
         return _choose_fft(input, weight, stride)
     if requested == "auto":
+        if any(size > _MOST_PADDING for size in padding):
+            return Choice("torch", "direct", f"padding is above {_MOST_PADDING}")
         if input.device.type == "cpu" and _extension.MODULE is not None:
             refusal = _cannot_run_depthwise("cpu", input, weight, stride)
             if refusal is None:

@@ -61,7 +61,7 @@ def depthwise_conv2d(
         stride, padding, dilation = geometry
         batched = input.dim() == 4
         channels_last = batched and (_like_channels_last(input) or _like_channels_last(weight))
-        backend = dispatch.choose_depthwise(input, weight, method, stride).family
+        backend = dispatch.choose_depthwise(input, weight, method, stride, padding).family
         if key is not None:
             remembered_calls.remember(key, (*geometry, channels_last, backend))
     if backend == "torch":
@@ -75,10 +75,14 @@ def depthwise_conv2d(
     )
 
 
+# Layouts that F.conv2d takes; PyTorch serves the second.
+_CONVOLVED = (torch.strided, torch._mkldnn)
+
+
 def _check_depthwise(input, weight, bias, stride, padding, dilation, method):
     """Return normalised (stride, padding, dilation); raise for what ``F.conv2d`` refuses."""
-    checks.is_tensor("input", input)
-    checks.is_tensor("weight", weight)
+    checks.is_tensor("input", input, _CONVOLVED)
+    checks.is_tensor("weight", weight, _CONVOLVED)
     if input.dim() not in (3, 4):
         raise ValueError(f"input must be (B, C, H, W) or (C, H, W); got {tuple(input.shape)}")
     if weight.dim() != 4 or weight.shape[1] != 1:
@@ -91,7 +95,7 @@ def _check_depthwise(input, weight, bias, stride, padding, dilation, method):
             f"{tuple(input.shape)} (or a multiple of C); got {tuple(weight.shape)}"
         )
     if bias is not None:
-        checks.is_tensor("bias", bias)
+        checks.is_tensor("bias", bias, _CONVOLVED)
         if bias.dim() != 1 or bias.shape[0] != filters:
             raise ValueError(f"bias must be ({filters},); got {tuple(bias.shape)}")
     checks.one_of("method", method, checks.METHODS)
@@ -277,6 +281,9 @@ def _check_adapter(
 ) -> tuple[int, int]:
     """Check types, shapes and options; return the grid size."""
     checks.is_tensor("x", x)
+    if x.dtype not in checks.FLOAT_DTYPES:
+        names = ", ".join(map(str, checks.FLOAT_DTYPES))
+        raise TypeError(f"x must have one of the dtypes {names}; got {x.dtype}")
     if x.dim() not in (3, 4):
         raise ValueError(f"x must be (B, P+N, C) or (B, H, W, C); got {tuple(x.shape)}")
     dim = x.shape[-1]
@@ -345,7 +352,7 @@ def _check_grid(x: Tensor, grid_size, num_prefix_tokens) -> tuple[int, int]:
     height, width = checks.pair("grid_size", grid_size, minimum=1)
     if height * width != num_tokens:
         raise ValueError(
-            f"grid_size {tuple(grid_size)} needs {height * width} grid tokens; x "
+            f"grid_size {(height, width)} needs {height * width} grid tokens; x "
             f"{tuple(x.shape)} with num_prefix_tokens={num_prefix_tokens} has {num_tokens}"
         )
     return height, width
@@ -372,9 +379,10 @@ def explain(
     )
     if _autocast_enabled(input.device.type):
         input, weight, bias = _autocast(input.device.type, input, weight, bias)
+    checks.dtypes_and_devices_agree("input", input, (("weight", weight), ("bias", bias)))
     channels_last = input.dim() == 4 and (_like_channels_last(input) or _like_channels_last(weight))
     try:
-        choice = dispatch.choose_depthwise(input, weight, method, stride)
+        choice = dispatch.choose_depthwise(input, weight, method, stride, padding)
     except (RuntimeError, ValueError) as error:
         return f"no backend: {error}"
     layout = "channels_last" if channels_last else "contiguous"

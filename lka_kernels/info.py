@@ -40,15 +40,26 @@ def main(arguments: list[str] | None = None) -> int:
     if options.support_table is not None:
         return _support_table(options.support_table)
     found = collect(options.mebibytes, options.repeats)
-    print(json.dumps(found, indent=2) if options.json else as_text(found))
+    _print(json.dumps(found, indent=2) if options.json else as_text(found))
     return 0
+
+
+def _print(text: str) -> None:
+    """Print; a reader that has seen enough, such as ``head``, is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # What is left in the buffer would raise once more when the interpreter ends.
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
 
 
 def _support_table(file: str) -> int:
     from lka_kernels import support  # costs time that the rest does not need
 
     if not file:
-        print(support.as_markdown())
+        _print(support.as_markdown())
         return 0
     try:
         support.write_between_markers(Path(file))

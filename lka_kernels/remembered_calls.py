@@ -76,7 +76,7 @@ def _ordinary() -> bool:
 
 
 def _plain(t) -> bool:
-    return type(t) in _PLAIN and t.is_cpu
+    return type(t) in _PLAIN and t.is_cpu and t.layout is torch.strided
 
 
 def _hashable(key: tuple) -> tuple | None:
@@ -93,7 +93,12 @@ def find(key: tuple | None) -> tuple | None:
 
 
 def remember(key: tuple, call: tuple) -> None:
-    """Keep a call that passed the checks; the memory starts afresh when it is full."""
+    """Keep a call that passed the checks; the memory starts afresh when it is full.
+
+    Not one whose stride or the like is a tensor, which is found by what it is, not by its value.
+    """
+    if _holds_tensor(key):
+        return
     if len(_CALLS) >= _MOST_CALLS:
         _CALLS.clear()
     _CALLS[key] = call
@@ -102,6 +107,12 @@ def remember(key: tuple, call: tuple) -> None:
 def forget_all() -> None:
     """Start afresh."""
     _CALLS.clear()
+
+
+def _holds_tensor(value) -> bool:
+    return isinstance(value, Tensor) or (
+        isinstance(value, tuple) and any(map(_holds_tensor, value))
+    )
 
 
 def _types(value) -> type | tuple[type, ...]:

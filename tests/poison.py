@@ -13,7 +13,7 @@ from lka_kernels import _extension, ops
 
 
 @functools.cache
-def junk_fill_flag() -> ctypes.c_bool | None:
+def junk_fill_flag() -> ctypes.c_bool:
     """The switch of torch's CPU allocator that fills every fresh tensor with 0x7fedbeef.
 
     That is NaN in float32, NaN in every other element of float16 and bfloat16, and 1.7e308 in
@@ -21,21 +21,22 @@ def junk_fill_flag() -> ctypes.c_bool | None:
     which ``torch.utils.deterministic.fill_uninitialized_memory`` does not.
     """
     path = Path(torch.__file__).parent / "lib" / "libc10.so"
+    name = "FLAGS_caffe2_cpu_allocator_do_junk_fill"
+    # Without it every test of unwritten memory would pass in silence: errors are left to be seen.
+    flag = ctypes.c_bool.in_dll(ctypes.CDLL(str(path)), name)
+    flag.value = True
     try:
-        return ctypes.c_bool.in_dll(
-            ctypes.CDLL(str(path)), "FLAGS_caffe2_cpu_allocator_do_junk_fill"
-        )
-    except (OSError, ValueError):
-        return None
+        if not torch.empty(1024).isnan().all():
+            raise RuntimeError(f"{name} of {path} no longer fills fresh tensors with junk")
+    finally:
+        flag.value = False
+    return flag
 
 
 @contextlib.contextmanager
 def junk_filled_tensors():
     """Every tensor allocated on the CPU in this block starts as junk."""
     flag = junk_fill_flag()
-    if flag is None:
-        yield
-        return
     flag.value = True
     try:
         yield

@@ -93,7 +93,9 @@ SMALLER = {
 }
 
 
-@pytest.mark.parametrize("name", ["vit_registers", "vit_dynamic", "swin", "convnext"])
+@pytest.mark.parametrize(
+    "name", ["vit_registers", "vit_dynamic", "swin", "convnext", "efficientnet_v2"]
+)
 def test_compiles_in_one_graph(name):
     """fullgraph=True: no graph break in the block, the adapter or the token grid."""
     torch._dynamo.reset()

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from lka_kernels import DepthwiseConv2d, FusedLKA
+from lka_kernels import DepthwiseConv2d, FusedLKA, _extension, use_backend
 
 MODULES = {
     "adapter": lambda: FusedLKA(16, 8, 7, init="paper"),
@@ -26,12 +26,12 @@ def gradients(function, module, x):
     return [y, *torch.autograd.grad(y.square().sum(), [x, *module.parameters()])]
 
 
-def assert_same(compiled, module, shape):
+def assert_same(compiled, module, shape, check_stride=True):
     """Values and gradients, as in eager mode; strides too."""
     x = torch.randn(shape, requires_grad=True)
     expected, found = gradients(module, module, x), gradients(compiled, module, x)
     for ours, eager in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, eager, check_stride=True)
+        torch.testing.assert_close(ours, eager, check_stride=check_stride)
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +62,28 @@ def test_no_new_graph_for_another_batch_or_map(kind, dynamic):
 def test_default_compiler(kind):
     module = MODULES[kind]()
     compiled = torch.compile(module, fullgraph=True)
-    assert_same(compiled, module, SHAPES[kind][0])
+    # Without the compiled kernels this is F.conv2d, whose layout Inductor chooses as it likes.
+    assert_same(compiled, module, SHAPES[kind][0], check_stride=_extension.loaded())
+
+
+@pytest.mark.parametrize("kind", ["adapter", "depthwise"])
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_torch_jit_trace_without_gradients(kind):
+    module, x = MODULES[kind](), torch.randn(SHAPES[kind][0])
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.trace(module, x)(x), module(x))
+
+
+def test_a_compiled_function_follows_use_backend():
+    """A guard watches the process's choice: no graph of another backend is taken."""
+    module, x = MODULES["depthwise"](), torch.randn(SHAPES["depthwise"][0])
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    compiled = torch.compile(module, fullgraph=True, backend=counter)
+    compiled(x)
+    with use_backend("torch"):
+        torch.testing.assert_close(compiled(x), module(x))
+    assert counter.frame_count == 2
 
 
 def test_compiled_training_with_dropout_and_autocast():

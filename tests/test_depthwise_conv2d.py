@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import poison
 import pytest
 import torch
@@ -11,7 +12,7 @@ from closeness import assert_close_to_truth
 from hypothesis import example, given, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lka_kernels import use_backend
+from lka_kernels import DepthwiseConv2d, checks, use_backend
 from lka_kernels.functional import depthwise_conv2d
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -467,7 +468,10 @@ def bad(error, message, *arguments, **options):
         bad(ValueError, "at least one tap", weight=(4, 1, 0, 3)),
         bad(ValueError, r"bias must be \(4,\); got \(3,\)", bias=torch.zeros(3)),
         bad(TypeError, "bias must be a Tensor; got float", bias=1.0),
+        bad(TypeError, "input must have layout torch.strided or torch._mkldnn; got .*sparse_coo",
+            torch.zeros(2, 4, 6, 6).to_sparse()),
         bad(ValueError, "stride must be at least 1; got 0", stride=0),
+        bad(TypeError, "stride must be an int or a pair of ints; got True", stride=True),
         bad(TypeError, r"stride must be an int or a pair of ints; got 1\.5", stride=1.5),
         bad(TypeError, r"dilation must be an int or a pair of ints; got \(1, 1, 1\)",
             dilation=(1, 1, 1)),
@@ -518,6 +522,47 @@ def test_arguments_may_be_lists_and_singletons(padding):
     ours = depthwise_conv2d(input, weight, None, [2], padding, (1,))
     theirs = F.conv2d(input, weight, None, [2], padding, (1,), groups=2)
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [np.int64(2), (np.int64(2), 1), [np.int64(2)], torch.tensor(1), (1, torch.tensor(2))],
+    ids=str,
+)
+def test_arguments_may_be_what_conv2d_takes_for_integers(value):
+    input, weight = torch.randn(1, 2, 6, 6), torch.randn(2, 1, 2, 2)
+    for name in ("stride", "padding", "dilation"):
+        theirs = F.conv2d(input, weight, groups=2, **{name: value})
+        for _ in range(2):
+            torch.testing.assert_close(depthwise_conv2d(input, weight, **{name: value}), theirs)
+    module = DepthwiseConv2d(2, 2, padding=value, stride=value)
+    assert module.padding == module.stride == tuple(map(int, checks.pair("", value, minimum=1)))
+    assert {type(v) for v in module.padding + module.stride} == {int}
+
+
+def test_a_tensor_as_stride_counts_by_its_value():
+    input, weight, stride = torch.randn(1, 2, 6, 6), torch.randn(2, 1, 2, 2), torch.tensor(1)
+    assert depthwise_conv2d(input, weight, None, stride).shape == (1, 2, 5, 5)
+    stride += 1
+    assert depthwise_conv2d(input, weight, None, stride).shape == (1, 2, 3, 3)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+@pytest.mark.parametrize("both", [False, True])
+def test_layout_of_onednn_is_served_by_torch(both):
+    input, weight = torch.randn(1, 2, 6, 6), torch.randn(2, 1, 3, 3)
+    expected = F.conv2d(input, weight, padding=1, groups=2)
+    found = depthwise_conv2d(input.to_mkldnn(), weight.to_mkldnn() if both else weight, padding=1)
+    assert found.layout == torch._mkldnn
+    torch.testing.assert_close(found.to_dense(), expected)
+
+
+def test_padding_without_bounds_is_left_to_torch():
+    input, weight = torch.randn(1, 2, 6, 6), torch.randn(2, 1, 3, 3)
+    huge = {"padding": (2**31 - 1, 0), "stride": (2**31 - 1, 1)}
+    torch.testing.assert_close(
+        depthwise_conv2d(input, weight, **huge), F.conv2d(input, weight, **huge, groups=2)
+    )
 
 
 def test_torch_backend_is_conv2d():

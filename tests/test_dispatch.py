@@ -131,6 +131,14 @@ def test_use_backend_restores_after_an_error():
     assert dispatch._Requested.backend == "auto"
 
 
+def test_a_kept_use_backend_chooses_again():
+    kept = use_backend("torch")
+    for _ in range(2):
+        with kept, use_backend("auto"), kept:
+            assert dispatch._Requested.backend == "torch"
+        assert dispatch._Requested.backend == "auto"
+
+
 def test_use_backend_as_a_function_lasts():
     use_backend("torch")
     assert served_by(lambda: depthwise_conv2d(**call())) == ["convolution"]
@@ -321,6 +329,8 @@ def test_operators_of_the_cuda_backend():
 def test_explain_raises_what_the_call_raises():
     with pytest.raises(ValueError, match="stride must be at least 1"):
         explain(**call(), stride=0)
+    with pytest.raises(TypeError, match="weight must have the dtype of input"):
+        explain(**call() | {"weight": call()["weight"].double()})
 
 
 @pytest.mark.usefixtures("compiled_cpu")

@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import json
+import os
+import sys
 import types
 
 import pytest
@@ -35,6 +37,15 @@ def test_text_names_every_backend_with_its_reason(capsys):
     for name, status in available_backends().items():
         assert f"{name:14}{status}" in text
     assert "median of 3, 2 MiB buffers" in text
+
+
+@pytest.mark.parametrize("arguments", [SMALL, ["--support-table"]])
+def test_a_reader_that_stops_early_is_no_error(monkeypatch, arguments):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert info.main(arguments) == 0
 
 
 def test_architectures_are_read_from_the_library():

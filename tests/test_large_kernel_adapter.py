@@ -17,7 +17,7 @@ from adapter_cases import (
 from closeness import assert_close_to_truth
 from hypothesis import given, settings
 
-from lka_kernels import philox, use_backend
+from lka_kernels import FusedLKA, philox, use_backend
 from lka_kernels.checks import FLOAT_DTYPES
 from lka_kernels.functional import large_kernel_adapter
 
@@ -320,6 +320,8 @@ def test_prefix_tokens_do_not_reach_the_grid():
 BAD = [
     ({"x": torch.zeros(2, 3)}, ValueError, r"x must be \(B, P\+N, C\).*got \(2, 3\)"),
     ({"x": [1.0]}, TypeError, "x must be a Tensor; got list"),
+    ({"x": torch.zeros(2, 4, 6).to_sparse()}, TypeError, "x must have layout torch.strided; got"),
+    ({"x": torch.zeros(2, 20, 6).long()}, TypeError, "x must have one of the dtypes.*torch.int64"),
     ({"down_weight": torch.zeros(3, 7)}, ValueError, r"down_weight must be \(r, C=6\).*\(3, 7\)"),
     ({"conv_weight": torch.zeros(2, 1, 3, 3)}, ValueError, r"conv_weight must be \(r=3, 1"),
     ({"up_weight": torch.zeros(6, 4)}, ValueError, r"up_weight must be \(C=6, r=3\).*\(6, 4\)"),
@@ -328,6 +330,7 @@ BAD = [
     ({"residual": torch.zeros(1)}, ValueError, r"residual must have the shape of x.*got \(1,\)"),
     ({"up_weight": torch.zeros(6, 3).double()}, TypeError, "up_weight must have the dtype of x"),
     ({"grid_size": (3, 5)}, ValueError, r"grid_size \(3, 5\) needs 15 grid tokens.*has 20"),
+    ({"grid_size": 5}, ValueError, r"grid_size \(5, 5\) needs 25 grid tokens.*has 20"),
     ({"grid_size": None}, ValueError, "grid_size must be given.*20 grid tokens.*not a square"),
     ({"grid_size": 4.5}, TypeError, "grid_size must be an int or a pair of ints; got 4.5"),
     ({"grid_size": (4, 5, 1)}, TypeError, "grid_size must be an int or a pair"),
@@ -341,6 +344,7 @@ BAD = [
     ({"dropout_p": 1.5}, ValueError, r"dropout_p must be in \[0, 1\]; got 1.5"),
     ({"dropout_p": "a"}, TypeError, "dropout_p must be a number; got 'a'"),
     ({"scale": "a"}, TypeError, "scale must be a number; got 'a'"),
+    ({"scale": math.nan}, ValueError, "scale must be finite; got nan"),
 ]
 
 
@@ -350,6 +354,33 @@ def test_bad_arguments(changes, error, message):
     arguments = case.tensors(torch.float32) | {"grid_size": case.grid} | changes
     with pytest.raises(error, match=message):
         large_kernel_adapter(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("x", "residual", "error", "message"),
+    [
+        ([1.0], None, TypeError, "x must be a Tensor; got list"),
+        (torch.zeros(2, 4, 9), None, ValueError, r"x must be \(B, C, H, W\); got \(2, 4, 9\)"),
+        (torch.zeros(2, 4, 3, 3), [1.0], TypeError, "residual must be a Tensor; got list"),
+        (torch.zeros(2, 4, 3, 3), torch.zeros(2, 9, 4), ValueError,
+         r"residual must have the shape of x \(2, 4, 3, 3\); got \(2, 9, 4\)"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_of_channels_first(x, residual, error, message):
+    with pytest.raises(error, match=message):
+        FusedLKA(4, data_format="channels_first")(x, residual=residual)
+
+
+def test_channels_first_adds_residuals():
+    module = FusedLKA(4, init="paper", data_format="channels_first")
+    x = torch.randn(2, 4, 3, 3)
+    for residual in (x, x.clone(), torch.randn_like(x)):
+        torch.testing.assert_close(module(x, residual=residual), module(x) + residual)
+
+
+def test_a_scale_that_is_not_finite_is_refused_by_the_module():
+    with pytest.raises(ValueError, match="scale must be finite; got nan"):
+        FusedLKA(4, scale=math.nan)
 
 
 def test_map_takes_no_prefix_and_only_its_own_grid():

@@ -5,32 +5,32 @@ import torch
 
 from lka_kernels import _extension, ops
 
+CPU = ("cpu", "cpu_direct", "cpu_fft")
 GEOMETRY = ([2, 1], [1, 2, 3, 2], [1, 2])
-BACKENDS = [
-    pytest.param(
-        "cpu", marks=pytest.mark.skipif(not _extension.loaded(), reason=_extension.STATUS)
-    ),
-    "fft",
-]
+compiled = pytest.mark.skipif(not _extension.loaded(), reason=_extension.STATUS)
+BACKENDS = [*(pytest.param(name, marks=compiled) for name in CPU), "fft"]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_depthwise(backend, dtype, channels_last):
     layout = ops.memory_format(channels_last)
     x = torch.randn(2, 5, 9, 8).to(dtype).contiguous(memory_format=layout)
     w, b = torch.randn(5, 1, 3, 4).to(dtype), torch.randn(5).to(dtype)
     operators = ops.DEPTHWISE[backend]
-    forward = (x, w, b, *GEOMETRY, channels_last)
+    stride, padding, dilation = GEOMETRY
+    geometry = ([1, 1] if backend == "cpu_fft" else stride, padding, dilation)
+    forward = (x, w, b, *geometry, channels_last)
     y = operators.forward(*forward)
     torch.library.opcheck(operators.forward, forward)
-    torch.library.opcheck(operators.backward_input, (y, w, [9, 8], *GEOMETRY, channels_last))
-    torch.library.opcheck(operators.backward_weight, (y, x, [3, 4], *GEOMETRY))
+    torch.library.opcheck(operators.backward_input, (y, w, [9, 8], *geometry, channels_last))
+    torch.library.opcheck(operators.backward_weight, (y, x, [3, 4], *geometry))
 
 
-@pytest.mark.skipif(not _extension.loaded(), reason=_extension.STATUS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@compiled
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_adapter(dtype):
     def normal(*shape):
         return torch.randn(shape).to(dtype)

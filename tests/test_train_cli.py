@@ -3,6 +3,7 @@
 import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -86,6 +87,8 @@ def test_lka_options_mirror_the_configuration():
         ({"weights": "model.pth"}, "safetensors"),
         ({"method": "magic"}, "--method magic"),
         ({"device": "cuda:99"}, "--device cuda:99"),
+        ({"device": "meta"}, "--device meta cannot be used"),
+        ({"method": "full", "batch_size": 1}, "--batch_size 1: the model cannot be trained on si"),
         ({"cache_features": True}, "--cache_features needs"),
         ({"model": "test_vit", "input_size": 33}, "33 pixels"),
         ({"method": "lka", "model": "test_resnet"}, "takes adapters"),
@@ -186,6 +189,61 @@ def test_weights_file_that_does_not_fit_is_named(data, tmp_path, capsys):
     assert main(whole) == 0
     saved = tmp_path / "full" / "model.safetensors"
     assert main(command_line(data, tmp_path / "probe", weights=str(saved))) == 0
+
+
+def test_autocast_trains_in_float32_parameters(data, tmp_path, capsys):
+    assert main(command_line(data, tmp_path / "run", method="full", epochs=1, amp="on")) == 0
+    assert "bfloat16 autocast" in capsys.readouterr().err
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"]
+    assert {v.dtype for v in state.values() if v.is_floating_point()} == {torch.float32}
+
+
+def test_ctrl_c_ends_with_130_and_a_hint(data, tmp_path, monkeypatch, capsys):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "train_epoch", interrupt)
+    assert main(command_line(data, tmp_path / "run")) == 130
+    assert "--resume continues" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"label_smoothing": 0.1},
+        {"class_weights": torch.tensor([0.5, 2.0])},
+        {"clip_grad": 1e-3},
+    ],
+    ids=str,
+)
+def test_a_step_by_hand(options):
+    """Loss and gradient of one step, against their definitions in float64."""
+    layer = torch.nn.Linear(3, 2)
+    x, labels = torch.randn(4, 3), torch.tensor([0, 1, 1, 1])
+    weight, bias = (p.detach().double().requires_grad_() for p in layer.parameters())
+    logs = (x.double() @ weight.T + bias).log_softmax(1)
+    smoothing, shares = options.get("label_smoothing", 0), torch.ones(2)
+    shares = options.get("class_weights", shares).double()
+    target = torch.eye(2).double()[labels] * (1 - smoothing) + smoothing / 2
+    expected = -(target * shares * logs).sum() / shares[labels].sum()
+    grads = torch.autograd.grad(expected, (weight, bias))
+    norm = sum(g.square().sum() for g in grads).sqrt()
+    if "clip_grad" in options:
+        grads = [g * options["clip_grad"] / norm for g in grads]
+    parameters = list(layer.parameters())
+    before = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.SGD(parameters, lr=1.0)
+    batch = [(np.arange(4), x, labels)]
+    loss, _ = loop.train_epoch(layer, parameters, optimizer, batch, rates=iter([1.0]), **options)
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    for new, old, grad in zip(parameters, before, grads, strict=True):
+        torch.testing.assert_close(old - new, grad.float(), rtol=1e-3, atol=1e-6)
+
+
+def test_balanced_weights():
+    found = loop.balanced_weights(torch.tensor([0, 0, 0, 1]), 2)
+    torch.testing.assert_close(found, torch.tensor([4 / 6, 2.0]))
 
 
 def test_schedule():

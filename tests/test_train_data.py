@@ -1,3 +1,10 @@
+import errno
+import os
+import re
+import struct
+import zlib
+from functools import partial
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -7,7 +14,10 @@ from lka_kernels.train.config import TrainConfig
 from lka_kernels.train.data import decode_all, scan
 from lka_kernels.train.dataset import load
 from lka_kernels.train.errors import TrainError
-from lka_kernels.train.images import fit, pixel_hash, read_rgb
+from lka_kernels.train.images import decode, fit, pixel_hash, read_rgb
+
+# How a folder may be listed: os.walk and Path.iterdir each take one of these.
+LISTING = ("scandir", "listdir")
 
 
 def pixels(path, **options):
@@ -122,6 +132,30 @@ def test_broken_images_are_named_before_training(tmp_path):
         assert name in str(raised.value)
 
 
+def test_links_that_lead_nowhere_are_broken_images(tmp_path):
+    make_folder(tmp_path)
+    (tmp_path / "a" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(TrainError, match=r"1 of 21 images are broken:\n.*gone\.png"):
+        load(TrainConfig(data=str(tmp_path)), 16)
+
+
+@pytest.mark.parametrize("locked", ["", "a", "a/deep"])
+def test_folders_without_permission_are_named(tmp_path, monkeypatch, locked):
+    make_folder(tmp_path)
+    make_image(tmp_path / "a" / "deep" / "x.png", 7)
+    closed, real = str(tmp_path / locked), {name: getattr(os, name) for name in LISTING}
+
+    def refuse(name, path):
+        if os.fspath(path) == closed:  # chmod would not stop a test that runs as root
+            raise PermissionError(errno.EACCES, "Permission denied", closed)
+        return real[name](path)
+
+    for name in LISTING:
+        monkeypatch.setattr(os, name, partial(refuse, name))
+    with pytest.raises(TrainError, match=f"{re.escape(closed)} cannot be read: Permission denied"):
+        scan(tmp_path)
+
+
 def test_sixteen_bit_grey(tmp_path):
     values = np.array([[0, 257], [65535, 257 * 100]], np.uint16)
     Image.fromarray(values).save(tmp_path / "x.png")
@@ -131,9 +165,77 @@ def test_sixteen_bit_grey(tmp_path):
     np.testing.assert_array_equal(pixels(tmp_path / "y.tif", sixteen_bit_max=4080), expected)
 
 
-def test_dark_sixteen_bit_images_are_reported(tmp_path):
+def deep_png(path, values, colour_type, *chunks):
+    """Writes 16 bits a channel in colour, as no dependency of the tests does."""
+    height, width = values.shape[:2]
+    lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
+    packed = b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in parts
+    )
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + packed)
+
+
+def test_sixteen_bit_colour(tmp_path):
+    colour = np.array([[[0, 257, 514], [4080, 2040, 1020]]])
+    opaque, clear = np.full((1, 2, 1), 65535), np.array([[[65535], [0]]])
+    file = tmp_path / "x.png"
+    deep_png(file, colour, 2)
+    expected = [[[0, 16, 32], [255, 128, 64]]]
+    np.testing.assert_array_equal(pixels(file, sixteen_bit_max=4080), expected)
+    np.testing.assert_array_equal(pixels(file), [[[0, 1, 2], [16, 8, 4]]])
+    assert decode(file)[1] == 4080
+    deep_png(file, np.concatenate([colour, opaque], 2), 6)
+    np.testing.assert_array_equal(pixels(file, sixteen_bit_max=4080), expected)
+    assert decode(file)[1] == 4080
+    for values, kind, chunks in (
+        (np.concatenate([colour, clear], 2), 6, ()),
+        (colour, 2, [(b"tRNS", struct.pack(">HHH", 4080, 2040, 1020))]),
+    ):
+        deep_png(file, values, kind, *chunks)
+        found = pixels(file, sixteen_bit_max=4080)
+        np.testing.assert_array_equal(found, [[[0, 16, 32], [0, 0, 0]]])
+    deep_png(file, np.concatenate([colour[..., 1:2], clear], 2), 4)
+    np.testing.assert_array_equal(pixels(file, sixteen_bit_max=257), [[[255] * 3, [0] * 3]])
+
+
+def test_sixteen_bit_colour_that_is_no_png(tmp_path):
+    values = np.array([[[0, 257, 514], [4112, 2056, 1028]]])
+    file = tmp_path / "x.ppm"  # Pillow scales it to 8 bits itself
+    file.write_bytes(b"P6 2 1 65535\n" + values.astype(">u2").tobytes())
+    np.testing.assert_array_equal(pixels(file), values // 257)
+    assert decode(file)[1] == 4112
+    with pytest.raises(TrainError, match=r"x\.ppm.*--sixteen_bit_max 4095.*PNG"):
+        read_rgb(file, 4095)
+    tiff = tmp_path / "x.tif"
+    entries = [  # width, height, bits, compression, RGB, offset, channels, rows, bytes
+        (256, 3, 1, 2), (257, 3, 1, 1), (258, 3, 3, 8 + 2 + 9 * 12 + 4), (259, 3, 1, 1),
+        (262, 3, 1, 2), (273, 4, 1, 128), (277, 3, 1, 3), (278, 3, 1, 1), (279, 4, 1, 12),
+    ]  # fmt: skip
+    head = struct.pack("<2sHIH", b"II", 42, 8, len(entries))
+    head += b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    head += struct.pack("<IHHH", 0, 16, 16, 16)
+    tiff.write_bytes(head.ljust(128, b"\0") + values.astype("<u2").tobytes())
+    np.testing.assert_array_equal(pixels(tiff), values // 257)
+    assert decode(tiff)[1] == 4112
+    expected = [[[0, 16, 32], [255, 128, 64]]]
+    np.testing.assert_array_equal(pixels(tiff, sixteen_bit_max=4112), expected)
+    content = bytearray(tiff.read_bytes())
+    struct.pack_into("<HHII", content, 10 + 8 * 12, 284, 3, 1, 2)  # for the count of bytes: planes
+    tiff.write_bytes(content)
+    with pytest.raises(TrainError, match="planes"):
+        read_rgb(tiff)
+
+
+@pytest.mark.parametrize("colour", [False, True])
+def test_dark_sixteen_bit_images_are_reported(tmp_path, colour):
     make_folder(tmp_path)
-    Image.fromarray(np.full((8, 8), 4095, np.uint16)).save(tmp_path / "a" / "deep.png")
+    if colour:
+        deep_png(tmp_path / "a" / "deep.png", np.full((8, 8, 3), 4095), 2)
+    else:
+        Image.fromarray(np.full((8, 8), 4095, np.uint16)).save(tmp_path / "a" / "deep.png")
     notes = load(TrainConfig(data=str(tmp_path)), 8).notes
     assert any("--sixteen_bit_max 4095" in note for note in notes)
 
@@ -152,6 +254,11 @@ def test_other_modes_become_rgb(tmp_path):
     np.testing.assert_array_equal(
         pixels(tmp_path / "palette.png"), [[[10, 20, 30], [200, 100, 50]]]
     )
+
+    Image.fromarray(np.array([[[0, 255, 255, 0]]], np.uint8), "CMYK").save(tmp_path / "cmyk.tif")
+    np.testing.assert_array_equal(pixels(tmp_path / "cmyk.tif"), [[[255, 0, 0]]])
+    Image.fromarray(np.array([[[9, 255], [9, 0]]], np.uint8), "LA").save(tmp_path / "la.png")
+    np.testing.assert_array_equal(pixels(tmp_path / "la.png"), [[[9] * 3, [0] * 3]])
 
     rgba = np.array([[[255, 0, 0, 255], [0, 255, 0, 0]]], np.uint8)
     Image.fromarray(rgba).save(tmp_path / "alpha.png")

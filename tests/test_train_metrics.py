@@ -41,6 +41,7 @@ def test_orders():
     again = epoch_order(21, 4, seed=3, epoch=1)
     assert all((a == b).all() for a, b in zip(order, again, strict=True))
     assert not all((a == b).all() for a, b in zip(order, epoch_order(21, 4, 3, 2), strict=True))
+    assert len(epoch_order(5, 1, seed=3, epoch=1)) == 5
     assert np.concatenate(in_order(7, 3)).tolist() == list(range(7))
 
 

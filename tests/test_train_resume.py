@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import json
 import os
 import random
 import signal
@@ -12,11 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from train_cases import command_line, make_folder, one_thread  # noqa: F401
 
 from lka_kernels.train import checkpoint, files
 from lka_kernels.train.cli import main
 from lka_kernels.train.errors import TrainError
+from lka_kernels.train.folder import RunFolder, check_free
 from lka_kernels.train.history import TIMING
 
 LKA = {
@@ -27,7 +30,7 @@ LKA = {
 
 def numbers(out):
     """All of history.csv but what measures the machine."""
-    with open(out / "history.csv", newline="") as file:
+    with open(out / "history.csv", errors="surrogateescape", newline="") as file:
         return [{k: v for k, v in row.items() if k not in TIMING} for row in csv.DictReader(file)]
 
 
@@ -123,6 +126,52 @@ def test_stop_before_any_write(data, tmp_path, monkeypatch, method):
         assert method != "lka", "more writes than were tried"
 
 
+def test_names_that_are_no_utf_8_and_no_formulas(tmp_path, monkeypatch, capsys):
+    """Nothing is refused, lost or changed, when a run is stopped and continued too."""
+    data = make_folder(tmp_path / os.fsdecode(b"da\xffta"), images=6)
+    odd = os.fsdecode(b"\xe9 $<5$ and $_$")
+    (data / "a").rename(data / odd)
+    for path in (data / "b").iterdir():
+        path.rename(path.with_name(os.fsdecode(b"\xfc") + path.name))
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    options = {"epochs": 2, "tensorboard": True}
+    assert main(command_line(data, whole, **options)) == 0
+    assert r"\xe9 $<5$ and $_$" in capsys.readouterr().err
+
+    save = checkpoint.save
+
+    def stop_after_the_first(*arguments):
+        if arguments[3] == 2:
+            raise Killed
+        save(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save", stop_after_the_first)
+        with pytest.raises(Killed):
+            main(command_line(data, stopped, **options))
+    assert main(["--resume", f"--out={stopped}"]) == 0
+    assert_same_run(whole, stopped, "head.safetensors")
+    assert odd in json.loads((stopped / "metrics.json").read_text())["classes"]
+    assert yaml.safe_load((stopped / "config.yaml").read_text())["data"] == str(data)
+    split = json.loads((stopped / "split.json").read_text())
+    with open(stopped / "predictions.csv", errors="surrogateescape", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == [str(data / name) for name in split["test"]]
+    assert f"p_{odd}" in rows[0]
+    assert (stopped / "confusion_matrix.png").exists()
+    assert f"test_acc_{odd}".encode(errors="surrogateescape") in (
+        (stopped / "history.csv").read_bytes()
+    )
+
+
+def test_tensorboard_and_a_folder_that_is_no_utf_8(data, tmp_path, capsys):
+    out = tmp_path / os.fsdecode(b"ru\xffn")
+    assert main(command_line(data, out, epochs=1, tensorboard=True)) == 1
+    assert "--tensorboard false" in capsys.readouterr().err
+    assert main(command_line(data, out, epochs=1, resume=True)) == 0
+    assert (out / "head.safetensors").exists()
+
+
 def test_resume_needs_the_same_options_and_images(data, tmp_path, capsys):
     out = tmp_path / "run"
     options = LKA | {"epochs": 1}
@@ -152,9 +201,41 @@ def test_existing_run_is_neither_overwritten_nor_shared(data, tmp_path, capsys):
     assert (tmp_path / "mine" / "thesis.tex").exists()
 
 
-def test_a_run_folder_has_one_user_at_a_time(data, tmp_path, capsys):
-    from lka_kernels.train.folder import RunFolder
+def test_overwrite_stopped_at_any_file_can_be_given_again(data, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    assert main(command_line(data, out, epochs=1)) == 0
+    unlink = Path.unlink
+    for stop in range(20):
+        removed = 0
 
+        def limited(path, *arguments, stop=stop, **options):
+            nonlocal removed
+            if path.parent == out:
+                if removed == stop:
+                    raise Killed
+                removed += 1
+            unlink(path, *arguments, **options)
+
+        monkeypatch.setattr(Path, "unlink", limited)
+        try:
+            with RunFolder(out, overwrite=True):
+                break
+        except Killed:
+            check_free(out, resume=False, overwrite=True)
+        finally:
+            monkeypatch.setattr(Path, "unlink", unlink)
+    assert stop > 1
+    check_free(out, resume=False, overwrite=False)
+
+
+def test_resume_without_a_run_says_so(tmp_path, capsys):
+    assert main(["--resume"]) == 1
+    assert "--resume: --out is missing" in capsys.readouterr().err
+    assert main(["--resume", f"--out={tmp_path}"]) == 1
+    assert f"--resume: --out {tmp_path} holds no run" in capsys.readouterr().err
+
+
+def test_a_run_folder_has_one_user_at_a_time(data, tmp_path, capsys):
     with RunFolder(tmp_path / "run"):
         assert main(command_line(data, tmp_path / "run", epochs=1)) == 1
     assert "in use by another" in capsys.readouterr().err

@@ -23,6 +23,9 @@ class DepthwiseConv2d(nn.Conv2d):
         method: as ``lka_kernels.functional.depthwise_conv2d``.
 
     Shape: (B, C, H, W) -> (B, C, H', W').
+
+    torch.jit.trace takes it under torch.no_grad() only: with gradients it records a Python
+    function, which its second, checking pass does not meet. torch.compile has no such limit.
     """
 
     def __init__(
@@ -47,6 +50,8 @@ class DepthwiseConv2d(nn.Conv2d):
         stride = checks.pair("stride", stride, minimum=1)
         dilation = checks.pair("dilation", dilation, minimum=1)
         checks.padding_tlbr(padding, stride, dilation, kernel_size)
+        if not isinstance(padding, str):
+            padding = checks.pair("padding", padding, minimum=0)
         super().__init__(
             channels,
             channels,

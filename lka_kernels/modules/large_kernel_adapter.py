@@ -55,6 +55,9 @@ class FusedLKA(nn.Module):
             shifts the grid by less than the dilation, and prefix tokens meet no tap.)
         data_format: "channels_last" takes (B, P+N, C) or (B, H, W, C), "channels_first" takes
             (B, C, H, W).
+
+    torch.jit.trace takes it under torch.no_grad() only: with gradients it records a Python
+    function, which its second, checking pass does not meet. torch.compile has no such limit.
     """
 
     def __init__(
@@ -148,11 +151,20 @@ class FusedLKA(nn.Module):
         """
         channels_first = self.data_format == "channels_first"
         if channels_first:
+            checks.is_tensor("x", x)
             if x.dim() != 4:
                 raise ValueError(f"x must be (B, C, H, W); got {tuple(x.shape)}")
+            if residual is not None:
+                checks.is_tensor("residual", residual)
+                if residual.shape != x.shape:
+                    raise ValueError(
+                        f"residual must have the shape of x {tuple(x.shape)}; "
+                        f"got {tuple(residual.shape)}"
+                    )
+            own_residual = residual is x  # large_kernel_adapter makes use of it
             x = x.permute(0, 2, 3, 1)
             if residual is not None:
-                residual = residual.permute(0, 2, 3, 1)
+                residual = x if own_residual else residual.permute(0, 2, 3, 1)
         y = large_kernel_adapter(
             x,
             self.down.weight,

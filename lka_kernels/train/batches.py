@@ -63,11 +63,12 @@ class Images:
 def epoch_order(count: int, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
     """Shuffled index arrays of one epoch; a function of seed and epoch only.
 
-    A last batch of a single image is left out: batch statistics are undefined on it.
+    A last batch of a single image is left out, unless all are: batch statistics are undefined
+    on it.
     """
     order = np.random.default_rng([seed, epoch]).permutation(count)
     parts = [order[i : i + batch_size] for i in range(0, count, batch_size)]
-    return parts[:-1] if len(parts) > 1 and len(parts[-1]) == 1 else parts
+    return parts[:-1] if len(parts) > 1 and len(parts[-1]) == 1 < batch_size else parts
 
 
 def in_order(count: int, batch_size: int) -> list[np.ndarray]:

@@ -11,10 +11,12 @@ from lka_kernels.methods import METHODS
 
 from .config import TrainConfig
 from .errors import TrainError
+from .files import shown
 from .folder import CONFIG_NAME
 
 _DESCRIPTION = "Trains a timm model on class folders of images, by default with a frozen backbone."
 _FLAGS = {f.name for f in dataclasses.fields(TrainConfig) if f.type == "bool"}
+_YAML = "lka-train-yaml"
 _TRUE_OR_FALSE = {"true", "false", "yes", "no"}
 
 
@@ -26,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         train(config, options)
     except TrainError as error:
-        print(f"lka-train: error: {error}", file=sys.stderr)
+        print(shown(f"lka-train: error: {error}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("lka-train: interrupted; --resume continues from the last checkpoint",
@@ -58,9 +60,20 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, Any]:
 
 def make_parser():
     """The jsonargparse parser: the run's options, and a group for each method's."""
-    from jsonargparse import ArgumentParser
+    import yaml
+    from jsonargparse import ArgumentParser, get_loader, set_loader
 
-    parser = ArgumentParser(prog="lka-train", description=_DESCRIPTION)
+    plain = get_loader("yaml")
+
+    def load(text: str) -> Any:
+        try:
+            return plain(text)
+        except yaml.YAMLError:
+            # libyaml refuses the escapes of names that are not UTF-8; PyYAML reads what it wrote.
+            return yaml.safe_load(text)
+
+    set_loader(_YAML, load, (yaml.YAMLError,))
+    parser = ArgumentParser(prog="lka-train", description=_DESCRIPTION, parser_mode=_YAML)
     parser.add_argument("--config", action="config", help="YAML file with options")
     # A positional argument of another name than the option: its default, "", would otherwise
     # override the "data" of a YAML file.
@@ -96,11 +109,10 @@ def _with_saved_config(arguments: list[str]) -> list[str]:
     """``--resume`` takes the options of the run's own file as defaults."""
     if "--resume=true" not in arguments and "--resume" not in arguments:
         return arguments
+    out = ""
     for place, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name == "--out":
             out = value if equals else next(iter(arguments[place + 1 : place + 2]), "")
-            saved = Path(out) / CONFIG_NAME
-            if out and saved.is_file():
-                return ["--config", str(saved), *arguments]
-    return arguments
+    saved = Path(out) / CONFIG_NAME
+    return ["--config", str(saved), *arguments] if out and saved.is_file() else arguments

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import TrainError
+from .files import shown
 
 # Options that change how a run is carried out but not its numbers: these may differ on --resume.
 FREE_ON_RESUME = frozenset(
@@ -43,7 +44,7 @@ class TrainConfig:
         drop_leaked: leave out training images that stand in the test half too
         exclude: file name patterns to leave out, such as "*_mask*"
         limit_per_class: use at most so many images of each class in each half; 0 uses all
-        sixteen_bit_max: the value that counts as white in 16-bit greyscale images
+        sixteen_bit_max: the value that counts as white in 16-bit images
         seed: seeds weights, order, augmentation and dropout
         deterministic: ask torch for deterministic algorithms only
         device: "auto", "cpu", "cuda", "cuda:1", ...
@@ -97,6 +98,9 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raises TrainError for a value that no run could use."""
+        if self.resume and not self.data:  # a run's own file would have given it
+            where = f"--out {self.out} holds no run" if self.out else "--out is missing"
+            raise TrainError(f"--resume: {where}; give the folder of a run, or DATA to begin one")
         if not self.data:
             raise TrainError("DATA is missing: give a folder of class folders")
         at_least = {
@@ -128,7 +132,7 @@ class TrainConfig:
         if self.out:
             return Path(self.out)
         name = f"{Path(self.data).resolve().name}-{self.model}-{self.method}-seed{self.seed}"
-        return Path("runs") / name.replace("/", "_")
+        return Path("runs") / shown(name.replace("/", "_"))
 
 
 def as_dict(config: TrainConfig, method_options: Any = None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .errors import TrainError
-from .images import SUFFIXES, brightest_sixteen_bit, fit, pixel_hash, read_rgb
+from .images import SUFFIXES, decode, fit, pixel_hash
 
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "testing", "val", "valid", "validation")
@@ -58,8 +59,12 @@ def scan(
             class in one half only. The message names the folder or class.
     """
     root = Path(root)
-    if not root.exists():
-        raise TrainError(f"data folder {root} does not exist")
+    try:
+        root.stat()
+    except FileNotFoundError:
+        raise TrainError(f"data folder {root} does not exist") from None
+    except OSError as error:
+        raise _unreadable(error) from error
     if not root.is_dir():
         raise TrainError(f"{root} is a file; a folder of class folders is expected")
     halves = {folder.name.lower(): folder for folder in _subfolders(root)}
@@ -136,19 +141,19 @@ def decode_all(
     brightest = 0
     failures: list[str] = []
 
-    def decode(index: int) -> tuple[int, str]:
+    def keep_one(index: int) -> tuple[int, str]:
         try:
-            image = read_rgb(paths[index], sixteen_bit_max)
+            image, brightest = decode(paths[index], sixteen_bit_max)
         except TrainError as error:
             return 0, str(error)
         hashes[index] = pixel_hash(image)
         if pixels is not None:
             pixels[index] = fit(image, size, resize)
-        return brightest_sixteen_bit(paths[index]) or 0, ""
+        return brightest, ""
 
     # Threads are enough: Pillow releases the interpreter lock while it decodes and resizes.
     with ThreadPoolExecutor(workers) as pool:
-        found = pool.map(decode, range(len(paths)))
+        found = pool.map(keep_one, range(len(paths)))
         for value, failure in tqdm(
             found, "reading images", len(paths), unit="img", leave=False, disable=None
         ):
@@ -162,8 +167,28 @@ def decode_all(
     return Decoded(hashes, pixels, brightest)
 
 
+def _unreadable(error: OSError) -> TrainError:
+    return TrainError(f"data folder {error.filename} cannot be read: {error.strerror}")
+
+
 def _subfolders(root: Path) -> list[Path]:
-    return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    try:
+        return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    except OSError as error:
+        raise _unreadable(error) from error
+
+
+def _files(folder: Path) -> list[Path]:
+    """Every file below ``folder`` that is not hidden, in order; TrainError if it cannot be read."""
+
+    def fail(error: OSError) -> None:  # os.walk, as Path.rglob, would go on without a word
+        raise _unreadable(error) from error
+
+    found = []
+    for here, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(here, name) for name in names if not name.startswith(".")]
+    return sorted(found)
 
 
 def _choose_test(
@@ -190,10 +215,7 @@ def _scan_half(
     samples: list[Sample] = []
     for label, folder in enumerate(folders):
         images, others, excluded = [], [], 0
-        for path in sorted(folder.rglob("*")):
-            inside = path.relative_to(folder).parts
-            if path.is_dir() or any(part.startswith(".") for part in inside):
-                continue
+        for path in _files(folder):
             if any(fnmatch(path.name, pattern) for pattern in exclude):
                 excluded += 1
             elif path.suffix.lower() in SUFFIXES:

@@ -45,7 +45,7 @@ def load(config: TrainConfig, size: int) -> Dataset:
     samples = [*folder.train, *(folder.test or [])]
     decoded = _decode(
         tuple(sample.path for sample in samples),
-        tuple(sample.path.stat().st_mtime_ns for sample in samples),
+        tuple(_changed(sample.path) for sample in samples),
         size,
         config.resize,
         config.sixteen_bit_max,
@@ -109,6 +109,14 @@ def split_record(dataset: Dataset, root: str | Path) -> dict[str, list[str]]:
         name: [str(path.relative_to(root)) for path in half.paths]
         for name, half in (("train", dataset.train), ("test", dataset.test))
     }
+
+
+def _changed(path: Path) -> int:
+    """Time of the last change; 0 for a link that leads nowhere: decoding tells of it by name."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 # A sweep trains many times on one folder: the last decoded folder is kept.

@@ -1,4 +1,9 @@
-"""Writes files so that a crash or a full disk leaves the old file or the new, never half a one."""
+"""Writes files so that a crash or a full disk leaves the old file or the new, never half a one.
+
+Names of files and classes need not be UTF-8; Python holds a byte that is not as a lone surrogate.
+Text files get the bytes themselves back, JSON and YAML escape the surrogate and give it back when
+they are read, and what can hold neither (a terminal, a picture, TensorBoard) gets :func:`shown`.
+"""
 
 from __future__ import annotations
 
@@ -52,8 +57,13 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 
 def write_text(path: str | Path, content: str) -> None:
-    """Atomic counterpart of ``Path.write_text``, UTF-8."""
-    write_bytes(path, content.encode())
+    """Atomic counterpart of ``Path.write_text``: UTF-8, and names byte for byte."""
+    write_bytes(path, content.encode("utf-8", "surrogateescape"))
+
+
+def shown(text: str) -> str:
+    """``text`` with every byte that is not UTF-8 as ``\\xNN``: for what takes no such bytes."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def write_json(path: str | Path, content: Any) -> None:

@@ -46,9 +46,13 @@ class RunFolder:
         except OSError as error:
             os.close(self._lock)
             raise TrainError(f"--out {path} is in use by another running process") from error
-        if overwrite:
-            self._clear()
-        remove_partial(path)
+        try:
+            if overwrite:
+                self._clear()
+            remove_partial(path)
+        except BaseException:
+            os.close(self._lock)
+            raise
 
     def __enter__(self) -> RunFolder:
         return self
@@ -67,7 +71,8 @@ class RunFolder:
         write_text(self.path / CONFIG_NAME, yaml.safe_dump(values, sort_keys=False))
 
     def _clear(self) -> None:
-        for path in self.path.iterdir():
+        # The configuration goes last: until then a folder that is half cleared is still a run's.
+        for path in sorted(self.path.iterdir(), key=lambda path: path.name == CONFIG_NAME):
             if path.name == _LOCK:
                 continue
             if path.is_dir() and not path.is_symlink():

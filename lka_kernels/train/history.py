@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 
 from .errors import TrainError
-from .files import disk_problem, write_text
+from .files import disk_problem, shown, write_text
 from .metrics import Scores
 
 CSV_NAME = "history.csv"
@@ -73,6 +73,11 @@ class TensorBoard:
                 "TensorBoard is missing: pip install 'lka_kernels[train]', "
                 "or give --tensorboard false"
             ) from error
+        if shown(str(folder)) != str(folder):
+            raise TrainError(
+                f"TensorBoard takes no folder whose name is not UTF-8: {self._folder}; give "
+                "another --out, or --tensorboard false"
+            )
         # purge_step hides what a killed run logged after its last checkpoint.
         self._call(
             lambda: setattr(
@@ -87,6 +92,7 @@ class TensorBoard:
         for name, value in values.items():
             if name != "epoch":
                 tag = name.replace("_", "/", 1) if name.startswith(("train_", "test_")) else name
+                tag = shown(tag)
                 self._call(
                     lambda t=tag, v=value: self._writer.add_scalar(t, v, int(values["epoch"]))
                 )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -108,6 +110,25 @@ def _default_cfg(name: str):
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise TrainError(f"--model {name}: timm knows no such model{hint}")
     return cfg
+
+
+@torch.no_grad()
+def check_single_images(network: nn.Module, train_mode: Callable, size: int) -> None:
+    """Trains on no batch of one image what cannot be: TrainError, before the first epoch.
+
+    A batch norm that learns needs several values a channel. The network stays as it is, and so do
+    torch's generators.
+    """
+    copied = copy.deepcopy(network)
+    train_mode(copied)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            copied(torch.zeros(1, 3, size, size))
+    except ValueError as error:
+        raise TrainError(
+            f"--batch_size 1: the model cannot be trained on single images ({error}); "
+            "give at least 2"
+        ) from error
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .files import write_atomically, write_json, write_text
+from .files import shown, write_atomically, write_json, write_text
 
 _PACKAGES = (
     "torchvision", "timm", "torchmetrics", "numpy", "pillow", "safetensors", "triton",
@@ -57,8 +57,7 @@ def write_predictions(
     probabilities = logits.double().softmax(1)
     for path, label, row in zip(paths, labels.tolist(), probabilities, strict=True):
         predicted = classes[int(row.argmax())]
-        shown = (f"{p:.6f}" for p in row.tolist())
-        writer.writerow([path, classes[label], predicted, *shown])
+        writer.writerow([path, classes[label], predicted, *(f"{p:.6f}" for p in row.tolist())])
     write_text(folder / "predictions.csv", text.getvalue())
 
 
@@ -94,8 +93,10 @@ def draw_confusion(folder: Path, counts: list[list[int]], classes: Sequence[str]
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     ticks = range(len(classes))
     axes.set(xticks=ticks, yticks=ticks, xlabel="predicted", ylabel="true")
-    axes.set_xticklabels(classes, rotation=45, ha="right")
-    axes.set_yticklabels(classes)
+    names = [shown(name) for name in classes]
+    # Names are no formulas: "$<5$" would be parsed as one, and refused.
+    axes.set_xticklabels(names, rotation=45, ha="right", parse_math=False)
+    axes.set_yticklabels(names, parse_math=False)
     if len(classes) <= 20:
         for i, row in enumerate(counts):
             for j, count in enumerate(row):

@@ -23,7 +23,7 @@ from lka_kernels.methods import Method, get_method
 from . import batches, checkpoint, dataset, features, history, loop, model, report
 from .config import TrainConfig, as_dict, difference
 from .errors import TrainError
-from .files import write_atomically, write_json
+from .files import shown, write_atomically, write_json
 from .folder import RunFolder, check_free
 from .metrics import Scores, score
 
@@ -62,6 +62,8 @@ def train(config: TrainConfig, method_options: Any = None) -> dict[str, Any]:
         network = method.apply(backbone.model, options)
     except (ValueError, TypeError) as error:
         raise TrainError(f"--method {method.name}: {error}") from error
+    if config.batch_size == 1:  # else no batch has one image, see batches.epoch_order
+        model.check_single_images(network, method.train_mode, backbone.size)
     network.to(device)
     if config.channels_last:
         network.to(memory_format=torch.channels_last)
@@ -89,7 +91,7 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # "meta" has no values, and so cannot train
     except Exception as error:  # torch raises RuntimeError or AssertionError by build
         raise TrainError(f"--device {name} cannot be used: {error}") from error
     return device
@@ -325,5 +327,5 @@ def _named_scores(scores: Scores, classes: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _say(text: str) -> None:
-    tqdm.write(text, file=sys.stderr)
+    tqdm.write(shown(text), file=sys.stderr)
     sys.stderr.flush()

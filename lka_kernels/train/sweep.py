@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import TrainError
-from .files import write_json, write_text
+from .files import shown, write_json, write_text
 
 SCORES = ("top1", "mean_class_accuracy", "macro_f1", "auroc")
 
@@ -57,12 +57,12 @@ def main(arguments: list[str] | None = None) -> int:
             "command": command, "seeds": options.seeds, "rows": [vars(row) for row in rows],
         })  # fmt: skip
     except TrainError as error:
-        print(f"lka-train: error: {error}", file=sys.stderr)
+        print(shown(f"lka-train: error: {error}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         return 130
-    print(text)
+    print(shown(text))
     return 0
 
 
