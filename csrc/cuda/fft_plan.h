@@ -75,7 +75,8 @@ inline FftRows fft_rows(const FftAxis& axis, int64_t height) {
 
 inline int64_t fft_shared_bytes(const FftGeometry& g, int64_t maps) {
   return (maps * g.plane_pitch << g.planes_shift) * int64_t(sizeof(Complex)) +
-         (g.x.size / 2 + 1) * int64_t(sizeof(FftColumn));
+         (g.x.size / 2 + 1) * int64_t(sizeof(FftColumn)) +
+         4 * g.x.second * int64_t(sizeof(Complex));
 }
 
 // Strides of planes, where 16 neighbouring threads are served together.

@@ -127,15 +127,15 @@ LKA_DEVICE void inverse_dft(Complex (&v)[kRadix]) {
   for (int i = 0; i < kRadix; ++i) v[i] = {v[i].im, v[i].re};
 }
 
-// v[k]·w^k, given the first four powers of w: a table of all would be loaded from shared memory,
-// which is what transforms wait for.
-template <int kRadix>
+// v[k]·w^k, or by the conjugate, given the first four powers of w: a table of all would be loaded
+// from shared memory, which is what transforms wait for.
+template <bool kConjugate, int kRadix>
 LKA_DEVICE void multiply_by_powers(Complex (&v)[kRadix], const Complex (&w)[4]) {
   Complex power[4] = {w[3], w[0], w[1], w[2]};
 #pragma unroll
   for (int k = 1; k < kRadix; ++k) {
     if (k > 4) power[k % 4] = power[k % 4] * w[3];
-    v[k] = v[k] * power[k % 4];
+    v[k] = v[k] * (kConjugate ? conjugate(power[k % 4]) : power[k % 4]);
   }
 }
 

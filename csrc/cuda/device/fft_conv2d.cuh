@@ -254,7 +254,6 @@ class FftTapGradientBlock {
 
   LKA_DEVICE void run() const {
     planes_.prepare();
-    __syncthreads();
     with_small(p.geometry.y.second, [&](auto radix) { add(radix); });
     __syncthreads();
     planes_.finish_columns(p.rows);

@@ -47,9 +47,9 @@ struct alignas(8) FftColumn {
 };
 
 // Planes side by side in shared memory, [plane][pair of rows][position], in complex numbers, and
-// after them a table of columns. Position is k1·digits + k2; for k1 = 0 the upper half of k2 is
-// moved down by one and its first to the end. Then 16 neighbouring columns, and the 16 partners of
-// them, meet 16 banks of 8 bytes, where `digits` and `pitch` allow it.
+// after them a table of columns and the roots of rows. Position is k1·digits + k2; for k1 = 0 the
+// upper half of k2 is moved down by one and its first to the end. Then 16 neighbouring columns, and
+// the 16 partners of them, meet 16 banks of 8 bytes, where `digits` and `pitch` allow it.
 //
 // Columns have a small `second` and rows a small `first` factor: 16 neighbouring threads read
 // neighbouring elements of a map, and few rows are missing from the last pairs.
@@ -89,7 +89,7 @@ LKA_DEVICE void with_large(int factor, F f) {
 // What threads of a block do to `planes` planes of it, all of them together.
 class FftPlanes {
  public:
-  // `table` is that of columns, which prepare() fills, for all planes of the block.
+  // `table` is that of columns, which prepare() fills; all planes of the block have it in common.
   LKA_DEVICE FftPlanes(const FftGeometry& geometry, Complex* shared, FftColumn* table, int planes)
       : g(geometry), shared_(shared), table_(table), planes_(planes) {}
 
@@ -98,9 +98,14 @@ class FftPlanes {
     return FftPlanes(g, plane(planes), table_, planes_);
   }
 
-  // A barrier must follow before columns are asked for.
+  // Comes first. Roots of rows are copied, as neighbouring threads need different ones.
   LKA_DEVICE void prepare() const {
     for (int c = threadIdx.x; c <= half(); c += blockDim.x) store_shared(table_ + c, column_at(c));
+    for (int i = threadIdx.x; i < 4 * g.x.second; i += blockDim.x) {
+      const int j = i / g.x.by_second, n2 = i - j * g.x.second;
+      store_shared(row_roots() + i, g.x.roots[n2][j]);
+    }
+    __syncthreads();
   }
 
   // Transforms rows: source.row(plane, y, x, step).next() are its elements x, x + step, …,
@@ -173,12 +178,18 @@ class FftPlanes {
   // The first row of a pair; the other is `second` further down.
   LKA_DEVICE int first_row(int pair) const { return pair + pair / g.y.by_second * g.y.second; }
 
-  static LKA_DEVICE void load_roots(Complex (&w)[4], const FftAxis& axis, int n2, bool inverse) {
+  LKA_DEVICE Complex* row_roots() const {  // [j - 1][n2]
+    return reinterpret_cast<Complex*>(table_ + half() + 1);
+  }
+
+  // The powers of a root that multiply_by_powers wants.
+  LKA_DEVICE void load_row_roots(Complex (&w)[4], int n2) const {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      w[j] = axis.roots[n2][j];
-      if (inverse) w[j] = conjugate(w[j]);
-    }
+    for (int j = 0; j < 4; ++j) w[j] = load_shared(row_roots() + j * g.x.second + n2);
+  }
+  LKA_DEVICE void load_column_roots(Complex (&w)[4], int n2) const {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) w[j] = g.y.roots[n2][j];
   }
 
   // f(plane, pair, n2) for all n2.
@@ -221,8 +232,8 @@ class FftPlanes {
 #pragma unroll
       for (int n1 = 0; n1 < R::value; ++n1) v[n1] = {real.next(), imaginary.next()};
       dft(v);
-      load_roots(w, g.x, n2, false);
-      multiply_by_powers(v, w);
+      load_row_roots(w, n2);
+      multiply_by_powers<false>(v, w);
       Complex* to = this->plane(plane) + pair * g.pitch + n2;
 #pragma unroll
       for (int k1 = 0; k1 < R::value; ++k1) store_shared(to + k1 * g.digits, v[k1]);
@@ -275,8 +286,8 @@ class FftPlanes {
         v[m + 1] = times_minus_i(a - b);
       }
       dft(v);
-      load_roots(w, g.y, n2, false);
-      multiply_by_powers(v, w);
+      load_column_roots(w, n2);
+      multiply_by_powers<false>(v, w);
 #pragma unroll
       for (int m = 0; m < R::value; m += 2) {
         Complex* pair = at + m / 2 * pairs;
@@ -297,8 +308,8 @@ class FftPlanes {
         v[m] = load_shared(pair + column.own);
         v[m + 1] = load_shared(pair + column.other);
       }
-      load_roots(w, g.y, n2, true);
-      multiply_by_powers(v, w);
+      load_column_roots(w, n2);
+      multiply_by_powers<true>(v, w);
       inverse_dft(v);
 #pragma unroll
       for (int m = 0; m < R::value; m += 2) {
@@ -318,8 +329,8 @@ class FftPlanes {
       Complex v[R::value], w[4];
 #pragma unroll
       for (int k1 = 0; k1 < R::value; ++k1) v[k1] = load_shared(from + k1 * g.digits);
-      load_roots(w, g.x, n2, true);
-      multiply_by_powers(v, w);
+      load_row_roots(w, n2);
+      multiply_by_powers<true>(v, w);
       inverse_dft(v);
       const int y = first_row(pair);
       auto real = sink.row(plane, y, n2, g.x.second);
