@@ -37,7 +37,7 @@ struct FftAxis {
 // The rows of a plane that are not zeros, or that are wanted.
 struct FftRows {
   int32_t height = 0;
-  Divisor by_pairs;  // pairs of rows with one of them at least
+  Divisor by_pairs;  // a multiple of `second`, all pairs that have one of them among these
 };
 
 // Where in a row of pairs a column of the spectrum has its halves: the other one is its partner's,
@@ -192,7 +192,7 @@ class FftPlanes {
     for (int j = 0; j < 4; ++j) w[j] = g.y.roots[n2][j];
   }
 
-  // f(plane, pair, n2) for all n2.
+  // f(plane, pair, n2) for all n2 of the pairs that have a row.
   template <class F>
   LKA_DEVICE void each_part_of_rows(const FftRows& rows, F f) const {
     const int pairs = int(rows.by_pairs.divisor);
