@@ -41,7 +41,7 @@ inline Divisor divisor_of(int64_t d) {
 struct FftSize {
   int32_t size, small, large, digits, pitch, free_of_first, free_of_last;
 };
-constexpr FftSize kFftSizes[] = {
+inline constexpr FftSize kFftSizes[] = {
     {8, 2, 4, 8, 21, 19, 4},      {16, 2, 8, 8, 19, 16, 17},      {24, 2, 12, 12, 27, 24, 25},
     {32, 2, 16, 24, 49, 47, 16},  {48, 4, 12, 12, 51, 48, 49},    {64, 4, 16, 20, 81, 79, 16},
     {96, 8, 12, 14, 113, 27, 12}, {128, 8, 16, 18, 145, 143, 16},
@@ -54,7 +54,7 @@ inline const FftSize* fft_size(int64_t least) {
   return nullptr;
 }
 
-inline FftAxis fft_axis(int32_t first, int32_t second) {
+inline FftAxis make_fft_axis(int32_t first, int32_t second) {
   FftAxis axis;
   axis.size = first * second;
   axis.first = first;
@@ -67,6 +67,22 @@ inline FftAxis fft_axis(int32_t first, int32_t second) {
       axis.roots[n2][j] = {float(std::cos(angle)), float(std::sin(angle))};
     }
   return axis;
+}
+
+// That of columns has the large factor first. Made once: sines take longer than the rest of a plan.
+inline const FftAxis& fft_axis(const FftSize& size, bool columns) {
+  constexpr int kSizes = sizeof(kFftSizes) / sizeof(FftSize);
+  struct Axes {
+    FftAxis axes[kSizes][2];
+    Axes() {
+      for (int i = 0; i < kSizes; ++i) {
+        axes[i][0] = make_fft_axis(kFftSizes[i].small, kFftSizes[i].large);
+        axes[i][1] = make_fft_axis(kFftSizes[i].large, kFftSizes[i].small);
+      }
+    }
+  };
+  static const Axes made;
+  return made.axes[&size - kFftSizes][columns];
 }
 
 inline FftRows fft_rows(const FftAxis& axis, int64_t height) {
@@ -102,8 +118,8 @@ inline const char* describe_fft(const ConvParams& call, FftParams& p, FftTaps& t
   if (height == nullptr || width == nullptr)
     return "a map with the padding that its taps reach has more than 128 rows or columns";
   FftGeometry& g = p.geometry;
-  g.y = fft_axis(height->large, height->small);
-  g.x = fft_axis(width->small, width->large);
+  g.y = fft_axis(*height, true);
+  g.x = fft_axis(*width, false);
   g.digits = width->digits;
   g.pitch = width->pitch;
   g.free_of_first = width->free_of_first;

@@ -31,7 +31,7 @@ LKA_DEVICE int operator/(int n, const Divisor& d) {
 struct FftAxis {
   int32_t size = 0, first = 0, second = 0;
   Divisor by_first, by_second;
-  Complex roots[16][4];  // exp(-2πi·n2·j / size) at [n2][j - 1]
+  Complex roots[16][4] = {};  // exp(-2πi·n2·j / size) at [n2][j - 1]
 };
 
 // The rows of a plane that are not zeros, or that are wanted.
