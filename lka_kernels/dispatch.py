@@ -290,8 +290,8 @@ def _choose_fft(input: Tensor, weight: Tensor, stride: tuple[int, int]) -> Choic
             "fft",
             "fft",
             f"{asked}; torch.fft alone: use_backend('triton') joins the steps between transforms, "
-            "use_backend('cuda') puts small ones into one launch; neither is measured to be faster "
-            "yet",
+            "use_backend('cuda') puts small ones into one launch, "
+            "both not measured to be faster yet",
         )
     return Choice("fft", "fft", f"{asked}; torch.fft on any device")
 
