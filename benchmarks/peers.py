@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmarks import cuda_peers, torch_fft
 from lka_kernels import available_backends, depthwise_conv2d, large_kernel_adapter, use_backend
+from lka_kernels.fft_plan import plan_dimension
 
 OURS = "ours"
 
@@ -60,14 +61,25 @@ def _implicit_gemm(x, weight, bias, padding, dilation) -> Tensor:
     return _ours_in_triton(x, weight, bias, padding, dilation, method="implicit_gemm")
 
 
-def _ours_on_cuda(x, weight, bias, padding, dilation) -> Tensor:
+def _ours_on_cuda(x, weight, bias, padding, dilation, method="auto") -> Tensor:
     with use_backend("cuda"):
-        return _ours(x, weight, bias, padding, dilation)
+        return _ours(x, weight, bias, padding, dilation, method)
+
+
+def _fft_on_cuda(x, weight, bias, padding, dilation) -> Tensor:
+    return _ours_on_cuda(x, weight, bias, padding, dilation, method="fft")
 
 
 def _cuda_refuses(shape, dtype) -> str | None:
     status = available_backends()["cuda"]
     return None if status == "ready" else status
+
+
+def _cuda_fft_refuses(shape, dtype) -> str | None:
+    for n, k, p in zip((shape.height, shape.width), shape.kernel, shape.padding, strict=True):
+        if plan_dimension(n, n, k, 1, p, shape.dilation).fft_size > 128:
+            return "transforms of more than 128 rows or columns"
+    return _cuda_refuses(shape, dtype)
 
 
 def _direct(x, weight, bias, padding, dilation) -> Tensor:
@@ -101,6 +113,7 @@ def depthwise_peers(device: str, methods: bool) -> list[Peer]:
     if device == "cuda":
         found += [
             Peer("ours_cuda", _ours_on_cuda, refuses=_cuda_refuses),
+            Peer("ours_cuda_fft", _fft_on_cuda, refuses=_cuda_fft_refuses),
             Peer("torch_compiled", _torch, compiled="max-autotune-no-cudagraphs"),
             *(
                 Peer(name, call, torch.contiguous_format, refuses=refuses)

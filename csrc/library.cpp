@@ -56,6 +56,7 @@ STABLE_TORCH_LIBRARY_IMPL(lka_kernels, CUDA, m) {
   implement_depthwise_cuda<Form::any>(m, "cuda");
   implement_depthwise_cuda<Form::direct>(m, "cuda_direct");
   implement_depthwise_cuda<Form::implicit_gemm>(m, "cuda_gemm");
+  implement_depthwise_cuda<Form::fft>(m, "cuda_fft");
 }
 #endif
 

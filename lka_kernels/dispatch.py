@@ -22,7 +22,10 @@ BACKENDS = ("cpu", "triton", "cuda", "torch")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The kernels write padded rows out; with a stride as large F.conv2d serves any padding.
 _MOST_PADDING = 2**20
-CUDA_GEMM_DTYPES = (torch.bfloat16, torch.float16)
+CUDA_DTYPES = {  # of methods that do not serve all
+    "implicit_gemm": (torch.bfloat16, torch.float16),
+    "fft": (torch.float32, torch.bfloat16, torch.float16),
+}
 
 
 class Choice(NamedTuple):
@@ -50,11 +53,13 @@ _FAMILIES = {
     ("triton", "fft"): "triton_fft",
     ("cuda", "direct"): "cuda_direct",
     ("cuda", "implicit_gemm"): "cuda_gemm",
+    ("cuda", "fft"): "cuda_fft",
 }
 _STRIDE_1_ONLY = {
     ("cpu", "fft"),
     *(("triton", method) for method in ("auto", "direct", "implicit_gemm")),
     ("cuda", "implicit_gemm"),
+    ("cuda", "fft"),
 }
 
 
@@ -162,8 +167,8 @@ def _cannot_run_depthwise(
     if input.device.type != device:
         return f"it serves {device} tensors; input is on {input.device}"
     dtypes = TRITON_DTYPES if backend == "triton" else FLOAT_DTYPES
-    if (backend, method) == ("cuda", "implicit_gemm"):
-        dtypes = CUDA_GEMM_DTYPES
+    if backend == "cuda":
+        dtypes = CUDA_DTYPES.get(method, FLOAT_DTYPES)
     if input.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         return f"it serves {names}; input is {input.dtype}"
@@ -286,6 +291,12 @@ def _why_torch(input: Tensor) -> str:
     )
 
 
+_FFT_OF_GPUS = {
+    "triton": "torch.fft between Triton kernels",
+    "cuda": "transforms of at most 128 × 128 in one launch, larger ones are refused",
+}
+
+
 def _choose_fft(input: Tensor, weight: Tensor, stride: tuple[int, int]) -> Choice:
     refusal = _cannot_transform(input, weight)
     if refusal is not None:
@@ -297,17 +308,19 @@ def _choose_fft(input: Tensor, weight: Tensor, stride: tuple[int, int]) -> Choic
         and cannot_run_depthwise("cpu", "fft", input, weight, stride) is None
     ):
         return Choice("cpu", "fft", f"{asked}; compiled CPU kernels")
-    if _Requested.backend == "triton":
-        refusal = cannot_run_depthwise("triton", "fft", input, weight, stride)
+    if _Requested.backend in _FFT_OF_GPUS:
+        backend = _Requested.backend
+        refusal = cannot_run_depthwise(backend, "fft", input, weight, stride)
         if refusal is None:
-            return Choice("triton", "fft", f"{asked}; torch.fft between Triton kernels")
-        return Choice("fft", "fft", f"{asked}; torch.fft alone, as backend 'triton': {refusal}")
+            return Choice(backend, "fft", f"{asked}; {_FFT_OF_GPUS[backend]}")
+        return Choice("fft", "fft", f"{asked}; torch.fft alone, as backend {backend!r}: {refusal}")
     if _Requested.backend == "auto" and input.device.type == "cuda":
         return Choice(
             "fft",
             "fft",
             f"{asked}; torch.fft alone: use_backend('triton') joins the steps between transforms, "
-            "which is not measured to be faster yet",
+            "use_backend('cuda') puts small ones into one launch, "
+            "both not measured to be faster yet",
         )
     return Choice("fft", "fft", f"{asked}; torch.fft on any device")
 

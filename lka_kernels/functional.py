@@ -32,11 +32,14 @@ def depthwise_conv2d(
         padding: int, pair, "same" (stride 1 only) or "valid".
         method: "auto" chooses by sizes; "direct" sums; "fft" transforms; "implicit_gemm"
             multiplies matrices on the tensor cores, for stride 1 and dtypes other than float64: by
-            Triton, or under ``use_backend("cuda")``, for float16 and bfloat16, by CUDA. With
-            "fft", and with "auto" where it chooses that (large kernels on a CPU), rounding errors
-            follow the largest elements of a channel's map, and an overflow or an element that is
-            not finite reaches all of it. "implicit_gemm", "auto" under ``use_backend("cuda")``,
-            and "direct" in bfloat16 on a CPU, may let such an element reach neighbouring outputs.
+            Triton, or under ``use_backend("cuda")``, for float16 and bfloat16, by CUDA. "fft"
+            under ``use_backend("cuda")`` is one launch where stride is 1 and dtype not float64; it
+            raises where a map, with the padding that taps reach, has more than 128 rows or
+            columns. With "fft", and with "auto" where it chooses that (large kernels on a CPU),
+            rounding errors follow the largest elements of a channel's map, and an overflow or an
+            element that is not finite reaches all of it. "implicit_gemm", "auto" under
+            ``use_backend("cuda")``, and "direct" in bfloat16 on a CPU, may let such an element
+            reach neighbouring outputs.
 
     Returns:
         (B, C, H', W') with the dtype and memory format that ``F.conv2d`` returns. Differentiable

@@ -188,7 +188,7 @@ DEPTHWISE: dict[str, DepthwiseOps] = {
     name: DepthwiseOps(*_define("depthwise_conv2d", name, DEPTHWISE_SCHEMAS, _DEPTHWISE_FAKES))
     for name in (
         *("cpu", "cpu_direct", "cpu_fft", "fft"),
-        *("cuda", "cuda_direct", "cuda_gemm"),
+        *("cuda", "cuda_direct", "cuda_gemm", "cuda_fft"),
         *("triton", "triton_direct", "triton_gemm", "triton_fft"),
     )
 }

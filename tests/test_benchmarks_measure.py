@@ -203,6 +203,14 @@ def test_peers_that_are_not_installed_say_so():
         assert refusals[name] in (None, f"{module} is not installed")
 
 
+def test_small_maps_only_are_measured_with_transforms_in_one_launch():
+    (peer,) = (p for p in peers.depthwise_peers("cuda", False) if p.name == "ours_cuda_fft")
+    too_large = "transforms of more than 128 rows or columns"
+    for side, kernel, served in ((112, 31, True), (114, 31, False), (64, 255, True)):
+        refusal = peer.refuses(shapes.square("a", 1, 4, side, kernel), torch.float16)
+        assert (refusal != too_large) == served
+
+
 def test_peak_memory_counts_what_lives_at_one_time():
     x = torch.ones(1 << 20)  # 4 MiB
 

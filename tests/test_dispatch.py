@@ -309,6 +309,10 @@ def test_the_cuda_backend_is_asked_for_by_name():
         assert served() == ("cuda", "auto", "cuda")
         assert served("direct") == ("cuda", "direct", "cuda_direct")
         assert served("implicit_gemm") == ("cuda", "implicit_gemm", "cuda_gemm")
+        assert served("fft") == ("cuda", "fft", "cuda_fft")
+        assert served("fft", torch.float32) == ("cuda", "fft", "cuda_fft")
+        assert served("fft", torch.float64) == ("fft", "fft", "fft")
+        assert served("fft", stride=(2, 2)) == ("fft", "fft", "fft")
         assert served(stride=(2, 2)) == ("cuda", "direct", "cuda_direct")
         for dtype in (torch.float32, torch.float64):
             assert served(dtype=dtype)[:2] == ("cuda", "direct")
@@ -319,9 +323,22 @@ def test_the_cuda_backend_is_asked_for_by_name():
 
 
 @pytest.mark.usefixtures("ready_cuda")
+def test_why_torch_fft_serves_what_the_cuda_backend_does_not():
+    with use_backend("cuda"):
+        text = explain(**on_cuda(torch.float64), method="fft")
+        assert "torch.fft alone, as backend 'cuda': it serves float32, bfloat16, float16" in text
+        text = explain(**on_cuda(), method="fft", stride=2)
+        assert "as backend 'cuda': it serves stride 1; stride is (2, 2)" in text
+    text = explain(**on_cuda(), method="fft")
+    assert text.startswith("backend=fft method=fft")
+    assert "use_backend('cuda')" in text
+
+
+@pytest.mark.usefixtures("ready_cuda")
 def test_operators_of_the_cuda_backend():
     with use_backend("cuda"):
-        for method, family in (("auto", ""), ("direct", "_direct"), ("implicit_gemm", "_gemm")):
+        families = {"auto": "", "direct": "_direct", "implicit_gemm": "_gemm", "fft": "_fft"}
+        for method, family in families.items():
             operators = served_by(lambda m=method: depthwise_conv2d(**on_cuda(), method=m))
             assert operators == [f"depthwise_conv2d_forward_cuda{family}"]
 

@@ -39,11 +39,32 @@ def results(function, x, weight, bias, grad_output):
     return y.detach(), *torch.autograd.grad(y, leaves, grad_output.to(y.dtype))
 
 
+# What transforms of at most 128 rows and columns serve.
+TRANSFORMED = {
+    **{name: network for name, network in NETWORKS.items() if name != "weather"},
+    "64 rows and columns": ((5, 48, 49, 49), (31, 31), 1),
+    "128 rows and columns": ((3, 32, 112, 112), (31, 31), 1),
+    "one image": ((1, 65, 20, 90), (3, 9), 2),
+}
+
+
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_real_sizes(name, dtype, format):
-    shape, kernel, dilation = NETWORKS[name]
+    check_network(NETWORKS[name], dtype, format, "auto")
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_transforms_of_real_sizes(name, dtype, format):
+    check_network(TRANSFORMED[name], dtype, format, "fft")
+
+
+def check_network(network, dtype, format, method):
+    """Output and gradients against float64, by the error of torch's own kernels."""
+    shape, kernel, dilation = network
     x = torch.randn(shape, device="cuda").to(dtype).contiguous(memory_format=format)
     weight = torch.randn(shape[1], 1, *kernel, device="cuda").to(dtype)
     bias = torch.randn(shape[1], device="cuda").to(dtype)
@@ -53,7 +74,7 @@ def test_real_sizes(name, dtype, format):
         return F.conv2d(x, weight, bias, groups=shape[1], **geometry)
 
     def ours(x, weight, bias):
-        return depthwise_conv2d(x, weight, bias, **geometry)
+        return depthwise_conv2d(x, weight, bias, **geometry, method=method)
 
     grad_output = torch.randn(shape, device="cuda").to(dtype).contiguous(memory_format=format)
     doubles = [t.double() for t in (x, weight, bias, grad_output)]
@@ -69,6 +90,13 @@ def test_real_sizes(name, dtype, format):
         assert_close_to_truth(what, *values, magnitude=magnitude)
 
 
+def test_transforms_refuse_larger_maps():
+    x = torch.zeros(1, 1, 120, 20, device="cuda")
+    weight = torch.zeros(1, 1, 31, 3, device="cuda")
+    with use_backend("cuda"), pytest.raises(RuntimeError, match="more than 128 rows or columns"):
+        depthwise_conv2d(x, weight, padding="same", method="fft")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_tensor_cores_equal_the_direct_kernel(dtype):
     x = torch.randn(5, 24, 30, 33, device="cuda").to(dtype)
@@ -80,22 +108,25 @@ def test_tensor_cores_equal_the_direct_kernel(dtype):
     torch.testing.assert_close(found, direct, rtol=2 * eps, atol=2 * eps)
 
 
-def test_same_bits_twice():
+@pytest.mark.parametrize("family", ["cuda_gemm", "cuda_fft"])
+def test_same_bits_twice(family):
     x = torch.randn(16, 64, 56, 56, device="cuda", dtype=torch.bfloat16)
     grad_output = torch.randn_like(x)
     arguments = (grad_output, x, (7, 7), (1, 1), (3, 3, 3, 3), (1, 1))
-    first, second = (DEPTHWISE["cuda_gemm"].backward_weight(*arguments) for _ in range(2))
+    first, second = (DEPTHWISE[family].backward_weight(*arguments) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
 
 
-def test_cuda_graph():
+@pytest.mark.parametrize("method", ["implicit_gemm", "fft"])
+def test_cuda_graph(method):
     x = torch.randn(1, 96, 56, 56, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(96, 1, 51, 51, device="cuda", dtype=torch.bfloat16)
 
     def run():
-        y = depthwise_conv2d(x, weight, padding="same", method="implicit_gemm")
-        return y, *DEPTHWISE["cuda_gemm"].backward_weight(
+        y = depthwise_conv2d(x, weight, padding="same", method=method)
+        family = {"implicit_gemm": "cuda_gemm", "fft": "cuda_fft"}[method]
+        return y, *DEPTHWISE[family].backward_weight(
             y, x, (51, 51), (1, 1), (25, 25, 25, 25), (1, 1)
         )
 

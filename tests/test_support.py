@@ -33,6 +33,8 @@ def test_values_are_those_of_the_predicates():
     assert row("triton", "fft").strides == support.STRIDES
     assert row("cpu", "direct").strides == support.STRIDES
     assert row("cpu", "fft").strides == ((1, 1),)
+    assert row("cuda", "fft").strides == ((1, 1),)
+    assert torch.float64 not in row("cuda", "fft").dtypes
     assert row("torch", "direct").devices == support.DEVICES
     assert row("triton", "fused", "large_kernel_adapter").most_rank == tiles.MOST_RANK
     assert row("cpu", "fused", "large_kernel_adapter").most_rank is None

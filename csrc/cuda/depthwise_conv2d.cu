@@ -1,5 +1,6 @@
 // The CUDA operators of depthwise convolution: which kernel serves a call, and its arguments.
 #include "../stable.h"
+#include "depthwise_fft.h"
 #include "depthwise_launchers.h"
 #include "launch.h"
 #include "operators.h"
@@ -25,14 +26,18 @@ ConvParams geometry(const Tensor& map, const std::vector<int64_t>& kernel,
   return p;
 }
 
+const char* why_too_old(int device) {
+  return device_attribute(cudaDevAttrComputeCapabilityMajor, device) < 8
+             ? "the device is older than compute capability 8.0"
+             : nullptr;
+}
+
 // Why no kernel for tensor cores can serve a call, whatever its sizes; nullptr if one may.
 const char* why_no_tensor_cores(const ConvParams& p, int device) {
   if (p.storage != Storage::float16 && p.storage != Storage::bfloat16)
     return "tensor cores take float16 and bfloat16";
   if (p.stride_h != 1 || p.stride_w != 1) return "it serves stride 1";
-  if (device_attribute(cudaDevAttrComputeCapabilityMajor, device) < 8)
-    return "the device is older than compute capability 8.0";
-  return nullptr;
+  return why_too_old(device);
 }
 
 void check_form(Form form, const char* refusal) {
@@ -57,6 +62,57 @@ bool correlate_in_float(const ConvParams& p, bool backward, const Tensor& weight
   return true;
 }
 
+void check_fft(const char* refusal) {
+  STD_TORCH_CHECK(refusal == nullptr,
+                  "method='fft' of the cuda backend cannot serve this call: ", refusal,
+                  "; use_backend('auto') serves it by torch.fft");
+}
+
+// Room for the spectra of `planes` planes, which `p` is told of.
+Tensor empty_spectra(const Tensor& like, int64_t planes, FftParams& p) {
+  const int64_t numbers = int64_t(p.geometry.x.size / 2 + 1) * p.geometry.y.size;
+  Tensor spectra = empty(like, {planes, numbers, 2}, ScalarType::Float);
+  p.spectra = static_cast<Complex*>(spectra.data_ptr());
+  return spectra;
+}
+
+void correlate_by_transforms(const ConvParams& p, bool backward, const Tensor& weight,
+                             const void* bias, int device, cudaStream_t stream) {
+  check_fft(why_too_old(device));
+  FftSpectraParams transform;
+  const Plan transform_plan = plan_fft_spectra(p, transform);
+  check_fft(transform_plan.refusal);
+  FftCorrelateParams params;
+  const Plan plan = plan_fft_correlate(p, backward, params);
+  check_fft(plan.refusal);
+  const Tensor spectra = empty_spectra(weight, p.channels, transform);
+  transform.taps.data = weight.data_ptr();
+  fft_spectra(transform, transform_plan.shape, stream);
+  params.spectra = transform.spectra;
+  params.bias = bias;
+  fft_correlate(p.storage, params, plan.shape, stream);
+}
+
+void weight_gradient_by_transforms(const ConvParams& p, int device, const Tensor& grad_weight,
+                                   const Tensor& grad_bias, cudaStream_t stream) {
+  check_fft(why_too_old(device));
+  FftWeightGradientParams params;
+  const Plan plan = plan_fft_weight_gradient(
+      p, device_attribute(cudaDevAttrMultiProcessorCount, device),
+      device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device), params);
+  check_fft(plan.refusal);
+  const Tensor sums = empty_spectra(grad_weight, params.groups * p.channels, params);
+  const Tensor bias_sums = empty(grad_weight, {params.groups, p.channels}, ScalarType::Float);
+  params.bias_sums = static_cast<float*>(bias_sums.data_ptr());
+  FftTapGradientParams last;
+  const Plan last_plan = plan_fft_tap_gradient(p, params, last);
+  check_fft(last_plan.refusal);
+  last.taps.data = grad_weight.data_ptr();
+  last.grad_bias = grad_bias.data_ptr();
+  fft_weight_gradient(p.storage, params, plan.shape, stream);
+  fft_tap_gradient(last, last_plan.shape, stream);
+}
+
 void correlate(Form form, const ConvParams& p, bool backward, const Tensor& weight,
                const std::optional<Tensor>& bias) {
   const Tensor dense = torch::stable::contiguous(weight);
@@ -66,6 +122,8 @@ void correlate(Form form, const ConvParams& p, bool backward, const Tensor& weig
   const int device = weight.get_device_index();
   const DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
+  if (form == Form::fft)
+    return correlate_by_transforms(p, backward, dense, bias_data, device, stream);
   if (form != Form::direct) {
     const char* refusal = why_no_tensor_cores(p, device);
     if (refusal == nullptr) {
@@ -141,6 +199,10 @@ std::tuple<Tensor, Tensor> depthwise_conv2d_backward_weight(const Tensor& grad_o
   const int device = input.get_device_index();
   const DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
+  if (kForm == Form::fft && grad_output.numel() > 0) {
+    weight_gradient_by_transforms(p, device, grad_weight, grad_bias, stream);
+    return {grad_weight, grad_bias};
+  }
   if (kForm != Form::direct && grad_output.numel() > 0) {
     const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, device);
     const auto partials = [&](int64_t groups) {
@@ -188,6 +250,7 @@ std::tuple<Tensor, Tensor> depthwise_conv2d_backward_weight(const Tensor& grad_o
       const std::vector<int64_t>&, const std::vector<int64_t>&);
 LKA_INSTANTIATE(Form::any)
 LKA_INSTANTIATE(Form::direct)
+LKA_INSTANTIATE(Form::fft)
 LKA_INSTANTIATE(Form::implicit_gemm)
 #undef LKA_INSTANTIATE
 

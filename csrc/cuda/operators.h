@@ -1,5 +1,5 @@
 // The CUDA operators; schemas are in lka_kernels/ops.py. Form::any takes the tensor cores where
-// they can serve a call, Form::implicit_gemm raises where they cannot.
+// they can serve a call; Form::implicit_gemm and Form::fft raise where they cannot.
 #pragma once
 
 #include <optional>

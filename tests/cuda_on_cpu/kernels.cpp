@@ -3,9 +3,8 @@
 #include <string>
 #include <vector>
 
-#include "cuda/depthwise_plan.h"
 #include "cuda/device/sum_partials.cuh"
-#include "cuda_on_cpu.h"
+#include "launches.h"
 
 namespace {
 
@@ -14,24 +13,6 @@ using lka::MapView;
 using lka::Storage;
 namespace cuda = lka::cuda;
 
-// From the first to the last element of a map.
-cuda_on_cpu::Range range_of(const char* name, const MapView& view, int64_t batch, int64_t channels,
-                            bool writable) {
-  const int64_t last = (batch - 1) * view.stride_b + (channels - 1) * view.stride_c +
-                       (view.height - 1) * view.stride_h + (view.width - 1) * view.stride_w;
-  return {name, view.data, size_t(last + 1) * 2, writable};
-}
-
-cuda_on_cpu::Launch launch_of(const cuda::Plan& plan) {
-  return {plan.shape.blocks, plan.shape.threads, size_t(plan.shape.shared_bytes)};
-}
-
-const char* keep(const std::string& text) {
-  static std::string kept;
-  kept = text;
-  return kept.c_str();
-}
-
 }  // namespace
 
 // Each returns what went wrong, or an empty text.
@@ -39,13 +20,13 @@ extern "C" const char* toeplitz_correlate(const ConvParams* call, bool backward,
                                           const void* bias) {
   cuda::CorrelateParams p;
   const cuda::Plan plan = cuda::plan_correlate(cuda::correlation_of(*call, backward), p);
-  if (plan.refusal != nullptr) return keep(std::string("refused: ") + plan.refusal);
+  if (plan.refusal != nullptr) return refused(plan);
   p.weight = weight;
   p.bias = bias;
   const size_t weight_bytes = size_t(call->channels * call->kernel_h * call->kernel_w) * 2;
   const cuda_on_cpu::Range ranges[] = {
-      range_of("source", p.source.view, p.batch, p.channels, false),
-      range_of("result", p.result.view, p.batch, p.channels, true),
+      range_of("source", p.source.view, p.batch, p.channels, 2, false),
+      range_of("result", p.result.view, p.batch, p.channels, 2, true),
       {"weight", weight, weight_bytes, false},
       {"bias", bias, bias == nullptr ? 0 : size_t(call->channels) * 2, false},
   };
@@ -62,18 +43,16 @@ extern "C" const char* float_correlate(const ConvParams* call, bool backward, co
                                        const float* bias) {
   cuda::FloatCorrelateParams p;
   const cuda::Plan plan = cuda::plan_float_correlate(cuda::correlation_of(*call, backward), p);
-  if (plan.refusal != nullptr) return keep(std::string("refused: ") + plan.refusal);
+  if (plan.refusal != nullptr) return refused(plan);
   p.weight = weight;
   p.bias = bias;
   const size_t weight_bytes = size_t(call->channels * call->kernel_h * call->kernel_w) * 4;
-  cuda_on_cpu::Range ranges[] = {
-      range_of("source", p.source, p.batch, p.channels, false),
-      range_of("result", p.result, p.batch, p.channels, true),
+  const cuda_on_cpu::Range ranges[] = {
+      range_of("source", p.source, p.batch, p.channels, 4, false),
+      range_of("result", p.result, p.batch, p.channels, 4, true),
       {"weight", weight, weight_bytes, false},
       {"bias", bias, bias == nullptr ? 0 : size_t(call->channels) * 4, false},
   };
-  ranges[0].bytes *= 2;  // of four bytes an element
-  ranges[1].bytes *= 2;
   return keep(cuda_on_cpu::run(launch_of(plan), ranges, 4,
                                [&](char*) { cuda::FloatCorrelateThread(p).run(); }));
 }
@@ -85,18 +64,17 @@ template <class Params, class Kernel, class Total>
 const char* weight_gradient(const cuda::Plan& plan, Params& p, const MapView& grad_output,
                             const MapView& input, int64_t element_size, void* grad_weight,
                             void* grad_bias, Kernel kernel, Total total) {
-  if (plan.refusal != nullptr) return keep(std::string("refused: ") + plan.refusal);
+  if (plan.refusal != nullptr) return refused(plan);
   const size_t taps = size_t(p.full_h) * p.full_w, channels = size_t(p.channels);
   std::vector<float> partials(p.groups * channels * (taps + 1), NAN);
   p.partials = partials.data();
-  cuda_on_cpu::Range ranges[] = {
-      range_of("grad_output", grad_output, p.batch, p.channels, false),
-      range_of("input", input, p.batch, p.channels, false),
+  const cuda_on_cpu::Range ranges[] = {
+      range_of("grad_output", grad_output, p.batch, p.channels, element_size, false),
+      range_of("input", input, p.batch, p.channels, element_size, false),
       {"partials", partials.data(), partials.size() * 4, true},
       {"grad_weight", grad_weight, channels * taps * element_size, true},
       {"grad_bias", grad_bias, channels * element_size, true},
   };
-  for (int i = 0; i < 2; ++i) ranges[i].bytes *= element_size / 2;
   const std::string said = cuda_on_cpu::run(launch_of(plan), ranges, 3, kernel);
   if (!said.empty()) return keep(said);
   return keep(cuda_on_cpu::run(launch_of({cuda::plan_sum_partials(p)}), ranges + 2, 3, total));
@@ -139,7 +117,6 @@ extern "C" const char* float_weight_gradient(const ConvParams* call, int multipr
       [&](char*) { cuda::sum_partials<cuda::Float32>(p, grad_weight, grad_bias); });
 }
 
-// Blocks, threads and shared memory of a block; or why the call is refused.
 extern "C" const char* plan(const ConvParams* call, const char* direction, int multiprocessors,
                             int64_t* shape) {
   cuda::Plan plan;
@@ -151,8 +128,5 @@ extern "C" const char* plan(const ConvParams* call, const char* direction, int m
     cuda::CorrelateParams p;
     plan = cuda::plan_correlate(cuda::correlation_of(*call, wanted == "backward_input"), p);
   }
-  shape[0] = plan.shape.blocks;
-  shape[1] = plan.shape.threads;
-  shape[2] = plan.shape.shared_bytes;
-  return plan.refusal == nullptr ? "" : plan.refusal;
+  return describe(plan, shape);
 }

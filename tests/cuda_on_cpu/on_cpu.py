@@ -90,7 +90,7 @@ def params(input: Tensor, output: Tensor, kernel, padding, dilation) -> ConvPara
 
 
 def _function(name: str):
-    function = getattr(library("kernels.cpp"), name)
+    function = getattr(library("kernels.cpp", "fft_kernels.cpp"), name)
     function.restype = ctypes.c_char_p
     return function
 
@@ -126,9 +126,26 @@ def weight_gradient(
     _raise_for(function(ctypes.byref(call), multiprocessors, *pointers))
 
 
-def plan(call: ConvParams, direction: str, multiprocessors: int) -> dict[str, int]:
-    """What is launched for a call, with or without memory behind it."""
+def fft_correlate(call: ConvParams, backward: bool, weight: Tensor, bias: Tensor | None) -> None:
+    """As ``correlate``, by Fourier transforms."""
+    flag = ctypes.c_bool(backward)
+    arguments = (ctypes.byref(call), flag, _pointer(weight), _pointer(bias))
+    _raise_for(_function("fft_correlate")(*arguments))
+
+
+def fft_weight_gradient(
+    call: ConvParams, grad_weight: Tensor, grad_bias: Tensor, multiprocessors: int = 4
+) -> None:
+    """As ``weight_gradient``, by Fourier transforms."""
+    pointers = (_pointer(grad_weight), _pointer(grad_bias))
+    _raise_for(_function("fft_weight_gradient")(ctypes.byref(call), multiprocessors, *pointers))
+
+
+def plan(
+    call: ConvParams, direction: str, multiprocessors: int, function: str = "plan"
+) -> dict[str, int]:
+    """What is launched for a call, with or without memory behind it; or that of "fft_plan"."""
     shape = (ctypes.c_int64 * 3)()
     arguments = (ctypes.byref(call), direction.encode(), multiprocessors, shape)
-    _raise_for(_function("plan")(*arguments))
+    _raise_for(_function(function)(*arguments))
     return dict(zip(("blocks", "threads", "shared"), shape, strict=True))

@@ -38,20 +38,22 @@ class Call(NamedTuple):
     kernel: tuple[int, int]
     channels_last: bool = False
     dilation: int = 1
+    fft: bool = False
 
     @property
     def name(self) -> str:
         batch, channels, height, width = self.shape
         layout = "channels_last" if self.channels_last else "contiguous"
         kernel = f"k{self.kernel[0]}x{self.kernel[1]} d{self.dilation}"
-        return f"{self.direction} {batch}x{channels}@{height}x{width} {kernel} {layout}"
+        direction = f"fft {self.direction}" if self.fft else self.direction
+        return f"{direction} {batch}x{channels}@{height}x{width} {kernel} {layout}"
 
     def plan(self) -> dict[str, int]:
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         maps = torch.empty(self.shape, dtype=torch.bfloat16, device="meta", memory_format=layout)
         padding = [self.dilation * (k - 1) // 2 for k in self.kernel]
         call = on_cpu.params(maps, maps, self.kernel, padding, (self.dilation, self.dilation))
-        return on_cpu.plan(call, self.direction, multiprocessors=132)
+        return on_cpu.plan(call, self.direction, 132, "fft_plan" if self.fft else "plan")
 
 
 CALLS = [
@@ -70,6 +72,20 @@ CALLS = [
         ((64, 96, 56, 56), (51, 51)),
         ((64, 64, 56, 56), (7, 7), True, 3),
         ((1, 1536, 90, 180), (7, 7)),
+    )
+]
+
+CALLS += [
+    Call(direction, *arguments, fft=True)
+    for direction in ("forward", "backward_weight")
+    for arguments in (
+        ((64, 512, 14, 14), (27, 27)),
+        ((64, 256, 28, 28), (29, 29)),
+        ((64, 256, 28, 28), (29, 29), True),
+        ((64, 128, 56, 56), (13, 13)),
+        ((64, 128, 56, 56), (31, 31)),
+        ((64, 128, 56, 56), (31, 31), True),
+        ((8, 96, 112, 112), (31, 31)),
     )
 ]
 
