@@ -56,6 +56,9 @@ STABLE_TORCH_LIBRARY_IMPL(lka_kernels, CUDA, m) {
   implement_depthwise_cuda<Form::any>(m, "cuda");
   implement_depthwise_cuda<Form::direct>(m, "cuda_direct");
   implement_depthwise_cuda<Form::implicit_gemm>(m, "cuda_gemm");
+  m.impl("large_kernel_adapter_forward_cuda", TORCH_BOX(&lka::cuda::large_kernel_adapter_forward));
+  m.impl("large_kernel_adapter_backward_cuda",
+         TORCH_BOX(&lka::cuda::large_kernel_adapter_backward));
 }
 #endif
 

@@ -15,7 +15,7 @@ namespace {
 
 using lka::cpu::AdapterGradients;
 using lka::cpu::AdapterParams;
-using lka::cpu::PrefixMode;
+using lka::PrefixMode;
 
 // Hands out pieces of the thread's scratch memory, each on a cache line of its own.
 template <class T>

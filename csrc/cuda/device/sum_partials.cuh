@@ -1,22 +1,9 @@
 // The second part of weight gradients: sums of groups of terms become gradients.
 #pragma once
 
-#include "mma.cuh"
+#include "storage.cuh"
 
 namespace lka::cuda {
-
-struct Float32 {};
-
-template <class Storage>
-struct Stored {
-  using Type = uint16_t;
-  static LKA_DEVICE Type of(float sum) { return narrow<Storage>(sum); }
-};
-template <>
-struct Stored<Float32> {
-  using Type = float;
-  static LKA_DEVICE Type of(float sum) { return sum; }
-};
 
 // Adds the groups' sums in their order, one gradient a thread. Taps that touch nothing have none.
 template <class Storage, class Params>
