@@ -163,12 +163,14 @@ _DEPTHWISE_FAKES = {
     "backward_input": _fake_depthwise_backward_input,
     "backward_weight": _fake_depthwise_backward_weight,
 }
+_GPU_ADAPTER_FAKES = {
+    "forward": _fake_gpu_adapter_forward,
+    "backward": _fake_gpu_adapter_backward,
+}
 _ADAPTER_FAKES = {
     "cpu": {"forward": _fake_adapter_forward, "backward": _fake_adapter_backward},
-    **dict.fromkeys(
-        ("triton", "cuda"),
-        {"forward": _fake_gpu_adapter_forward, "backward": _fake_gpu_adapter_backward},
-    ),
+    "triton": _GPU_ADAPTER_FAKES,
+    "cuda": _GPU_ADAPTER_FAKES,
 }
 
 
