@@ -52,8 +52,12 @@ __global__ void __launch_bounds__(AdapterSums::kElements* AdapterSums::kSlices)
 
 void adapter_backward(Storage storage, const AdapterBackward& plan, cudaStream_t stream) {
   LKA_LAUNCH_ADAPTER(adapter_up_backward_kernel, storage, plan.up.shape, stream, plan.up.params);
+  if (plan.correlate.shape.blocks > 0)
+    toeplitz_correlate(storage, plan.correlate.params, plan.correlate.shape, stream);
   LKA_LAUNCH_ADAPTER(adapter_convolve_backward_kernel, storage, plan.convolve.shape, stream,
                      plan.convolve.params);
+  if (plan.taps.shape.blocks > 0)
+    toeplitz_weight_partials(storage, plan.taps.params, plan.taps.shape, stream);
   LKA_LAUNCH_ADAPTER(adapter_down_backward_kernel, storage, plan.down.shape, stream,
                      plan.down.params);
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "adapter_launchers.h"
+#include "depthwise_launchers.h"
 #include "launch.h"
 
 namespace lka::cuda {

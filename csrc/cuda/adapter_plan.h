@@ -32,23 +32,52 @@ struct AdapterCall {
   void *z = nullptr, *a = nullptr, *c = nullptr, *grad_c = nullptr, *grad_z = nullptr;
 };
 
-// One launch of a kernel that takes AdapterParams.
-struct AdapterLaunch {
-  AdapterParams params;
+// One launch; without blocks where nothing is needed.
+template <class Params>
+struct LaunchOf {
+  Params params;
   LaunchShape shape;
 };
+using AdapterLaunch = LaunchOf<AdapterParams>;
 
+// In the order of the launches.
 struct AdapterForward {
   const char* refusal = nullptr;
-  AdapterLaunch down, up;
+  AdapterLaunch down;
+  LaunchOf<CorrelateParams> correlate;
+  AdapterLaunch up;
 };
 
 struct AdapterBackward {
   const char* refusal = nullptr;
-  AdapterLaunch up, convolve, down;  // without blocks where nothing is needed
+  AdapterLaunch up;
+  LaunchOf<CorrelateParams> correlate;
+  AdapterLaunch convolve;
+  LaunchOf<WeightGradientParams> taps;
+  AdapterLaunch down;
 };
 
 constexpr int64_t kMostAdapterRank = 256;
+
+// Whether the grid is worth a launch of its own for the tensor cores. About 1.7 instructions a tap,
+// channel and token, of the 128 of a clock, hide behind the 4 or 6 bytes that a token's channel
+// takes of the 13 that memory gives: up to some 24 taps a channel if all overlaps, which it does
+// not; a launch costs little beside what half of them take.
+inline bool convolves_apart(const AdapterCall& call) {
+  const auto taps = [&](int64_t size, int64_t kernel) {
+    return taps_that_touch(size, size, kernel, call.dilation * (kernel - 1) / 2, call.dilation)
+        .count;
+  };
+  return call.storage != Storage::float32 &&
+         call.rank * taps(call.height, call.kernel_h) * taps(call.width, call.kernel_w) >
+             12 * call.channels;
+}
+
+// The same of the taps' gradients, to which prefix tokens must not belong.
+inline bool sums_taps_apart(const AdapterCall& call) {
+  return call.need_conv && convolves_apart(call) &&
+         (call.prefix == 0 || call.prefix_mode != PrefixMode::center_tap);
+}
 
 namespace detail {
 
@@ -148,6 +177,42 @@ inline bool tokens_are_neighbours(const TokenTensor& t) {
   return t.stride_c != 1 && t.stride_t == 1;
 }
 
+// The grid of a rank-r tensor.
+inline MapView rank_map(const AdapterCall& call, void* tensor) {
+  const int64_t element = AdapterSizes(call.storage).element;
+  MapView map;
+  map.data = static_cast<char*>(tensor) + call.prefix * element;
+  map.height = call.height;
+  map.width = call.width;
+  map.stride_b = call.rank * call.tokens;
+  map.stride_c = call.tokens;
+  map.stride_h = call.width;
+  map.stride_w = 1;
+  return map;
+}
+
+// The convolution of a as one of maps, c being its output.
+inline ConvParams adapter_convolution(const AdapterCall& call, void* input, void* output) {
+  ConvParams p;
+  p.storage = call.storage;
+  p.batch = call.batch;
+  p.channels = call.rank;
+  p.input = rank_map(call, input);
+  p.output = rank_map(call, output);
+  p.kernel_h = call.kernel_h;
+  p.kernel_w = call.kernel_w;
+  p.dilation_h = p.dilation_w = call.dilation;
+  p.pad_top = call.dilation * (call.kernel_h - 1) / 2;
+  p.pad_left = call.dilation * (call.kernel_w - 1) / 2;
+  return p;
+}
+
+inline Correlation adapter_correlation(const AdapterCall& call, bool backward) {
+  return correlation_of(backward ? adapter_convolution(call, call.grad_z, call.grad_c)
+                                 : adapter_convolution(call, call.a, call.c),
+                        backward);
+}
+
 // What all launches of a call share; returns why there can be none.
 inline const char* describe_adapter(const AdapterCall& call, bool backward, int64_t multiprocessors,
                                     AdapterParams& p) {
@@ -214,19 +279,7 @@ inline const char* describe_adapter(const AdapterCall& call, bool backward, int6
       {vector(call.z), vector(call.a), vector(call.c), vector(call.grad_c), vector(call.grad_z)});
   while (!tiles_begin_at_multiples(p, p.rank_vector)) p.rank_vector /= 2;
 
-  Correlation correlation;
-  correlation.source.height = correlation.result.height = call.height;
-  correlation.source.width = correlation.result.width = call.width;
-  correlation.batch = call.batch;
-  correlation.channels = call.rank;
-  correlation.kernel_h = call.kernel_h;
-  correlation.kernel_w = call.kernel_w;
-  correlation.dilation_h = correlation.dilation_w = call.dilation;
-  // See correlation_of.
-  correlation.top = backward ? call.dilation * (call.kernel_h - 1) - top : top;
-  correlation.left = backward ? call.dilation * (call.kernel_w - 1) - left : left;
-  correlation.reversed = backward;
-  describe(correlation, p.convolution);
+  describe(adapter_correlation(call, backward), p.convolution);
   return nullptr;
 }
 
@@ -314,17 +367,7 @@ inline int64_t plan_tap_gradient(const AdapterCall& call, int64_t multiprocessor
                                  int64_t& shared_bytes) {
   using Block = AdapterTapGradientBlock<Float32>;
   AdapterTapGradient& t = p.taps;
-  ConvParams geometry;
-  geometry.batch = call.batch;
-  geometry.channels = call.rank;
-  geometry.input.height = geometry.output.height = call.height;
-  geometry.input.width = geometry.output.width = call.width;
-  geometry.kernel_h = call.kernel_h;
-  geometry.kernel_w = call.kernel_w;
-  geometry.dilation_h = geometry.dilation_w = call.dilation;
-  geometry.pad_top = call.dilation * (call.kernel_h - 1) / 2;
-  geometry.pad_left = call.dilation * (call.kernel_w - 1) / 2;
-  describe(geometry, t);
+  describe(adapter_convolution(call, call.z, call.grad_c), t);
   const int64_t chunks = ceil_div(t.kernel_w, Block::kTaps);
   int64_t tap_chunks = std::min<int64_t>(chunks, 16);
   int64_t tap_rows = std::min<int64_t>(t.kernel_h, Block::kThreads / tap_chunks);
@@ -372,6 +415,51 @@ inline int64_t plan_tap_gradient(const AdapterCall& call, int64_t multiprocessor
   return blocks * t.groups;
 }
 
+// The gradients of a, or of z, and of the taps.
+inline const char* plan_convolve_backward(const AdapterCall& call, int64_t multiprocessors,
+                                          bool need_z, AdapterBackward& plan) {
+  AdapterParams& p = plan.convolve.params;
+  LaunchShape& shape = plan.convolve.shape;
+  shape.threads = AdapterTapGradientBlock<Float32>::kThreads;
+  if (need_z && convolves_apart(call)) {
+    const Plan correlate = plan_correlate(adapter_correlation(call, true), plan.correlate.params);
+    if (correlate.refusal == nullptr) {
+      p.convolved = true;
+      plan.correlate.params.weight = call.conv_weight;
+      plan.correlate.shape = correlate.shape;
+    }
+  }
+  // The gradients of the taps need a, which is z or is left by the blocks of grad_z.
+  if (sums_taps_apart(call) && (p.before == Activation::none || p.convolved)) {
+    void* const a = p.before == Activation::none ? call.z : call.a;
+    const Plan taps = plan_weight_gradient(adapter_convolution(call, a, call.grad_c),
+                                           int(multiprocessors), plan.taps.params);
+    if (taps.refusal == nullptr) plan.taps.shape = taps.shape;
+  }
+  if (plan.taps.shape.blocks == 0) p.a = nullptr;
+  if (need_z) {
+    p.convolution.staged_channels = std::min(8, p.rank);  // for more blocks
+    if (!p.convolved) {
+      shape.shared_bytes = place_convolution(p, 0, kConvolutionBudget, 8);
+      if (shape.shared_bytes == 0) return kWindowDoesNotFit;
+    }
+    // Then the correlation alone is the gradient.
+    const bool finished = p.convolved && p.before == Activation::none && p.prefix == 0;
+    if (!finished)
+      p.first_weight_block =
+          int64_t(p.batch) * p.tiling.tiles * ceil_div(p.rank, p.convolution.staged_channels);
+  }
+  shape.blocks = p.first_weight_block;
+  if (call.need_conv && plan.taps.shape.blocks == 0) {
+    int64_t shared_bytes = 0;
+    const int64_t blocks = plan_tap_gradient(call, multiprocessors, p, shared_bytes);
+    if (blocks == 0) return kWindowDoesNotFit;
+    shape.blocks += blocks;
+    shape.shared_bytes = std::max(shape.shared_bytes, shared_bytes);
+  }
+  return shape.blocks > kMostBlocks ? "more than 2^31 blocks" : nullptr;
+}
+
 }  // namespace detail
 
 inline AdapterForward plan_adapter_forward(const AdapterCall& call, int64_t multiprocessors) {
@@ -394,11 +482,23 @@ inline AdapterForward plan_adapter_forward(const AdapterCall& call, int64_t mult
   plan.down.shape = detail::adapter_shape(plan.down.params, tiles, turned);
 
   AdapterParams& up = plan.up.params = p;
-  const int64_t convolution_end =
-      detail::place_convolution(up, rank_tile, detail::kConvolutionBudget, up.rank);
-  if (convolution_end == 0) {
-    plan.refusal = detail::kWindowDoesNotFit;
-    return plan;
+  if (convolves_apart(call)) {
+    const Plan correlate =
+        plan_correlate(detail::adapter_correlation(call, false), plan.correlate.params);
+    if (correlate.refusal == nullptr) {
+      up.convolved = true;
+      plan.correlate.params.weight = call.conv_weight;
+      plan.correlate.params.bias = call.conv_bias;
+      plan.correlate.shape = correlate.shape;
+    }
+  }
+  int64_t convolution_end = rank_tile;
+  if (!up.convolved) {
+    convolution_end = detail::place_convolution(up, rank_tile, detail::kConvolutionBudget, up.rank);
+    if (convolution_end == 0) {
+      plan.refusal = detail::kWindowDoesNotFit;
+      return plan;
+    }
   }
   // With fewer tiles than multiprocessors, parts of the channels side by side: each convolves the
   // same tokens again.
@@ -420,7 +520,6 @@ inline AdapterBackward plan_adapter_backward(const AdapterCall& call, int64_t mu
   if (plan.refusal != nullptr) return plan;
   const bool need_z = call.need_grad_x || call.need_down, need_c = need_z || call.need_conv;
   const detail::AdapterSizes sizes(call.storage);
-  const int64_t tiles = call.batch * p.tiling.tiles;
   // One more for the row of ones.
   p.rank_rows = int32_t(detail::round_up(call.rank + 1, 16));
   const int64_t rank_tile = sizes.tile(p.rank_rows, p.tiling.slots);
@@ -438,28 +537,8 @@ inline AdapterBackward plan_adapter_backward(const AdapterCall& call, int64_t mu
     });
     plan.up.shape = detail::adapter_shape(up, up.groups, turned);
   }
-  if (need_z || call.need_conv) {
-    AdapterParams& convolve = plan.convolve.params;
-    LaunchShape& shape = plan.convolve.shape;
-    shape.threads = AdapterTapGradientBlock<Float32>::kThreads;
-    if (need_z) {
-      // Eight channels at most, for more blocks.
-      shape.shared_bytes = detail::place_convolution(convolve, 0, detail::kConvolutionBudget, 8);
-      if (shape.shared_bytes == 0) plan.refusal = detail::kWindowDoesNotFit;
-      convolve.first_weight_block =
-          tiles * ceil_div(call.rank, std::max(1, convolve.convolution.staged_channels));
-    }
-    shape.blocks = convolve.first_weight_block;
-    if (call.need_conv) {
-      int64_t shared_bytes = 0;
-      const int64_t blocks =
-          detail::plan_tap_gradient(call, multiprocessors, convolve, shared_bytes);
-      if (blocks == 0) plan.refusal = detail::kWindowDoesNotFit;
-      shape.blocks += blocks;
-      shape.shared_bytes = std::max(shape.shared_bytes, shared_bytes);
-    }
-    if (shape.blocks > kMostBlocks) plan.refusal = "more than 2^31 blocks";
-  }
+  if (need_z || call.need_conv)
+    plan.refusal = detail::plan_convolve_backward(call, multiprocessors, need_z, plan);
   if (need_z) {
     AdapterParams& down = plan.down.params;
     detail::group_tiles(down, multiprocessors);
@@ -473,6 +552,11 @@ inline AdapterBackward plan_adapter_backward(const AdapterCall& call, int64_t mu
   }
   if (plan.refusal == nullptr && !fits) plan.refusal = detail::kStepDoesNotFit;
   return plan;
+}
+
+// Groups of partial sums of the taps' gradients.
+inline int64_t tap_groups(const AdapterBackward& plan) {
+  return plan.taps.shape.blocks > 0 ? plan.taps.params.groups : plan.convolve.params.taps.groups;
 }
 
 // Adds one gradient to those that the last launch sums.
@@ -493,7 +577,8 @@ inline AdapterSum adapter_sum(const float* partials, int groups, int64_t rows, i
   return sum;
 }
 
-inline AdapterSum adapter_sum(const float* partials, const AdapterTapGradient& taps, int64_t rank) {
+template <class Taps>
+AdapterSum adapter_sum(const float* partials, const Taps& taps, int64_t rank) {
   AdapterSum sum = adapter_sum(partials, taps.groups, rank, taps.full_w);
   sum.full_h = taps.full_h;
   sum.first_h = taps.first_h;
@@ -516,7 +601,9 @@ inline LaunchShape plan_adapter_sums(const AdapterCall& call, const AdapterBackw
   const AdapterParams& down = plan.down.params;
   if (call.need_down)
     add(adapter_sum(down.down_partials, down.groups, call.rank, call.channels), 0);
-  if (call.need_conv)
+  if (plan.taps.shape.blocks > 0)
+    add(adapter_sum(plan.taps.params.partials, plan.taps.params, call.rank), 2);
+  else if (call.need_conv)
     add(adapter_sum(plan.convolve.params.conv_partials, plan.convolve.params.taps, call.rank), 2);
   const AdapterParams& up = plan.up.params;
   if (call.need_up) add(adapter_sum(up.up_partials, up.groups, call.channels, call.rank), 4);

@@ -149,6 +149,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> large_kernel_
     grad_z = torch::stable::empty_like(dense_z);
     call.grad_z = grad_z.data_ptr();
   }
+  Tensor a;
+  if (sums_taps_apart(call)) {
+    a = torch::stable::empty_like(dense_z);
+    call.a = a.data_ptr();
+  }
   const int device = x.get_device_index();
   const DeviceGuard guard(device);
   AdapterBackward plan =
@@ -160,10 +165,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> large_kernel_
     partials[i] = empty(x, {groups, rows, columns + 1}, ScalarType::Float);
     return static_cast<float*>(partials[i].data_ptr());
   };
-  AdapterParams &up = plan.up.params, &convolve = plan.convolve.params, &down = plan.down.params;
+  AdapterParams &up = plan.up.params, &down = plan.down.params;
   up.up_partials = allocate(0, call.need_up, up.groups, call.channels, call.rank);
-  convolve.conv_partials =
-      allocate(1, call.need_conv, convolve.taps.groups, call.rank, call.kernel_h * call.kernel_w);
+  plan.convolve.params.conv_partials = plan.taps.params.partials =
+      allocate(1, call.need_conv, tap_groups(plan), call.rank, call.kernel_h * call.kernel_w);
   down.down_partials = allocate(2, call.need_down, down.groups, call.rank, call.channels);
   const cudaStream_t stream = current_stream(device);
   adapter_backward(call.storage, plan, stream);

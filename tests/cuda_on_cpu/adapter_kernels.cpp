@@ -69,6 +69,16 @@ class Memory {
   std::vector<Range> ranges_;
 };
 
+std::string correlate(const AdapterCall& call, const Memory& memory,
+                      const cuda::LaunchOf<cuda::CorrelateParams>& launch) {
+  return memory.run(launch.shape, [&](char* shared) {
+    if (call.storage == Storage::bfloat16)
+      cuda::ToeplitzCorrelateBlock<cuda::BFloat16>(launch.params, shared).run();
+    else
+      cuda::ToeplitzCorrelateBlock<cuda::Float16>(launch.params, shared).run();
+  });
+}
+
 // Runs Block<Storage>(params, shared).run() of the call's storage type.
 template <template <class> class Block>
 std::string run(const AdapterCall& call, const Memory& memory, const AdapterLaunch& launch) {
@@ -93,6 +103,8 @@ extern "C" const char* adapter_forward(const AdapterCall* call, int multiprocess
   memory.add_rank("c", call->c, true);
   const std::string said = run<cuda::AdapterDownBlock>(*call, memory, plan.down);
   if (!said.empty()) return keep("down: " + said);
+  const std::string convolved = correlate(*call, memory, plan.correlate);
+  if (!convolved.empty()) return keep("correlate: " + convolved);
   return keep(run<cuda::AdapterUpBlock>(*call, memory, plan.up));
 }
 
@@ -107,6 +119,7 @@ extern "C" const char* adapter_backward(const AdapterCall* call, int multiproces
   memory.add_rank("c", call->c, false);
   memory.add_rank("grad_c", call->grad_c, true);
   memory.add_rank("grad_z", call->grad_z, true);
+  memory.add_rank("a", call->a, true);
   const int64_t sizes[6] = {call->rank * call->channels, call->rank,
                             call->rank * taps,           call->rank,
                             call->channels * call->rank, call->channels};
@@ -119,16 +132,25 @@ extern "C" const char* adapter_backward(const AdapterCall* call, int multiproces
     memory.add_bytes("partials", partials[i].data(), size * 4, true);
     return partials[i].data();
   };
-  AdapterParams &up = plan.up.params, &convolve = plan.convolve.params, &down = plan.down.params;
+  AdapterParams &up = plan.up.params, &down = plan.down.params;
   up.up_partials = allocate(0, call->need_up, up.groups * call->channels * (call->rank + 1));
-  convolve.conv_partials =
-      allocate(1, call->need_conv, convolve.taps.groups * call->rank * (taps + 1));
+  plan.convolve.params.conv_partials = plan.taps.params.partials =
+      allocate(1, call->need_conv, cuda::tap_groups(plan) * call->rank * (taps + 1));
   down.down_partials =
       allocate(2, call->need_down, down.groups * call->rank * (call->channels + 1));
   std::string said = run<cuda::AdapterUpBackwardBlock>(*call, memory, plan.up);
   if (!said.empty()) return keep("up: " + said);
+  said = correlate(*call, memory, plan.correlate);
+  if (!said.empty()) return keep("correlate: " + said);
   said = run<cuda::AdapterConvolveBackwardBlock>(*call, memory, plan.convolve);
   if (!said.empty()) return keep("convolve: " + said);
+  said = memory.run(plan.taps.shape, [&](char* shared) {
+    if (call->storage == Storage::bfloat16)
+      cuda::WeightGradientBlock<cuda::BFloat16>(plan.taps.params, shared).run();
+    else
+      cuda::WeightGradientBlock<cuda::Float16>(plan.taps.params, shared).run();
+  });
+  if (!said.empty()) return keep("taps: " + said);
   said = run<cuda::AdapterDownBackwardBlock>(*call, memory, plan.down);
   if (!said.empty()) return keep("down: " + said);
   cuda::AdapterSums sums;
@@ -144,23 +166,24 @@ extern "C" const char* adapter_backward(const AdapterCall* call, int multiproces
   }));
 }
 
-// Blocks, threads and shared memory of each launch: down and up; or up, convolve and down.
+// Blocks, threads and shared memory of each launch, in their order.
 extern "C" const char* adapter_plan(const AdapterCall* call, bool backward, int multiprocessors,
                                     int64_t* shapes) {
-  const auto put = [&](const AdapterLaunch& launch) {
-    *shapes++ = launch.shape.blocks;
-    *shapes++ = launch.shape.threads;
-    *shapes++ = launch.shape.shared_bytes;
+  const auto put = [&](std::initializer_list<lka::cuda::LaunchShape> all) {
+    for (const auto& shape : all)
+      for (const int64_t value : {shape.blocks, int64_t(shape.threads), shape.shared_bytes})
+        *shapes++ = value;
   };
-  if (!backward) {
+  const char* refusal;
+  if (backward) {
+    const cuda::AdapterBackward plan = cuda::plan_adapter_backward(*call, multiprocessors);
+    put({plan.up.shape, plan.correlate.shape, plan.convolve.shape, plan.taps.shape,
+         plan.down.shape});
+    refusal = plan.refusal;
+  } else {
     const cuda::AdapterForward plan = cuda::plan_adapter_forward(*call, multiprocessors);
-    put(plan.down);
-    put(plan.up);
-    return plan.refusal == nullptr ? "" : plan.refusal;
+    put({plan.down.shape, plan.correlate.shape, plan.up.shape});
+    refusal = plan.refusal;
   }
-  const cuda::AdapterBackward plan = cuda::plan_adapter_backward(*call, multiprocessors);
-  put(plan.up);
-  put(plan.convolve);
-  put(plan.down);
-  return plan.refusal == nullptr ? "" : plan.refusal;
+  return refusal == nullptr ? "" : refusal;
 }

@@ -12,7 +12,10 @@ from lka_kernels.checks import ACTIVATIONS
 
 PREFIX_MODES = ("center_tap", "skip", "zero")
 _ADDRESS = 1024  # of tensors without memory
-LAUNCHES = {False: ("down", "up"), True: ("up", "convolve", "down")}
+LAUNCHES = {
+    False: ("down", "correlate", "up"),
+    True: ("up", "correlate", "convolve", "taps", "down"),
+}
 
 
 class TokenTensor(ctypes.Structure):
@@ -123,7 +126,8 @@ def backward(
     grad_x = _junk(x) if mask[0] else None
     grad_c = _junk(c) if any(mask[:5]) else None
     grad_z = _junk(z) if any(mask[:3]) else None
-    call.set(grad_output=grad_output, grad_x=grad_x, z=z, c=c, grad_c=grad_c, grad_z=grad_z)
+    a = _junk(z)
+    call.set(grad_output=grad_output, grad_x=grad_x, z=z, c=c, grad_c=grad_c, grad_z=grad_z, a=a)
     pointers = (ctypes.c_void_p * 6)(*(None if t is None else t.data_ptr() for t in grads))
     _run("adapter_backward", ctypes.byref(call), multiprocessors, ctypes.byref(pointers))
     return [grad_x, *grads]
@@ -150,7 +154,7 @@ def without_memory(case, dtype: torch.dtype) -> AdapterCall:
 
 
 def plan(call: AdapterCall, backward: bool, multiprocessors: int = 132) -> dict[str, dict]:
-    """Launch -> what it takes, for a call with or without memory behind it."""
+    """Launch -> what it takes if it is needed, for a call with or without memory behind it."""
     names = LAUNCHES[backward]
     shapes = (ctypes.c_int64 * (3 * len(names)))()
     arguments = (ctypes.byref(call), ctypes.c_bool(backward), multiprocessors, shapes)
@@ -159,4 +163,5 @@ def plan(call: AdapterCall, backward: bool, multiprocessors: int = 132) -> dict[
     return {
         name: dict(zip(what, shapes[3 * i : 3 * i + 3], strict=True))
         for i, name in enumerate(names)
+        if shapes[3 * i] > 0
     }

@@ -112,6 +112,11 @@ CASES = {
     "kernel rows in turn": AdapterCase(1, 8, 2, (60, 120), (91, 7), layout="map"),
     "dilated": AdapterCase(2, 12, 6, (13, 16), (3, 5), dilation=4, prefix=2, residual=True),
     "wide and dilated": AdapterCase(1, 10, 4, (4, 64), (2, 20), dilation=3),
+    "tensor cores": AdapterCase(2, 8, 20, (9, 10), (7, 7), dropout=0.1, residual=True),
+    "tensor cores, post": AdapterCase(2, 8, 20, (9, 10), (7, 7), position="post", layout="map"),
+    "tensor cores, class token": AdapterCase(2, 8, 20, (9, 16), (7, 31), prefix=1),
+    "tensor cores, skip": AdapterCase(2, 8, 20, (9, 10), (7, 7), prefix=2, prefix_mode="skip"),
+    "tensor cores, zero": AdapterCase(2, 8, 20, (9, 10), (7, 7), prefix=2, prefix_mode="zero"),
     "prefix tiles": AdapterCase(1, 12, 3, (3, 4), (3, 3), prefix=131, prefix_mode="center_tap"),
     **{
         f"{mode} of many": AdapterCase(3, 24, 4, (4, 4), (3, 3), prefix=3, prefix_mode=mode)
@@ -222,6 +227,21 @@ def test_networks_are_served(name, dtype):
             assert found["shared"] <= 99 * 1024
             assert found["threads"] in (128, 256)
             assert found["blocks"] >= 128
+
+
+def test_tensor_cores_convolve_where_it_pays():
+    """In 16-bit types and launches of their own; what prefix tokens meet is left to the others."""
+    small, large = NETWORKS["ViT-L"], NETWORKS["large rank and kernel"]
+    token = dataclasses.replace(large, prefix=1)
+    for case, dtype, launches in (
+        (small, torch.bfloat16, [set(), set()]),
+        (large, torch.bfloat16, [{"correlate"}, {"correlate", "taps"}]),
+        (token, torch.bfloat16, [{"correlate"}, {"correlate"}]),
+        (large, torch.float32, [set(), set()]),
+    ):
+        for backward in (False, True):
+            found = plan_of(case, dtype, backward)
+            assert found.keys() & {"correlate", "taps"} == launches[backward]
 
 
 def test_one_image_fills_the_device_by_parts_of_the_channels():

@@ -77,12 +77,7 @@ class TileConvolution {
     }
   }
 
- private:
-  LKA_DEVICE const Element* plane(const TokenTile& tile, int channel) const {
-    return source_ + (tile.image * p.rank + channel) * p.tokens;
-  }
-
-  // Prefix tokens meet one tap, or none, and in the other modes pass.
+  // Prefix tokens alone: they meet one tap, or none, and in the other modes pass.
   template <class Emit>
   LKA_DEVICE void run_prefix(const TokenTile& tile, int first, int channels, Emit emit) const {
     for (int i = threadIdx.x; i < channels * tile.prefix; i += blockDim.x) {
@@ -93,6 +88,11 @@ class TileConvolution {
         value *= p.center < 0 ? 0.0f : tap(channel * k.weight_stride_c + p.center);
       emit(channel, token, value);
     }
+  }
+
+ private:
+  LKA_DEVICE const Element* plane(const TokenTile& tile, int channel) const {
+    return source_ + (tile.image * p.rank + channel) * p.tokens;
   }
 
   LKA_DEVICE float tap(int64_t at) const {

@@ -1,5 +1,6 @@
 // The convolution of the fused adapter backward: one launch with two kinds of blocks, as neither
-// needs the other's result.
+// needs the other's result. Where the tensor cores have convolved, or will find the taps'
+// gradients, what they leave remains: prefix tokens and slope, nothing of the taps.
 //
 // The first blocks have a tile of tokens and some channels: grad_z = act'(z)·(correlation of grad_c
 // with the taps reversed). The others have partial sums of the taps' gradients: a thread has eight
@@ -172,15 +173,28 @@ class AdapterConvolveBackwardBlock {
     const TokenTile tile = tile_of(p, blockIdx.x / blocks);
     const int first = int(blockIdx.x % blocks) * p.convolution.staged_channels;
     const int channels = least(p.convolution.staged_channels, p.rank - first);
-    TileConvolution<Storage>(p, p.grad_c, shared_)
-        .run(tile, first, channels, [&](int channel, int token, float sum) {
-          const int64_t at = (tile.image * p.rank + channel) * p.tokens + tile.t0 + token;
-          if (p.before != Activation::none) {
-            const Element z = load_global(static_cast<const Element*>(p.z) + at);
-            sum *= slope(p.before, Stored<Storage>::value(z));
-          }
-          store_global(static_cast<Element*>(p.grad_z) + at, Stored<Storage>::of(sum));
-        });
+    const auto at = [&](int channel, int token) {
+      return (tile.image * p.rank + channel) * p.tokens + tile.t0 + token;
+    };
+    auto* grad_z = static_cast<Element*>(p.grad_z);
+    const auto emit = [&](int channel, int token, float sum) {
+      const int64_t i = at(channel, token);
+      if (p.before != Activation::none) {
+        const float z = Stored<Storage>::value(load_global(static_cast<const Element*>(p.z) + i));
+        sum *= slope(p.before, z);
+        if (p.convolved && p.a != nullptr)
+          store_global(static_cast<Element*>(p.a) + i, Stored<Storage>::of(activate(p.before, z)));
+      }
+      store_global(grad_z + i, Stored<Storage>::of(sum));
+    };
+    TileConvolution<Storage> convolution(p, p.grad_c, shared_);
+    if (!p.convolved) return convolution.run(tile, first, channels, emit);
+    convolution.run_prefix(tile, first, channels, emit);
+    const int grid = tile.count - tile.prefix;
+    for (int i = threadIdx.x; i < channels * grid; i += blockDim.x) {
+      const int channel = first + i / grid, token = tile.prefix + i % grid;
+      emit(channel, token, Stored<Storage>::value(load_global(grad_z + at(channel, token))));
+    }
   }
 
   const AdapterParams& p;

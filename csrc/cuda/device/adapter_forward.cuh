@@ -82,6 +82,12 @@ class AdapterUpBlock : AdapterBlock<Storage> {
       if (add) this->stage_tokens(p.residual, tile, tile.count, c0, this->stage(buffer, 0));
       this->stage_up_weight(c0, this->stage(buffer, p.at_weight));
     };
+    // Ahead of the steps' copies: what comes behind them need not be waited for.
+    if (p.convolved) {
+      stage_matrix(Base::read_only(this->rank_matrix(p.c, tile)), p.rank_rows, p.tiling.slots,
+                   this->rank_tile_, this->token_pitch_);
+      cp_async_commit();
+    }
     this->begin_steps(steps, stage);
     convolve(tile, split == 0);
     const auto* bias = static_cast<const Element*>(p.up_bias);
@@ -104,8 +110,6 @@ class AdapterUpBlock : AdapterBlock<Storage> {
  private:
   // Leaves dropout(act(c)) in the rank tile; c is kept for backward, which sees it as it is stored.
   LKA_DEVICE void convolve(const TokenTile& tile, bool keep) {
-    this->clear_rank_tile();
-    __syncthreads();
     const auto* bias = static_cast<const Element*>(p.conv_bias);
     const auto emit = [&](int channel, int token, float sum) {
       const bool biased = token >= tile.prefix || p.prefix_mode == PrefixMode::center_tap;
@@ -113,10 +117,24 @@ class AdapterUpBlock : AdapterBlock<Storage> {
       store_shared(this->rank_tile_ + channel * this->token_pitch_ + token,
                    Stored<Storage>::of(sum));
     };
-    TileConvolution<Storage>(p, p.a, this->shared_).run(tile, 0, p.rank, emit);
+    TileConvolution<Storage> convolution(p, p.a, this->shared_);
+    auto kept = this->rank_matrix(p.c, tile);
+    if (p.convolved) {
+      if (p.stages == 3)
+        cp_async_wait<2>();
+      else
+        cp_async_wait<1>();
+      __syncthreads();
+      convolution.run_prefix(tile, 0, p.rank, emit);
+      kept.columns = tile.prefix;
+    } else {
+      this->clear_rank_tile();
+      __syncthreads();
+      convolution.run(tile, 0, p.rank, emit);
+    }
     __syncthreads();
     if (keep) {
-      store_matrix(this->rank_tile_, this->token_pitch_, this->rank_matrix(p.c, tile));
+      store_matrix(this->rank_tile_, this->token_pitch_, kept);
       __syncthreads();
     }
     if (p.behind == Activation::none && p.dropout.seed == nullptr) return;

@@ -92,6 +92,10 @@ struct AdapterParams {
   // (r, kH·kW + 1) of the convolution and (r, C + 1) of the down-projection, the bias being last.
   float *up_partials = nullptr, *conv_partials = nullptr, *down_partials = nullptr;
 
+  // Where a kernel for the tensor cores convolves the grid, in a launch of its own: c or grad_z
+  // then has its sums, and prefix tokens, slope and bias are left to do. Backward, a is filled if
+  // it is not null.
+  bool convolved = false;
   AdapterTiling tiling;
   AdapterConvolution convolution;
   AdapterTapGradient taps;

@@ -18,15 +18,15 @@ class DropoutStream {
   LKA_DEVICE DropoutStream(const DropoutParams& params, int64_t first) : p(params), next_(first) {
     if (p.seed == nullptr) return;
     seed_ = uint64_t(load_global(p.seed));
-    draw();
+    if ((next_ & 3) != 0) draw();
   }
 
   LKA_DEVICE float next() {
     if (p.seed == nullptr) return 1.0f;
     const int lane = int(next_ & 3);
+    if (lane == 0) draw();
     const uint32_t word = lane < 2 ? (lane == 0 ? w0_ : w1_) : (lane == 2 ? w2_ : w3_);
     ++next_;
-    if (lane == 3) draw();
     return word >= p.threshold ? p.keep_factor : 0.0f;
   }
 
