@@ -9,6 +9,7 @@
 #include "device/adapter_convolve_backward.cuh"
 #include "device/adapter_forward.cuh"
 #include "device/adapter_sums.cuh"
+#include "device/adapter_weight_gradient.cuh"
 
 namespace lka::cuda {
 
@@ -50,11 +51,17 @@ struct AdapterForward {
 
 struct AdapterBackward {
   const char* refusal = nullptr;
-  AdapterLaunch up;
+  AdapterLaunch up, up_weight;
   LaunchOf<CorrelateParams> correlate;
   AdapterLaunch convolve;
   LaunchOf<WeightGradientParams> taps;
-  AdapterLaunch down;
+  AdapterLaunch down, down_weight;
+
+  // The launches that leave partial sums of the projections' gradients.
+  AdapterParams& of_up() { return up_weight.shape.blocks > 0 ? up_weight.params : up.params; }
+  AdapterParams& of_down() {
+    return down_weight.shape.blocks > 0 ? down_weight.params : down.params;
+  }
 };
 
 constexpr int64_t kMostAdapterRank = 256;
@@ -460,6 +467,43 @@ inline const char* plan_convolve_backward(const AdapterCall& call, int64_t multi
   return shape.blocks > kMostBlocks ? "more than 2^31 blocks" : nullptr;
 }
 
+// Whether a projection's gradient takes a launch of its own: a tile's partial sums are read and
+// written, 8 bytes for a channel and rank at the speed of the cache, about twice that of the memory
+// that would give the tile once more.
+inline bool sums_weights_apart(const AdapterParams& p, int64_t element) {
+  return p.tiles_of_group > 1 && 4 * p.rank > element * p.tiling.slots;
+}
+
+// False where a step does not fit shared memory.
+inline bool plan_weight_gradient(const AdapterSizes& sizes, bool of_up, int64_t multiprocessors,
+                                 const AdapterParams& call, AdapterLaunch& launch) {
+  using Block = AdapterWeightGradientBlock<Float32>;
+  AdapterParams& p = launch.params = call;
+  p.of_up = of_up;
+  p.rank_rows = int32_t(round_up(p.rank, 16));
+  p.tiling.warps_t = p.tiling.warps_k = p.tiling.row_tiles = 1;
+  p.block_c = Block::kChannels;
+  const int warps = p.tiling.warps_r * std::min(Block::kRowTiles, 8 / p.tiling.warps_r);
+  const TokenTensor& rows = of_up ? p.grad_output : p.x;
+  for (p.tiling.slots = 64; p.tiling.slots >= 16; p.tiling.slots /= 2) {
+    p.at_weight = int32_t(sizes.tokens(rows, p));
+    p.stage_bytes = int32_t(p.at_weight + sizes.tile(p.rank_rows, p.tiling.slots));
+    for (p.stages = 3; p.stages > 1; --p.stages) {
+      launch.shape.shared_bytes = int64_t(p.stages) * p.stage_bytes;
+      if (launch.shape.shared_bytes > kMostShared) continue;
+      const int64_t steps = p.batch * ceil_div(p.tokens, p.tiling.slots);
+      const int64_t blocks = ceil_div(p.channels, p.block_c);
+      const int64_t groups = std::clamp<int64_t>(ceil_div(2 * multiprocessors, blocks), 1, steps);
+      p.tiles_of_group = int32_t(ceil_div(steps, groups));
+      p.groups = int32_t(ceil_div(steps, p.tiles_of_group));
+      launch.shape.blocks = blocks * p.groups;
+      launch.shape.threads = 32 * warps;
+      return true;
+    }
+  }
+  return false;
+}
+
 }  // namespace detail
 
 inline AdapterForward plan_adapter_forward(const AdapterCall& call, int64_t multiprocessors) {
@@ -536,19 +580,24 @@ inline AdapterBackward plan_adapter_backward(const AdapterCall& call, int64_t mu
       return q.at_weight + sizes.tile(q.block_c, q.rank_rows);
     });
     plan.up.shape = detail::adapter_shape(up, up.groups, turned);
+    if (call.need_up && detail::sums_weights_apart(up, sizes.element))
+      fits &= detail::plan_weight_gradient(sizes, true, multiprocessors, p, plan.up_weight);
   }
   if (need_z || call.need_conv)
     plan.refusal = detail::plan_convolve_backward(call, multiprocessors, need_z, plan);
   if (need_z) {
     AdapterParams& down = plan.down.params;
     detail::group_tiles(down, multiprocessors);
+    const bool apart = call.need_down && detail::sums_weights_apart(down, sizes.element);
+    if (apart)
+      fits &= detail::plan_weight_gradient(sizes, false, multiprocessors, p, plan.down_weight);
     fits &= detail::place_stages(down, sizes.element, rank_tile, 0, [&](AdapterParams& q) {
-      q.at_weight = int32_t(call.need_down ? sizes.tokens(q.x, q) : 0);
+      q.at_weight = int32_t(call.need_down && !apart ? sizes.tokens(q.x, q) : 0);
       if (!call.need_grad_x) return int64_t(q.at_weight);
       q.at_added = int32_t(q.at_weight + sizes.tile(q.rank_rows, q.block_c));
       return q.at_added + sizes.tokens(q.grad_x, q);
     });
-    plan.down.shape = detail::adapter_shape(down, down.groups, 0);
+    if (call.need_grad_x || !apart) plan.down.shape = detail::adapter_shape(down, down.groups, 0);
   }
   if (plan.refusal == nullptr && !fits) plan.refusal = detail::kStepDoesNotFit;
   return plan;
@@ -590,7 +639,7 @@ AdapterSum adapter_sum(const float* partials, const Taps& taps, int64_t rank) {
 
 // One launch that fills the gradients (down weight, down bias, convolution's, up's; null where not
 // asked for) from the partial sums.
-inline LaunchShape plan_adapter_sums(const AdapterCall& call, const AdapterBackward& plan,
+inline LaunchShape plan_adapter_sums(const AdapterCall& call, AdapterBackward& plan,
                                      void* const (&grads)[6], AdapterSums& sums) {
   int64_t blocks = 0;
   const auto add = [&](AdapterSum sum, int i) {
@@ -598,14 +647,13 @@ inline LaunchShape plan_adapter_sums(const AdapterCall& call, const AdapterBackw
     sum.bias = grads[i + 1];
     add_adapter_sum(sums, blocks, sum);
   };
-  const AdapterParams& down = plan.down.params;
+  const AdapterParams &down = plan.of_down(), &up = plan.of_up();
   if (call.need_down)
     add(adapter_sum(down.down_partials, down.groups, call.rank, call.channels), 0);
   if (plan.taps.shape.blocks > 0)
     add(adapter_sum(plan.taps.params.partials, plan.taps.params, call.rank), 2);
   else if (call.need_conv)
     add(adapter_sum(plan.convolve.params.conv_partials, plan.convolve.params.taps, call.rank), 2);
-  const AdapterParams& up = plan.up.params;
   if (call.need_up) add(adapter_sum(up.up_partials, up.groups, call.channels, call.rank), 4);
   return {blocks, AdapterSums::kElements * AdapterSums::kSlices, 0};
 }

@@ -165,11 +165,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> large_kernel_
     partials[i] = empty(x, {groups, rows, columns + 1}, ScalarType::Float);
     return static_cast<float*>(partials[i].data_ptr());
   };
-  AdapterParams &up = plan.up.params, &down = plan.down.params;
+  AdapterParams &up = plan.of_up(), &down = plan.of_down();
   up.up_partials = allocate(0, call.need_up, up.groups, call.channels, call.rank);
   plan.convolve.params.conv_partials = plan.taps.params.partials =
       allocate(1, call.need_conv, tap_groups(plan), call.rank, call.kernel_h * call.kernel_w);
   down.down_partials = allocate(2, call.need_down, down.groups, call.rank, call.channels);
+  Tensor e;
+  if (up.of_up) {
+    e = torch::stable::empty_like(dense_c);
+    plan.up.params.e = up.e = e.data_ptr();
+  }
   const cudaStream_t stream = current_stream(device);
   adapter_backward(call.storage, plan, stream);
   void* pointers[6];

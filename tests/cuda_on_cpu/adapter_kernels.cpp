@@ -132,14 +132,22 @@ extern "C" const char* adapter_backward(const AdapterCall* call, int multiproces
     memory.add_bytes("partials", partials[i].data(), size * 4, true);
     return partials[i].data();
   };
-  AdapterParams &up = plan.up.params, &down = plan.down.params;
+  AdapterParams &up = plan.of_up(), &down = plan.of_down();
   up.up_partials = allocate(0, call->need_up, up.groups * call->channels * (call->rank + 1));
   plan.convolve.params.conv_partials = plan.taps.params.partials =
       allocate(1, call->need_conv, cuda::tap_groups(plan) * call->rank * (taps + 1));
   down.down_partials =
       allocate(2, call->need_down, down.groups * call->rank * (call->channels + 1));
+  std::vector<char> e;
+  if (up.of_up) {
+    e.resize(call->batch * call->rank * call->tokens * memory.element());
+    plan.up.params.e = up.e = e.data();
+    memory.add_rank("e", up.e, true);
+  }
   std::string said = run<cuda::AdapterUpBackwardBlock>(*call, memory, plan.up);
   if (!said.empty()) return keep("up: " + said);
+  said = run<cuda::AdapterWeightGradientBlock>(*call, memory, plan.up_weight);
+  if (!said.empty()) return keep("up weight: " + said);
   said = correlate(*call, memory, plan.correlate);
   if (!said.empty()) return keep("correlate: " + said);
   said = run<cuda::AdapterConvolveBackwardBlock>(*call, memory, plan.convolve);
@@ -153,6 +161,8 @@ extern "C" const char* adapter_backward(const AdapterCall* call, int multiproces
   if (!said.empty()) return keep("taps: " + said);
   said = run<cuda::AdapterDownBackwardBlock>(*call, memory, plan.down);
   if (!said.empty()) return keep("down: " + said);
+  said = run<cuda::AdapterWeightGradientBlock>(*call, memory, plan.down_weight);
+  if (!said.empty()) return keep("down weight: " + said);
   cuda::AdapterSums sums;
   auto shape = cuda::plan_adapter_sums(*call, plan, *grads, sums);
   shape.shared_bytes = 4 * shape.threads;  // which the kernel declares
@@ -177,8 +187,8 @@ extern "C" const char* adapter_plan(const AdapterCall* call, bool backward, int 
   const char* refusal;
   if (backward) {
     const cuda::AdapterBackward plan = cuda::plan_adapter_backward(*call, multiprocessors);
-    put({plan.up.shape, plan.correlate.shape, plan.convolve.shape, plan.taps.shape,
-         plan.down.shape});
+    put({plan.up.shape, plan.up_weight.shape, plan.correlate.shape, plan.convolve.shape,
+         plan.taps.shape, plan.down.shape, plan.down_weight.shape});
     refusal = plan.refusal;
   } else {
     const cuda::AdapterForward plan = cuda::plan_adapter_forward(*call, multiprocessors);

@@ -14,7 +14,7 @@ PREFIX_MODES = ("center_tap", "skip", "zero")
 _ADDRESS = 1024  # of tensors without memory
 LAUNCHES = {
     False: ("down", "correlate", "up"),
-    True: ("up", "correlate", "convolve", "taps", "down"),
+    True: ("up", "up_weight", "correlate", "convolve", "taps", "down", "down_weight"),
 }
 
 

@@ -112,6 +112,11 @@ CASES = {
     "kernel rows in turn": AdapterCase(1, 8, 2, (60, 120), (91, 7), layout="map"),
     "dilated": AdapterCase(2, 12, 6, (13, 16), (3, 5), dilation=4, prefix=2, residual=True),
     "wide and dilated": AdapterCase(1, 10, 4, (4, 64), (2, 20), dilation=3),
+    "weights apart": AdapterCase(6, 70, 40, (12, 12), (3, 3), dropout=0.2, residual=True),
+    "weights apart, largest": AdapterCase(9, 90, 256, (6, 9), (3, 3), layout="channels_first"),
+    "weights apart, zero": AdapterCase(
+        5, 70, 130, (6, 8), (3, 3), prefix=3, prefix_mode="zero", position="both"
+    ),
     "tensor cores": AdapterCase(2, 8, 20, (9, 10), (7, 7), dropout=0.1, residual=True),
     "tensor cores, post": AdapterCase(2, 8, 20, (9, 10), (7, 7), position="post", layout="map"),
     "tensor cores, class token": AdapterCase(2, 8, 20, (9, 16), (7, 31), prefix=1),
@@ -154,13 +159,14 @@ def test_random_cases(case, dtype, multiprocessors):
 
 
 @pytest.mark.parametrize("layout", ["tokens", "channels_first"])
+@pytest.mark.parametrize("rank", [5, 40])
 @pytest.mark.parametrize("only", range(7))
-def test_gradients_that_are_asked_for(layout, only):
-    """Alone, and all but one."""
-    case = AdapterCase(2, 20, 5, (6, 8), dropout=0.2, layout=layout)
+def test_gradients_that_are_asked_for(layout, rank, only):
+    """Alone, and all but one; in launches of its own for the larger rank."""
+    case = AdapterCase(5, 20, rank, (6, 8), dropout=0.2, layout=layout)
     for asked in (True, False):
         mask = [(i == only) == asked for i in range(7)]
-        found = check(case, torch.float16, mask=mask)
+        found = check(case, torch.float16, mask=mask, multiprocessors=1)
         got = [found[name] is not None for name in NAMES[:7]]
         assert got == mask
 
@@ -242,6 +248,12 @@ def test_tensor_cores_convolve_where_it_pays():
         for backward in (False, True):
             found = plan_of(case, dtype, backward)
             assert found.keys() & {"correlate", "taps"} == launches[backward]
+
+
+def test_weights_of_large_ranks_are_summed_apart():
+    for name, apart in (("ViT-L", False), ("large rank and kernel", True), ("largest", True)):
+        found = plan_of(NETWORKS[name], torch.bfloat16, True)
+        assert ({"up_weight", "down_weight"} <= found.keys()) == apart
 
 
 def test_one_image_fills_the_device_by_parts_of_the_channels():

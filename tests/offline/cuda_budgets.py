@@ -151,7 +151,7 @@ def launches() -> dict[str, dict]:
 
 _PROJECTIONS = tuple(
     f"adapter_{name}_kernel<{storage}"
-    for name in ("down", "up", "up_backward", "down_backward")
+    for name in ("down", "up", "up_backward", "down_backward", "weight_gradient")
     for storage in ("Float16", "BFloat16")
 )
 

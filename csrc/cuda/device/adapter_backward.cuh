@@ -3,8 +3,8 @@
 // Up: reads grad_output once, for grad_c and partial sums of the gradients of the up-projection.
 // Down: reads x once, for grad_x and partial sums of the gradients of the down-projection. A block
 // has a group of tiles and adds to its own partial sums, which are too many for shared memory and
-// stay in the second-level cache. The gradient of the up-projection's bias is a row of ones beside
-// the rank-r tile.
+// stay in the second-level cache; for large ranks adapter_weight_gradient.cuh has them. The
+// gradient of the up-projection's bias is a row of ones beside the rank-r tile.
 #pragma once
 
 #include "adapter_block.cuh"
@@ -43,6 +43,8 @@ class AdapterUpBackwardBlock : AdapterBlock<Storage> {
       this->stage_tokens(p.grad_output, tile, count, c0, this->stage(buffer, 0));
       if (p.grad_c != nullptr) this->stage_up_weight(c0, this->stage(buffer, p.at_weight));
     };
+    if (p.e != nullptr) store_e(tile, no_grad);
+    if (p.grad_c == nullptr && p.up_partials == nullptr) return;
     this->begin_steps(steps, stage);
     if (p.up_partials != nullptr) activate_c(tile);
     RankSums sums = {};
@@ -55,22 +57,36 @@ class AdapterUpBackwardBlock : AdapterBlock<Storage> {
       if (p.up_partials != nullptr)
         this->add_to_partials(tile, this->over_tokens(p.grad_output, rows), step * p.block_c,
                               p.rank + 1, p.scale, first, [&](int channel, int rank) {
-                                const int64_t row = int64_t(blockIdx.x) * p.channels + channel;
-                                return p.up_partials + row * (p.rank + 1) + rank;
+                                return this->up_partial(blockIdx.x, channel) + rank;
                               });
     });
     if (p.grad_c != nullptr) store_grad_c(tile, sums);
   }
 
-  // The rank tile gets dropout(act(c)) and a row of ones.
-  LKA_DEVICE void activate_c(const TokenTile& tile) {
-    this->clear_rank_tile();
-    __syncthreads();
+  // Calls f(token, rank, dropout(act(c))) for the tokens of a tile.
+  template <class F>
+  LKA_DEVICE void for_each_e(const TokenTile& tile, F f) const {
     const auto c = this->rank_matrix(p.c, tile);
     this->for_each_of_rank(tile, [&](int token, int rank, float factor) {
       const float value = Stored<Storage>::value(load_global(c.data + rank * c.row_stride + token));
-      store_shared(this->rank_tile_ + rank * this->token_pitch_ + token,
-                   Stored<Storage>::of(activate(p.behind, value) * factor));
+      f(token, rank, Stored<Storage>::of(activate(p.behind, value) * factor));
+    });
+  }
+
+  // For the launch that has the weight's gradient; zero where grad_output is not to count.
+  LKA_DEVICE void store_e(const TokenTile& tile, bool no_grad) const {
+    const auto to = this->rank_matrix(p.e, tile);
+    for_each_e(tile, [&](int token, int rank, Element e) {
+      store_global(to.data + rank * to.row_stride + token, no_grad ? Element() : e);
+    });
+  }
+
+  // The rank tile gets e and a row of ones.
+  LKA_DEVICE void activate_c(const TokenTile& tile) {
+    this->clear_rank_tile();
+    __syncthreads();
+    for_each_e(tile, [&](int token, int rank, Element e) {
+      store_shared(this->rank_tile_ + rank * this->token_pitch_ + token, e);
     });
     for (int token = threadIdx.x; token < tile.count; token += blockDim.x)
       store_shared(this->rank_tile_ + p.rank * this->token_pitch_ + token,
@@ -140,8 +156,9 @@ class AdapterDownBackwardBlock : AdapterBlock<Storage> {
       if (sums) {
         if (step == 0) add_bias_sums(tile, first);
         const Tensor rows = this->over_tokens(p.x, this->stage(buffer, 0));
-        this->add_to_partials(tile, rows, c0, p.rank, 1.0f, first,
-                              [&](int channel, int rank) { return partial(rank) + channel; });
+        this->add_to_partials(tile, rows, c0, p.rank, 1.0f, first, [&](int channel, int rank) {
+          return this->down_partial(blockIdx.x, rank) + channel;
+        });
       }
       if (!expands) return;
       const Tensor weight = {this->stage(buffer, p.at_weight), this->channel_pitch_, true};
@@ -153,10 +170,6 @@ class AdapterDownBackwardBlock : AdapterBlock<Storage> {
     });
   }
 
-  LKA_DEVICE float* partial(int rank) const {
-    return p.down_partials + (int64_t(blockIdx.x) * p.rank + rank) * (p.channels + 1);
-  }
-
   // Of the bias: a warp has a channel of the rank.
   LKA_DEVICE void add_bias_sums(const TokenTile& tile, bool first) {
     for (int rank = this->warp_; rank < p.rank; rank += this->warps_) {
@@ -166,7 +179,7 @@ class AdapterDownBackwardBlock : AdapterBlock<Storage> {
             load_shared(this->rank_tile_ + rank * this->token_pitch_ + token));
 #pragma unroll
       for (int mask = 16; mask > 0; mask /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
-      float* to = partial(rank) + p.channels;
+      float* to = this->down_partial(blockIdx.x, rank) + p.channels;
       if (this->lane_ == 0) store_global(to, first ? sum : load_global(to) + sum);
     }
   }

@@ -190,6 +190,15 @@ class AdapterBlock {
     }
   }
 
+  // Partial sums of the projections' gradients, of a channel or of a channel of the rank, of
+  // `group`.
+  LKA_DEVICE float* up_partial(int64_t group, int channel) const {
+    return p.up_partials + (group * p.channels + channel) * (p.rank + 1);
+  }
+  LKA_DEVICE float* down_partial(int64_t group, int rank) const {
+    return p.down_partials + (group * p.rank + rank) * (p.channels + 1);
+  }
+
   LKA_DEVICE void clear_rank_tile() const {
     for (int i = threadIdx.x; i < p.rank_rows * token_pitch_; i += blockDim.x)
       store_shared(rank_tile_ + i, Element());

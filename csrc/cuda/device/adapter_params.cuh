@@ -88,6 +88,8 @@ struct AdapterParams {
   TokenTensor residual;
   void *z = nullptr, *a = nullptr, *c = nullptr;  // a = act(z); z itself without an activation
   void *grad_c = nullptr, *grad_z = nullptr;
+  void* e = nullptr;   // what the up-projection multiplied; kept for a launch of its own
+  bool of_up = false;  // of AdapterWeightGradientBlock
   // Of each group of blocks, null where no gradient is asked for: (C, r + 1) of the up-projection,
   // (r, kH·kW + 1) of the convolution and (r, C + 1) of the down-projection, the bias being last.
   float *up_partials = nullptr, *conv_partials = nullptr, *down_partials = nullptr;

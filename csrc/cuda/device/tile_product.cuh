@@ -76,32 +76,28 @@ LKA_DEVICE void multiply_tiles(float (&d)[kRows][kColumns][4],
     const int a_term = a.turned ? 16 * a.pitch : 16, b_term = b.turned ? 16 * b.pitch : 16;
     const int a_row = a.turned ? 16 : 16 * a.pitch, b_row = b.turned ? 16 : 16 * b.pitch;
     for (int k = 0; k < terms; k += 16, at_a += a_term, at_b += b_term) {
-      uint32_t left[kRows][4];
+      uint32_t right[kColumns / 2][4];
+#pragma unroll
+      for (int c = 0; c < kColumns / 2; ++c) {
+        if (2 * c >= columns) break;
+        if (b.turned)
+          load_matrices_transposed(right[c], at_b + c * b_row);
+        else
+          load_matrices(right[c], at_b + c * b_row);
+      }
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         if (r >= rows) break;
+        uint32_t left[4];
         if (a.turned)
-          load_matrices_transposed(left[r], at_a + r * a_row);
+          load_matrices_transposed(left, at_a + r * a_row);
         else
-          load_matrices(left[r], at_a + r * a_row);
-      }
+          load_matrices(left, at_a + r * a_row);
 #pragma unroll
-      for (int c = 0; c < kColumns; c += 2) {
-        if (c >= columns) break;
-        uint32_t right[4];
-        if (b.turned)
-          load_matrices_transposed(right, at_b + c / 2 * b_row);
-        else
-          load_matrices(right, at_b + c / 2 * b_row);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          if (c + half >= columns) break;
-          const uint32_t matrix[2] = {right[2 * half], right[2 * half + 1]};
-#pragma unroll
-          for (int r = 0; r < kRows; ++r) {
-            if (r >= rows) break;
-            mma_16x8x16<Storage>(d[r][c + half], left[r], matrix);
-          }
+        for (int c = 0; c < kColumns; ++c) {
+          if (c >= columns) break;
+          const uint32_t matrix[2] = {right[c / 2][c % 2 * 2], right[c / 2][c % 2 * 2 + 1]};
+          mma_16x8x16<Storage>(d[r][c], left, matrix);
         }
       }
     }
