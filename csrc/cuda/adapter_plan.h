@@ -474,8 +474,8 @@ inline bool sums_weights_apart(const AdapterParams& p, int64_t element) {
   return p.tiles_of_group > 1 && 4 * p.rank > element * p.tiling.slots;
 }
 
-// False where a step does not fit shared memory.
-inline bool plan_weight_gradient(const AdapterSizes& sizes, bool of_up, int64_t multiprocessors,
+// Leaves no blocks where it cannot be.
+inline void plan_weight_gradient(const AdapterSizes& sizes, bool of_up, int64_t multiprocessors,
                                  const AdapterParams& call, AdapterLaunch& launch) {
   using Block = AdapterWeightGradientBlock<Float32>;
   AdapterParams& p = launch.params = call;
@@ -492,16 +492,16 @@ inline bool plan_weight_gradient(const AdapterSizes& sizes, bool of_up, int64_t 
       launch.shape.shared_bytes = int64_t(p.stages) * p.stage_bytes;
       if (launch.shape.shared_bytes > kMostShared) continue;
       const int64_t steps = p.batch * ceil_div(p.tokens, p.tiling.slots);
+      if (steps > kMostBlocks) return;
       const int64_t blocks = ceil_div(p.channels, p.block_c);
       const int64_t groups = std::clamp<int64_t>(ceil_div(2 * multiprocessors, blocks), 1, steps);
       p.tiles_of_group = int32_t(ceil_div(steps, groups));
       p.groups = int32_t(ceil_div(steps, p.tiles_of_group));
       launch.shape.blocks = blocks * p.groups;
       launch.shape.threads = 32 * warps;
-      return true;
+      return;
     }
   }
-  return false;
 }
 
 }  // namespace detail
@@ -581,16 +581,16 @@ inline AdapterBackward plan_adapter_backward(const AdapterCall& call, int64_t mu
     });
     plan.up.shape = detail::adapter_shape(up, up.groups, turned);
     if (call.need_up && detail::sums_weights_apart(up, sizes.element))
-      fits &= detail::plan_weight_gradient(sizes, true, multiprocessors, p, plan.up_weight);
+      detail::plan_weight_gradient(sizes, true, multiprocessors, p, plan.up_weight);
   }
   if (need_z || call.need_conv)
     plan.refusal = detail::plan_convolve_backward(call, multiprocessors, need_z, plan);
   if (need_z) {
     AdapterParams& down = plan.down.params;
     detail::group_tiles(down, multiprocessors);
-    const bool apart = call.need_down && detail::sums_weights_apart(down, sizes.element);
-    if (apart)
-      fits &= detail::plan_weight_gradient(sizes, false, multiprocessors, p, plan.down_weight);
+    if (call.need_down && detail::sums_weights_apart(down, sizes.element))
+      detail::plan_weight_gradient(sizes, false, multiprocessors, p, plan.down_weight);
+    const bool apart = plan.down_weight.shape.blocks > 0;
     fits &= detail::place_stages(down, sizes.element, rank_tile, 0, [&](AdapterParams& q) {
       q.at_weight = int32_t(call.need_down && !apart ? sizes.tokens(q.x, q) : 0);
       if (!call.need_grad_x) return int64_t(q.at_weight);

@@ -165,7 +165,7 @@ class AdapterBlock {
     if (share_of_terms() > 0) return;
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
-      if (r >= p.tiling.row_tiles) break;
+      if (r >= p.tiling.row_tiles) continue;
 #pragma unroll
       for (int c = 0; c < kColumnTiles; ++c)
 #pragma unroll
@@ -220,7 +220,7 @@ class AdapterBlock {
                               whole_products<Storage>(p.rank), 1, columns);
 #pragma unroll
       for (int c = 0; c < kColumnTiles; ++c) {
-        if (c >= columns) break;
+        if (c >= columns) continue;
         const int channel = channel0 + 8 * c + column_of_sum(0);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {

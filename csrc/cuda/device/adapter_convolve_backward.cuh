@@ -87,7 +87,7 @@ class AdapterTapGradientBlock {
         values += (kx_ - kx0_) * t.dilation_w;
 #pragma unroll
         for (int i = 0; i < kTaps; ++i) {
-          if (kx_ + i >= t.kernel_w) break;
+          if (kx_ + i >= t.kernel_w) continue;
 #pragma unroll
           for (int j = 0; j < 4; ++j)
             sums[i] += grad.v[j] * load_shared(values + i * t.dilation_w + j);

@@ -48,18 +48,18 @@ LKA_DEVICE void multiply_tiles(float (&d)[kRows][kColumns][4],
       float left[kRows][2];
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        if (r >= rows) break;
+        if (r >= rows) continue;
         left[r][0] = load_shared(at_a + 16 * r * a_row);
         left[r][1] = load_shared(at_a + (16 * r + 8) * a_row);
       }
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
-        if (c >= columns) break;
+        if (c >= columns) continue;
         const float right[2] = {load_shared(at_b + 8 * c * b_row),
                                 load_shared(at_b + (8 * c + 1) * b_row)};
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
-          if (r >= rows) break;
+          if (r >= rows) continue;
 #pragma unroll
           for (int i = 0; i < 4; ++i) d[r][c][i] += left[r][i / 2] * right[i % 2];
         }
@@ -79,7 +79,7 @@ LKA_DEVICE void multiply_tiles(float (&d)[kRows][kColumns][4],
       uint32_t right[kColumns / 2][4];
 #pragma unroll
       for (int c = 0; c < kColumns / 2; ++c) {
-        if (2 * c >= columns) break;
+        if (2 * c >= columns) continue;
         if (b.turned)
           load_matrices_transposed(right[c], at_b + c * b_row);
         else
@@ -87,7 +87,7 @@ LKA_DEVICE void multiply_tiles(float (&d)[kRows][kColumns][4],
       }
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        if (r >= rows) break;
+        if (r >= rows) continue;
         uint32_t left[4];
         if (a.turned)
           load_matrices_transposed(left, at_a + r * a_row);
@@ -95,7 +95,7 @@ LKA_DEVICE void multiply_tiles(float (&d)[kRows][kColumns][4],
           load_matrices(left, at_a + r * a_row);
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
-          if (c >= columns) break;
+          if (c >= columns) continue;
           const uint32_t matrix[2] = {right[c / 2][c % 2 * 2], right[c / 2][c % 2 * 2 + 1]};
           mma_16x8x16<Storage>(d[r][c], left, matrix);
         }
