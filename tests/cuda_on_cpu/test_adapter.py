@@ -10,7 +10,7 @@ import pytest
 import torch
 from adapter_cases import DEFINED, NAMES, AdapterCase, adapter_cases
 from closeness import assert_close_to_truth
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lka_kernels import philox
@@ -154,8 +154,10 @@ def test_own_residual(layout, dtype, grid, dim):
     st.sampled_from((1, 8, 132)),
 )
 def test_random_cases(case, dtype, multiprocessors):
-    if case.batch > 0:  # of none nothing is launched
-        check(case, dtype, multiprocessors=multiprocessors)
+    assume(case.batch > 0)  # of none nothing is launched
+    # Where its argument is rounded across zero, the slope of relu jumps.
+    assume(case.activation != "relu" or dtype == torch.float32)
+    check(case, dtype, multiprocessors=multiprocessors)
 
 
 @pytest.mark.parametrize("layout", ["tokens", "channels_first"])
