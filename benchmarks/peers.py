@@ -190,6 +190,11 @@ def _ours_adapter_in_triton(*arguments) -> Tensor:
         return _ours_adapter(*arguments)
 
 
+def _ours_adapter_on_cuda(*arguments) -> Tensor:
+    with use_backend("cuda"):
+        return _ours_adapter(*arguments)
+
+
 def _eager_contiguous(*arguments) -> Tensor:
     return eager_adapter(*arguments, torch.contiguous_format)
 
@@ -210,5 +215,8 @@ def adapter_peers(device: str) -> list[Peer]:
         Peer("compiled", _eager_channels_last, compiled=mode, full_only=not on_gpu),
     ]
     if on_gpu:
-        found.append(Peer("eager_graphed", _eager_channels_last, graphed=True))
+        found += [
+            Peer("ours_cuda", _ours_adapter_on_cuda, refuses=_cuda_refuses),
+            Peer("eager_graphed", _eager_channels_last, graphed=True),
+        ]
     return found

@@ -57,6 +57,9 @@ STABLE_TORCH_LIBRARY_IMPL(lka_kernels, CUDA, m) {
   implement_depthwise_cuda<Form::direct>(m, "cuda_direct");
   implement_depthwise_cuda<Form::implicit_gemm>(m, "cuda_gemm");
   implement_depthwise_cuda<Form::fft>(m, "cuda_fft");
+  m.impl("large_kernel_adapter_forward_cuda", TORCH_BOX(&lka::cuda::large_kernel_adapter_forward));
+  m.impl("large_kernel_adapter_backward_cuda",
+         TORCH_BOX(&lka::cuda::large_kernel_adapter_backward));
 }
 #endif
 

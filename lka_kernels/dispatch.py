@@ -22,6 +22,7 @@ BACKENDS = ("cpu", "triton", "cuda", "torch")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The kernels write padded rows out; with a stride as large F.conv2d serves any padding.
 _MOST_PADDING = 2**20
+GPU_ADAPTER_DTYPES = TRITON_DTYPES
 CUDA_DTYPES = {  # of methods that do not serve all
     "implicit_gemm": (torch.bfloat16, torch.float16),
     "fft": (torch.float32, torch.bfloat16, torch.float16),
@@ -355,16 +356,14 @@ def cannot_run_adapter(backend: str, x: Tensor, activation: str, r: int) -> str 
     """Why ``backend`` cannot serve this adapter wherever it can run at all, or None if it can."""
     if backend == "torch":
         return None
-    if backend == "cuda":
-        return "the cuda backend has no fused adapter yet"
-    device = "cpu" if backend == "cpu" else triton_backend.device_type()
+    device = {"cpu": "cpu", "cuda": "cuda", "triton": triton_backend.device_type()}[backend]
     if x.device.type != device:
         return f"it serves {device} tensors; x is on {x.device}"
-    dtypes = FLOAT_DTYPES if backend == "cpu" else TRITON_DTYPES
+    dtypes = FLOAT_DTYPES if backend == "cpu" else GPU_ADAPTER_DTYPES
     if x.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         return f"it serves {names}; x is {x.dtype}"
-    if backend == "triton" and r > MOST_RANK:
+    if backend != "cpu" and r > MOST_RANK:
         return f"it serves a rank r of at most {MOST_RANK}; down_weight has {r}"
     if activation not in ACTIVATIONS:
         return f"activation {activation!r}"

@@ -41,8 +41,8 @@ _ADAPTER_OPTIONS = (
     "int dilation, str activation, str activation_position, float dropout_p, float scale"
 )
 ADAPTER_SCHEMAS = {
-    # z is the output of the down-projection and c that of the convolution, in the accumulation
-    # dtype: all that the backward pass needs beside x and the weights.
+    # z is the output of the down-projection and c that of the convolution: all that the backward
+    # pass needs beside x and the weights. See the fakes for their shapes and dtypes.
     "forward": (
         f"(Tensor x, {_ADAPTER_WEIGHTS}, Tensor? residual, {_ADAPTER_OPTIONS}) "
         "-> (Tensor y, Tensor z, Tensor c)"
@@ -124,7 +124,7 @@ def _fake_adapter_forward(x, down_weight, *rest) -> tuple[Tensor, Tensor, Tensor
     )
 
 
-def _fake_triton_adapter_forward(x, down_weight, *rest) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_gpu_adapter_forward(x, down_weight, *rest) -> tuple[Tensor, Tensor, Tensor]:
     # Channel-major, in the dtype of x; y follows the strides of x, so that a map with channels
     # first needs no copy.
     shape = (x.shape[0], down_weight.shape[0], x.shape[1])
@@ -153,7 +153,7 @@ def _fake_adapter_backward(
     )
 
 
-def _fake_triton_adapter_backward(grad_output, x, *rest) -> tuple[Tensor, ...]:
+def _fake_gpu_adapter_backward(grad_output, x, *rest) -> tuple[Tensor, ...]:
     grad_x, *others = _fake_adapter_backward(grad_output, x, *rest)
     return torch.empty_like(x) if rest[-1][0] else grad_x, *others
 
@@ -163,12 +163,14 @@ _DEPTHWISE_FAKES = {
     "backward_input": _fake_depthwise_backward_input,
     "backward_weight": _fake_depthwise_backward_weight,
 }
+_GPU_ADAPTER_FAKES = {
+    "forward": _fake_gpu_adapter_forward,
+    "backward": _fake_gpu_adapter_backward,
+}
 _ADAPTER_FAKES = {
     "cpu": {"forward": _fake_adapter_forward, "backward": _fake_adapter_backward},
-    "triton": {
-        "forward": _fake_triton_adapter_forward,
-        "backward": _fake_triton_adapter_backward,
-    },
+    "triton": _GPU_ADAPTER_FAKES,
+    "cuda": _GPU_ADAPTER_FAKES,
 }
 
 

@@ -399,3 +399,18 @@ def test_remembered_adapter_calls_are_told_apart():
         with use_backend("torch"):
             operators = served_by(lambda: large_kernel_adapter(x, **weights, residual=x))
         assert not any("adapter" in name for name in operators)
+
+
+@pytest.mark.parametrize(
+    ("x", "r", "reason"),
+    [
+        ({"device": "cpu"}, 8, "it serves cuda tensors; x is on cpu"),
+        ({"dtype": torch.float64}, 8, "it serves float32, bfloat16, float16; x is torch.float64"),
+        ({}, 257, "it serves a rank r of at most 256; down_weight has 257"),
+        ({}, 256, None),
+    ],
+)
+def test_what_the_cuda_adapter_serves(x, r, reason):
+    with FakeTensorMode():
+        tokens = torch.empty(2, 9, 16, **{"device": "cuda", **x})
+        assert dispatch.cannot_run_adapter("cuda", tokens, "gelu", r) == reason

@@ -1,20 +1,24 @@
-"""The adapter's Triton kernels on a GPU, at the sizes of real networks. `make gpu` runs them."""
+"""The adapter's GPU kernels, at the sizes of real networks. `make gpu` runs them."""
 
 import dataclasses
 
 import pytest
 import torch
-from adapter_cases import AdapterCase, call, check_backend, with_gradients
+from adapter_cases import DEFINED, NAMES, AdapterCase, call, check_backend, with_gradients
 
-from lka_kernels import FusedLKA, available_backends, use_backend
+from lka_kernels import FusedLKA, available_backends, ops, philox, use_backend
 from lka_kernels.functional import large_kernel_adapter
 
-STATUS = available_backends()["triton"]
+STATUS = available_backends()
+BACKENDS = [
+    pytest.param(name, marks=pytest.mark.skipif(STATUS[name] != "ready", reason=STATUS[name]))
+    for name in ("triton", "cuda")
+]
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    pytest.mark.skipif(STATUS != "ready", reason=STATUS),
 ]
+on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 NETWORKS = {
     "ViT-L": AdapterCase(8, 1024, 8, (14, 14), (7, 7), prefix=1, dropout=0.1, residual=True),
@@ -26,23 +30,48 @@ NETWORKS = {
 }
 
 
+@on_every_backend
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_real_sizes(name, dtype):
-    check_backend(NETWORKS[name], dtype, "triton", "cuda")
+def test_real_sizes(name, dtype, backend):
+    check_backend(NETWORKS[name], dtype, backend, "cuda")
+
+
+@pytest.mark.skipif(STATUS["cuda"] != "ready", reason=STATUS["cuda"])
+@pytest.mark.parametrize("case", DEFINED, ids=str)
+def test_defined_cases(case):
+    """Of the CUDA kernels; test_triton_adapter.py has them for Triton."""
+    for dtype in (torch.float16, torch.float32):
+        check_backend(case, dtype, "cuda", "cuda")
+
+
+@on_every_backend
+def test_dropout_masks_are_those_of_the_cpu(backend):
+    """Bit by bit: a dropped element is exactly zero."""
+    case = AdapterCase(2, 8, 8, (5, 7), (1, 1), dropout=0.4, position="post", activation="none")
+    tensors = case.tensors(torch.float32)
+    tensors["up_weight"], tensors["up_bias"] = torch.eye(8), torch.zeros(8)
+    seed, options = torch.tensor([99]), (5, 7, 0, "center_tap", 1, "none", "post", 0.4, 1.0)
+    arguments = [tensors[name] for name in NAMES[:-1]]
+    y, _, _ = ops.ADAPTER[backend].forward(
+        *(t.cuda() for t in arguments), None, seed.cuda(), *options
+    )
+    factors = philox.dropout_multiplier(seed, (2, 35, 8), 0.4)
+    assert torch.equal(y.cpu() == 0, factors == 0)
 
 
 def _tensors(case, dtype=torch.bfloat16):
     return {k: None if t is None else t.cuda() for k, t in case.tensors(dtype).items()}
 
 
-def test_more_than_2_to_the_31_elements():
+@on_every_backend
+def test_more_than_2_to_the_31_elements(backend):
     """The last image of a batch that needs 64-bit offsets equals the first."""
     case = dataclasses.replace(NETWORKS["Swin-L stage 1"], batch=1, residual=False)
     tensors = _tensors(case)
     batch = 2**31 // tensors["x"].numel() + 2
     x = tensors["x"].expand(batch, -1, -1, -1).contiguous()
-    with use_backend("triton"):
+    with use_backend(backend):
         alone = call(case, tensors)
         many = call(case, {**tensors, "x": x})
     # Tokens are tiled across images: the same token may have another place in its tile.
@@ -50,11 +79,12 @@ def test_more_than_2_to_the_31_elements():
     torch.testing.assert_close(many[-1], many[0], rtol=1e-2, atol=1e-2)
 
 
-def test_same_bits_twice():
+@on_every_backend
+def test_same_bits_twice(backend):
     case = NETWORKS["ViT-L"]
     tensors = _tensors(case)
     grad = torch.randn_like(tensors["x"])
-    with use_backend("triton"):
+    with use_backend(backend):
         first, second = (with_gradients(call, case, tensors, grad) for _ in range(2))
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
@@ -65,10 +95,11 @@ def _module():
     return module.to("cuda", torch.bfloat16)
 
 
-def test_cuda_graph():
+@on_every_backend
+def test_cuda_graph(backend):
     module = _module()
     static = torch.randn(1, 197, 384, device="cuda", dtype=torch.bfloat16)
-    with use_backend("triton"), torch.no_grad():
+    with use_backend(backend), torch.no_grad():
         module(static)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -79,11 +110,12 @@ def test_cuda_graph():
         assert torch.equal(y, module(fresh))
 
 
-def test_the_current_stream():
+@on_every_backend
+def test_the_current_stream(backend):
     module = _module()
     x = torch.randn(4, 197, 384, device="cuda", dtype=torch.bfloat16)
     stream = torch.cuda.Stream()
-    with use_backend("triton"), torch.no_grad():
+    with use_backend(backend), torch.no_grad():
         expected = module(x)
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):
@@ -94,22 +126,24 @@ def test_the_current_stream():
     assert torch.equal(found, expected)
 
 
+@on_every_backend
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
-def test_a_device_that_is_not_the_current_one():
+def test_a_device_that_is_not_the_current_one(backend):
     module = _module().to("cuda:1")
     x = torch.randn(2, 197, 384, device="cuda:1", dtype=torch.bfloat16)
-    with use_backend("triton"):
+    with use_backend(backend):
         y = module(x)
     assert y.device == x.device
     with use_backend("torch"):
         torch.testing.assert_close(y, module(x), rtol=2e-2, atol=2e-2)
 
 
-def test_compiled():
+@on_every_backend
+def test_compiled(backend):
     module = _module()
     x = torch.randn(4, 197, 384, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     results = []
-    with use_backend("triton"):
+    with use_backend(backend):
         for function in (module, torch.compile(module, fullgraph=True)):
             y = function(x, residual=x)
             results.append([y, *torch.autograd.grad(y.sum(), [x, *module.parameters()])])
@@ -117,6 +151,7 @@ def test_compiled():
         torch.testing.assert_close(eager, compiled)
 
 
+@pytest.mark.skipif(STATUS["triton"] != "ready", reason=STATUS["triton"])
 def test_tf32_only_where_torch_allows_it():
     case = dataclasses.replace(NETWORKS["ViT-L"], dropout=0.0)
     tensors = _tensors(case, torch.float32)

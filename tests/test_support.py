@@ -38,8 +38,9 @@ def test_values_are_those_of_the_predicates():
     assert row("torch", "direct").devices == support.DEVICES
     assert row("triton", "fused", "large_kernel_adapter").most_rank == tiles.MOST_RANK
     assert row("cpu", "fused", "large_kernel_adapter").most_rank is None
-    adapters = [r.backend for r in support.support() if r.operator == "large_kernel_adapter"]
-    assert "cuda" not in adapters
+    cuda = row("cuda", "fused", "large_kernel_adapter")
+    assert cuda.most_rank == tiles.MOST_RANK
+    assert torch.float64 not in cuda.dtypes
 
 
 def test_a_predicate_that_changes_changes_the_table(monkeypatch):

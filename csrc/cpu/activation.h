@@ -10,7 +10,7 @@
 
 namespace {
 
-using lka::cpu::Activation;
+using lka::Activation;
 
 template <int V>
 inline Vec<float, V> exponential(Vec<float, V> x) {

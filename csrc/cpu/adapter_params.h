@@ -1,12 +1,10 @@
 // What the CPU kernels of the adapter are told: plain data, no code.
 #pragma once
 
+#include "../adapter_params.h"
 #include "../conv_params.h"
 
 namespace lka::cpu {
-
-enum class Activation : int { gelu, gelu_tanh, relu, silu, none };
-enum class PrefixMode : int { center_tap, skip, zero };
 
 // Token tensors are dense, (batch, tokens, dim) or (batch, tokens, rank); T is float, or double for
 // float64 storage. Packed weights are padded with zeros to whole vectors.

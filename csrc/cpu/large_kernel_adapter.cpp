@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "../stable.h"
+#include "../adapter_options.h"
 #include "adapter_params.h"
 #include "adapter_weights.h"
 #include "kernel_table.h"
@@ -22,61 +22,17 @@ constexpr int64_t kTokensPerTask = 96;
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-Activation activation_of(const std::string& name) {
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  if (name == "relu") return Activation::relu;
-  if (name == "silu") return Activation::silu;
-  STD_TORCH_CHECK(name == "none", "unknown activation ", name);
-  return Activation::none;
-}
-
-PrefixMode prefix_mode_of(const std::string& name) {
-  if (name == "skip") return PrefixMode::skip;
-  if (name == "zero") return PrefixMode::zero;
-  STD_TORCH_CHECK(name == "center_tap", "unknown prefix_mode ", name);
-  return PrefixMode::center_tap;
-}
-
-void check(bool ok, const char* what) { STD_TORCH_CHECK(ok, what); }
-
-// Weights as dense tensors of x's dtype.
-struct Weights {
-  Tensor down, down_bias, conv, conv_bias, up, up_bias;
-  bool has_down_bias, has_conv_bias, has_up_bias;
-};
-
-Weights dense_weights(const Tensor& x, const Tensor& down, const std::optional<Tensor>& down_bias,
-                      const Tensor& conv, const std::optional<Tensor>& conv_bias, const Tensor& up,
-                      const std::optional<Tensor>& up_bias) {
-  const auto dense = [&](const Tensor& t) {
-    check(t.scalar_type() == x.scalar_type(), "weights must have the dtype of x");
-    return torch::stable::contiguous(t);
-  };
-  Weights w;
-  w.down = dense(down);
-  w.conv = dense(conv);
-  w.up = dense(up);
-  w.has_down_bias = down_bias.has_value();
-  w.has_conv_bias = conv_bias.has_value();
-  w.has_up_bias = up_bias.has_value();
-  if (w.has_down_bias) w.down_bias = dense(*down_bias);
-  if (w.has_conv_bias) w.conv_bias = dense(*conv_bias);
-  if (w.has_up_bias) w.up_bias = dense(*up_bias);
-  return w;
-}
-
 const AdapterKernels& choose(Storage storage, int64_t rank) {
   const AdapterKernels &full = kernels(storage).adapter_full, &half = kernels(storage).adapter_half;
   const int64_t idle_full = round_up(rank, full.lanes) - rank;
   return idle_full >= half.lanes ? half : full;
 }
 
-AdapterParams make_params(const Tensor& x, const Weights& w, const std::optional<Tensor>& seed,
-                          int64_t height, int64_t width, int64_t num_prefix_tokens,
-                          const std::string& prefix_mode, int64_t dilation,
-                          const std::string& activation, const std::string& activation_position,
-                          double dropout_p, double scale) {
+AdapterParams make_params(const Tensor& x, const AdapterWeights& w,
+                          const std::optional<Tensor>& seed, int64_t height, int64_t width,
+                          int64_t num_prefix_tokens, const std::string& prefix_mode,
+                          int64_t dilation, const std::string& activation,
+                          const std::string& activation_position, double dropout_p, double scale) {
   AdapterParams p = {};
   p.storage = storage_of(x, "x");
   p.batch = x.size(0);
@@ -85,11 +41,8 @@ AdapterParams make_params(const Tensor& x, const Weights& w, const std::optional
   p.num_prefix_tokens = num_prefix_tokens;
   p.height = height;
   p.width = width;
-  check(p.tokens == num_prefix_tokens + height * width, "x must have P + H·W tokens");
+  STD_TORCH_CHECK(p.tokens == num_prefix_tokens + height * width, "x must have P + H·W tokens");
   p.rank = w.down.size(0);
-  check(w.down.size(1) == p.dim && w.up.size(0) == p.dim && w.up.size(1) == p.rank &&
-            w.conv.size(0) == p.rank && w.conv.size(1) == 1,
-        "weights must be (r, C), (r, 1, kH, kW) and (C, r)");
   p.kernel_h = w.conv.size(2);
   p.kernel_w = w.conv.size(3);
   p.dilation = dilation;
@@ -133,7 +86,7 @@ const S* elements(const Tensor& t) {
 }
 
 template <class T, class S>
-void pack_forward(AdapterParams& p, const Weights& w, void* memory) {
+void pack_forward(AdapterParams& p, const AdapterWeights& w, void* memory) {
   Packer<T> packer(memory);
   p.down = packer.projection(p, elements<S>(w.down), p.dim, 1, T(1));
   p.up = packer.projection(p, elements<S>(w.up), 1, p.rank, T(p.scale));
@@ -146,7 +99,7 @@ void pack_forward(AdapterParams& p, const Weights& w, void* memory) {
 }
 
 template <class T, class S>
-void pack_backward(AdapterParams& p, AdapterGradients& g, const Weights& w, void* memory) {
+void pack_backward(AdapterParams& p, AdapterGradients& g, const AdapterWeights& w, void* memory) {
   Packer<T> packer(memory);
   p.down = packer.projection(p, elements<S>(w.down), p.dim, 1, T(1));
   p.up = packer.projection(p, elements<S>(w.up), 1, p.rank, T(p.scale));
@@ -224,7 +177,7 @@ std::tuple<Tensor, Tensor, Tensor> large_kernel_adapter_forward(
     const std::string& prefix_mode, int64_t dilation, const std::string& activation,
     const std::string& activation_position, double dropout_p, double scale) {
   const Tensor x = torch::stable::contiguous(x_any);
-  const Weights w =
+  const AdapterWeights w =
       dense_weights(x, down_weight, down_bias, conv_weight, conv_bias, up_weight, up_bias);
   AdapterParams p = make_params(x, w, seed, height, width, num_prefix_tokens, prefix_mode, dilation,
                                 activation, activation_position, dropout_p, scale);
@@ -236,7 +189,8 @@ std::tuple<Tensor, Tensor, Tensor> large_kernel_adapter_forward(
   if (y.numel() == 0) return {y, z, c};
   Tensor dense_residual;
   if (residual.has_value()) {
-    check(residual->scalar_type() == x.scalar_type(), "residual must have the dtype of x");
+    STD_TORCH_CHECK(residual->scalar_type() == x.scalar_type(),
+                    "residual must have the dtype of x");
     dense_residual = torch::stable::contiguous(*residual);
     p.residual = dense_residual.data_ptr();
   }
@@ -263,8 +217,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> large_kernel_
     double scale, bool residual_is_x, const std::vector<bool>& output_mask) {
   const Tensor x = torch::stable::contiguous(x_any);
   const Tensor grad_output = torch::stable::contiguous(grad_output_any);
-  check(grad_output.scalar_type() == x.scalar_type(), "grad_output must have the dtype of x");
-  const Weights w =
+  STD_TORCH_CHECK(grad_output.scalar_type() == x.scalar_type(),
+                  "grad_output must have the dtype of x");
+  const AdapterWeights w =
       dense_weights(x, down_weight, down_bias, conv_weight, conv_bias, up_weight, up_bias);
   AdapterParams p = make_params(x, w, seed, height, width, num_prefix_tokens, prefix_mode, dilation,
                                 activation, activation_position, dropout_p, scale);

@@ -13,9 +13,9 @@
 
 namespace {
 
+using lka::PrefixMode;
 using lka::cpu::AdapterGradients;
 using lka::cpu::AdapterParams;
-using lka::cpu::PrefixMode;
 
 // Hands out pieces of the thread's scratch memory, each on a cache line of its own.
 template <class T>

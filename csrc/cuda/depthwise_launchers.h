@@ -20,8 +20,10 @@ void toeplitz_correlate(Storage storage, const CorrelateParams& p, const LaunchS
 // Forward and backward-input in float32, planned by plan_float_correlate.
 void float_correlate(const FloatCorrelateParams& p, const LaunchShape& shape, cudaStream_t stream);
 
-// Backward-weight for the tensor cores, planned by plan_weight_gradient: partial sums, then their
-// sum.
+// Backward-weight for the tensor cores, planned by plan_weight_gradient: partial sums, or those and
+// then their sum.
+void toeplitz_weight_partials(Storage storage, const WeightGradientParams& p,
+                              const LaunchShape& shape, cudaStream_t stream);
 void toeplitz_weight_gradient(Storage storage, const WeightGradientParams& p,
                               const LaunchShape& shape, void* grad_weight, void* grad_bias,
                               cudaStream_t stream);

@@ -29,13 +29,19 @@ __global__ void sum_partials_kernel(const __grid_constant__ WeightGradientParams
 
 }  // namespace
 
-void toeplitz_weight_gradient(Storage storage, const WeightGradientParams& p,
-                              const LaunchShape& shape, void* grad_weight, void* grad_bias,
-                              cudaStream_t stream) {
+void toeplitz_weight_partials(Storage storage, const WeightGradientParams& p,
+                              const LaunchShape& shape, cudaStream_t stream) {
   const bool brain = storage == Storage::bfloat16;
   launch(brain ? "toeplitz_weight_gradient<bfloat16>" : "toeplitz_weight_gradient<float16>",
          brain ? weight_gradient_kernel<BFloat16> : weight_gradient_kernel<Float16>, shape, stream,
          p);
+}
+
+void toeplitz_weight_gradient(Storage storage, const WeightGradientParams& p,
+                              const LaunchShape& shape, void* grad_weight, void* grad_bias,
+                              cudaStream_t stream) {
+  toeplitz_weight_partials(storage, p, shape, stream);
+  const bool brain = storage == Storage::bfloat16;
   launch(brain ? "sum_partials<bfloat16>" : "sum_partials<float16>",
          brain ? sum_partials_kernel<BFloat16> : sum_partials_kernel<Float16>, plan_sum_partials(p),
          stream, p, grad_weight, grad_bias);

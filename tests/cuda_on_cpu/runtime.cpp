@@ -188,19 +188,40 @@ void exchange(uint32_t value, uint32_t (&all)[32]) {
   });
 }
 
-void load_matrices(uint32_t (&m)[4], const uint16_t* row) {
+namespace {
+
+// Each lane's pair of elements of each matrix, from the rows that the lanes give.
+template <class Pair>
+void gather_matrices(const char* instruction, uint32_t (&m)[4], const uint16_t* row, Pair pair) {
   struct Operand {
     uint32_t* m;
     const uint16_t* row;
   } mine{m, row};
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) fail("ldmatrix: a row that is not aligned");
   check_shared_load(row, 16);
-  together("ldmatrix", &mine, [](void** operands) {
+  together(instruction, &mine, [pair](void** operands) {
     for (int lane = 0; lane < kWarp; ++lane)
       for (int i = 0; i < 4; ++i) {
-        const auto* from = static_cast<Operand*>(operands[8 * i + lane / 4]);
-        memcpy(static_cast<Operand*>(operands[lane])->m + i, from->row + lane % 4 * 2, 4);
+        const auto row_of = [&](int r) { return static_cast<Operand*>(operands[8 * i + r])->row; };
+        const auto [low, high] = pair(lane, row_of);
+        static_cast<Operand*>(operands[lane])->m[i] = low | uint32_t(high) << 16;
       }
+  });
+}
+
+}  // namespace
+
+void load_matrices(uint32_t (&m)[4], const uint16_t* row) {
+  gather_matrices("ldmatrix", m, row, [](int lane, auto row_of) {
+    const uint16_t* at = row_of(lane / 4) + lane % 4 * 2;
+    return std::pair(at[0], at[1]);
+  });
+}
+
+void load_matrices_transposed(uint32_t (&m)[4], const uint16_t* row) {
+  gather_matrices("ldmatrix.trans", m, row, [](int lane, auto row_of) {
+    const int first = lane % 4 * 2;
+    return std::pair(row_of(first)[lane / 4], row_of(first + 1)[lane / 4]);
   });
 }
 

@@ -25,7 +25,10 @@ from lka_kernels import _extension
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tests" / "cuda_on_cpu"))
+sys.path.append(str(ROOT / "tests"))
+import adapter_on_cpu  # noqa: E402
 import on_cpu  # noqa: E402
+from adapter_cases import AdapterCase  # noqa: E402
 
 ARCHITECTURES = ("sm_80", "sm_90a")
 
@@ -90,6 +93,26 @@ CALLS += [
 ]
 
 
+# bfloat16 on contiguous tokens, with all gradients.
+ADAPTERS = [
+    AdapterCase(*sizes)
+    for sizes in (
+        (64, 1024, 8, (14, 14), (7, 7), 1),
+        (64, 192, 8, (56, 56), (7, 7)),
+        (64, 384, 8, (28, 28), (7, 7)),
+        (64, 1536, 8, (7, 7), (7, 7)),
+        (64, 384, 64, (28, 28), (31, 31)),
+        (64, 768, 256, (14, 14), (51, 51)),
+        (1, 1024, 8, (14, 14), (7, 7), 1),
+    )
+]
+
+
+def adapter_name(case: AdapterCase) -> str:
+    tokens = f"{case.batch}x{case.grid[0]}x{case.grid[1]}+{case.prefix}x{case.dim}"
+    return f"adapter {tokens} r{case.r} k{case.kernel[0]}"
+
+
 def why_not() -> str | None:
     """Why nothing can be measured here, or None."""
     if not _extension.built_with_cuda():
@@ -133,11 +156,24 @@ def kernels() -> dict[str, dict]:
 
 def launches() -> dict[str, dict]:
     """Call -> blocks, threads and shared memory of a block on a device of 132 multiprocessors."""
-    return {call.name: call.plan() for call in CALLS}
+    found = {call.name: call.plan() for call in CALLS}
+    for case in ADAPTERS:
+        call = adapter_on_cpu.without_memory(case, torch.bfloat16)
+        for backward, direction in ((False, "forward"), (True, "backward")):
+            for launch, takes in adapter_on_cpu.plan(call, backward).items():
+                found[f"{adapter_name(case)} {direction} {launch}"] = takes
+    return found
+
+
+_PROJECTIONS = tuple(
+    f"adapter_{name}_kernel<{storage}"
+    for name in ("down", "up", "up_backward", "down_backward", "weight_gradient")
+    for storage in ("Float16", "BFloat16")
+)
 
 
 def multiplies(name: str) -> bool:
-    return name.startswith(("correlate_kernel", "weight_gradient_kernel"))
+    return name.startswith(("correlate_kernel", "weight_gradient_kernel", *_PROJECTIONS))
 
 
 def main() -> None:

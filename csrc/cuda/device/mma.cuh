@@ -103,6 +103,19 @@ LKA_DEVICE void load_matrices(uint32_t (&m)[4], const uint16_t* row) {
 #endif
 }
 
+// The same, but of each matrix the lane receives column lane / 4, rows lane % 4 · 2 and the next.
+LKA_DEVICE void load_matrices_transposed(uint32_t (&m)[4], const uint16_t* row) {
+#ifdef __CUDACC__
+  const uint32_t from = uint32_t(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(from)
+               : "memory");
+#else
+  cuda_on_cpu::load_matrices_transposed(m, row);
+#endif
+}
+
 LKA_DEVICE uint32_t pack(uint16_t low, uint16_t high) { return low | uint32_t(high) << 16; }
 
 }  // namespace lka::cuda

@@ -1,0 +1,435 @@
+// What the launches of the fused adapter look like: pure functions of sizes, strides and addresses,
+// plain C++ that also runs where there is no GPU.
+#pragma once
+
+#include "adapter_call.h"
+#include "device/adapter_backward.cuh"
+#include "device/adapter_convolve_backward.cuh"
+#include "device/adapter_forward.cuh"
+#include "device/adapter_sums.cuh"
+#include "device/adapter_weight_gradient.cuh"
+
+namespace lka::cuda {
+
+// One launch; without blocks where nothing is needed.
+template <class Params>
+struct LaunchOf {
+  Params params;
+  LaunchShape shape;
+};
+using AdapterLaunch = LaunchOf<AdapterParams>;
+
+// In the order of the launches.
+struct AdapterForward {
+  const char* refusal = nullptr;
+  AdapterLaunch down;
+  LaunchOf<CorrelateParams> correlate;
+  AdapterLaunch up;
+};
+
+struct AdapterBackward {
+  const char* refusal = nullptr;
+  AdapterLaunch up, up_weight;
+  LaunchOf<CorrelateParams> correlate;
+  AdapterLaunch convolve;
+  LaunchOf<WeightGradientParams> taps;
+  AdapterLaunch down, down_weight;
+
+  // The launches that leave partial sums of the projections' gradients.
+  AdapterParams& of_up() { return up_weight.shape.blocks > 0 ? up_weight.params : up.params; }
+  AdapterParams& of_down() {
+    return down_weight.shape.blocks > 0 ? down_weight.params : down.params;
+  }
+};
+
+// Whether the grid is worth a launch of its own for the tensor cores. About 1.7 instructions a tap,
+// channel and token, of the 128 of a clock, hide behind the 4 or 6 bytes that a token's channel
+// takes of the 13 that memory gives: up to some 24 taps a channel if all overlaps, which it does
+// not; a launch costs little beside what half of them take.
+inline bool convolves_apart(const AdapterCall& call) {
+  const auto taps = [&](int64_t size, int64_t kernel) {
+    return taps_that_touch(size, size, kernel, call.dilation * (kernel - 1) / 2, call.dilation)
+        .count;
+  };
+  return call.storage != Storage::float32 &&
+         call.rank * taps(call.height, call.kernel_h) * taps(call.width, call.kernel_w) >
+             12 * call.channels;
+}
+
+// The same of the taps' gradients, to which prefix tokens must not belong.
+inline bool sums_taps_apart(const AdapterCall& call) {
+  return call.need_conv && convolves_apart(call) &&
+         (call.prefix == 0 || call.prefix_mode != PrefixMode::center_tap);
+}
+
+namespace detail {
+
+// Shared memory of the convolution, within `budget` bytes from `at` on; returns the end, or 0 where
+// not even one kernel row of one channel fits.
+inline int64_t place_convolution(AdapterParams& p, int64_t at, int64_t budget,
+                                 int64_t most_channels) {
+  AdapterConvolution& k = p.convolution;
+  const int64_t columns = round_up(p.tiling.columns, 4), taps = round_up(k.kernel_w, 4);
+  k.taps_pitch = int32_t(taps);
+  const int64_t width =
+      columns + (k.dilation_w == 1 ? taps : int64_t(k.kernel_w - 1) * k.dilation_w);
+  k.pitch = pitch_for<float>(int(width));
+  const auto rows = [&](int64_t kernel_rows) {
+    return std::min<int64_t>(p.height, p.tiling.rows + (kernel_rows - 1) * k.dilation_h);
+  };
+  const auto bytes = [&](int64_t kernel_rows) {
+    return 4 * (rows(kernel_rows) * k.pitch + kernel_rows * taps);
+  };
+  int64_t kernel_rows = k.kernel_h;
+  while (kernel_rows > 0 && bytes(kernel_rows) > budget) --kernel_rows;
+  if (kernel_rows == 0) return 0;
+  int64_t channels = std::min({budget / bytes(kernel_rows), int64_t(p.rank), most_channels});
+  if (kernel_rows < k.kernel_h) channels = 1;
+  k.staged_taps = int32_t(kernel_rows);
+  k.staged_rows = int32_t(rows(kernel_rows));
+  k.staged_channels = int32_t(ceil_div(p.rank, ceil_div(p.rank, channels)));
+  p.at_source = int32_t(at);
+  p.at_taps = int32_t(at + 4 * int64_t(k.staged_channels) * k.staged_rows * k.pitch);
+  return p.at_taps + 4 * int64_t(k.staged_channels) * kernel_rows * taps;
+}
+
+constexpr const char* kWindowDoesNotFit =
+    "the rows of the convolution's window do not fit shared memory";
+constexpr const char* kStepDoesNotFit = "a step of the projection does not fit shared memory";
+
+// Channels of a step and steps in flight: about 16 KB of a tensor, if that lets three blocks share
+// an H100's multiprocessor, else what fits at all. `stage_bytes(p)` sets the places in a stage and
+// returns its size; `least` is what the memory of the stages is needed for afterwards.
+template <class StageBytes>
+bool place_stages(AdapterParams& p, int64_t element, int64_t at, int64_t least,
+                  StageBytes stage_bytes) {
+  int32_t largest = int32_t(16 * 1024 / (element * p.tiling.slots));
+  largest = std::min(largest, 256);
+  // Each of the splits needs a step.
+  while (largest > 32 && ceil_div(p.channels, largest) < p.splits) largest /= 2;
+  for (const int64_t most : {int64_t(72 * 1024), kMostShared})
+    for (int32_t block_c = largest; block_c >= 16; block_c /= 2) {
+      if (block_c > 16 && block_c / 2 >= p.channels) continue;
+      p.block_c = block_c;
+      p.stage_bytes = int32_t(stage_bytes(p));
+      for (p.stages = 3; p.stages > 1; --p.stages)
+        if (at + std::max(least, int64_t(p.stages) * p.stage_bytes) <= most) {
+          p.at_stages = int32_t(at);
+          return true;
+        }
+    }
+  return false;
+}
+
+// What AdapterBlock::join_sums needs.
+inline int64_t joined_sums(const AdapterParams& p) {
+  const AdapterTiling& t = p.tiling;
+  return int64_t(4) * 32 * 32 * t.warps_r * t.warps_t * (t.warps_k - 1);
+}
+
+inline LaunchShape adapter_shape(const AdapterParams& p, int64_t blocks, int64_t least) {
+  LaunchShape shape;
+  shape.blocks = blocks;
+  shape.threads = 32 * p.tiling.warps_r * p.tiling.warps_t * p.tiling.warps_k;
+  shape.shared_bytes = p.at_stages + std::max(least, int64_t(p.stages) * p.stage_bytes);
+  return shape;
+}
+
+inline void group_tiles(AdapterParams& p, int64_t multiprocessors) {
+  const int64_t tiles = int64_t(p.batch) * p.tiling.tiles;
+  p.tiles_of_group = int32_t(ceil_div(tiles, std::min(tiles, 2 * multiprocessors)));
+  p.groups = int32_t(ceil_div(tiles, p.tiles_of_group));
+}
+
+constexpr int64_t kConvolutionBudget = 24 * 1024;
+
+// Blocks of the taps' gradient; 0 where its pieces do not fit shared memory.
+inline int64_t plan_tap_gradient(const AdapterCall& call, int64_t multiprocessors, AdapterParams& p,
+                                 int64_t& shared_bytes) {
+  using Block = AdapterTapGradientBlock<Float32>;
+  AdapterTapGradient& t = p.taps;
+  describe(adapter_convolution(call, call.z, call.grad_c), t);
+  const int64_t chunks = ceil_div(t.kernel_w, Block::kTaps);
+  int64_t tap_chunks = std::min<int64_t>(chunks, 16);
+  int64_t tap_rows = std::min<int64_t>(t.kernel_h, Block::kThreads / tap_chunks);
+  int64_t columns = call.width <= 128 ? call.width : 128;
+  int64_t rows = std::min(call.height, std::max<int64_t>(1, 1024 / columns));
+  const auto fits = [&] {
+    const int64_t taps = std::min<int64_t>(Block::kTaps * tap_chunks, t.kernel_w);
+    t.source_pitch = pitch_for<float>(
+        int(round_up(columns, 4) +
+            (t.dilation_w == 1 ? Block::kTaps * tap_chunks : (taps - 1) * t.dilation_w)));
+    t.grad_pitch = int32_t(round_up(columns, 4));
+    t.staged_rows = int32_t(std::min(call.height, rows + (tap_rows - 1) * t.dilation_h));
+    shared_bytes =
+        std::max<int64_t>(4 * (int64_t(t.staged_rows) * t.source_pitch + rows * t.grad_pitch),
+                          4 * Block::kThreads * Block::kSums);
+    return shared_bytes <= kConvolutionBudget;
+  };
+  while (!fits()) {
+    if (rows > 1)
+      rows = ceil_div(rows, 2);
+    else if (tap_rows > 1)
+      tap_rows = ceil_div(tap_rows, 2);
+    else if (tap_chunks > 1)
+      tap_chunks = ceil_div(tap_chunks, 2);
+    else if (columns > 16)
+      columns = round_up(columns / 2, 4);
+    else if (shared_bytes > kMostShared)
+      return 0;
+    else
+      break;
+  }
+  t.tiles_h = int32_t(ceil_div(t.kernel_h, tap_rows));
+  t.tiles_w = int32_t(ceil_div(chunks, tap_chunks));
+  t.tap_rows = int32_t(tap_rows);
+  t.tap_chunks = int32_t(tap_chunks);
+  t.rows = int32_t(rows);
+  t.columns = int32_t(columns);
+  t.y_pieces = int32_t(ceil_div(call.height, rows));
+  t.x_pieces = int32_t(ceil_div(call.width, columns));
+  const int64_t pieces = call.batch * t.y_pieces * t.x_pieces;
+  const int64_t blocks = call.rank * t.tiles_h * t.tiles_w;
+  const int64_t groups = std::clamp<int64_t>(ceil_div(8 * multiprocessors, blocks), 1, pieces);
+  t.pieces_of_group = ceil_div(pieces, groups);
+  t.groups = int32_t(ceil_div(pieces, t.pieces_of_group));
+  return blocks * t.groups;
+}
+
+// The gradients of a, or of z, and of the taps.
+inline const char* plan_convolve_backward(const AdapterCall& call, int64_t multiprocessors,
+                                          bool need_z, AdapterBackward& plan) {
+  AdapterParams& p = plan.convolve.params;
+  LaunchShape& shape = plan.convolve.shape;
+  shape.threads = AdapterTapGradientBlock<Float32>::kThreads;
+  if (need_z && convolves_apart(call)) {
+    const Plan correlate = plan_correlate(adapter_correlation(call, true), plan.correlate.params);
+    if (correlate.refusal == nullptr) {
+      p.convolved = true;
+      plan.correlate.params.weight = call.conv_weight;
+      plan.correlate.shape = correlate.shape;
+    }
+  }
+  // The gradients of the taps need a, which is z or is left by the blocks of grad_z.
+  if (sums_taps_apart(call) && (p.before == Activation::none || p.convolved)) {
+    void* const a = p.before == Activation::none ? call.z : call.a;
+    const Plan taps = plan_weight_gradient(adapter_convolution(call, a, call.grad_c),
+                                           int(multiprocessors), plan.taps.params);
+    if (taps.refusal == nullptr) plan.taps.shape = taps.shape;
+  }
+  if (plan.taps.shape.blocks == 0) p.a = nullptr;
+  if (need_z) {
+    p.convolution.staged_channels = std::min(8, p.rank);  // for more blocks
+    if (!p.convolved) {
+      shape.shared_bytes = place_convolution(p, 0, kConvolutionBudget, 8);
+      if (shape.shared_bytes == 0) return kWindowDoesNotFit;
+    }
+    // Then the correlation alone is the gradient.
+    const bool finished = p.convolved && p.before == Activation::none && p.prefix == 0;
+    if (!finished)
+      p.first_weight_block =
+          int64_t(p.batch) * p.tiling.tiles * ceil_div(p.rank, p.convolution.staged_channels);
+  }
+  shape.blocks = p.first_weight_block;
+  if (call.need_conv && plan.taps.shape.blocks == 0) {
+    int64_t shared_bytes = 0;
+    const int64_t blocks = plan_tap_gradient(call, multiprocessors, p, shared_bytes);
+    if (blocks == 0) return kWindowDoesNotFit;
+    shape.blocks += blocks;
+    shape.shared_bytes = std::max(shape.shared_bytes, shared_bytes);
+  }
+  return shape.blocks > kMostBlocks ? "more than 2^31 blocks" : nullptr;
+}
+
+// Whether a projection's gradient takes a launch of its own: a tile's partial sums are read and
+// written, 8 bytes for a channel and rank at the speed of the cache, about twice that of the memory
+// that would give the tile once more.
+inline bool sums_weights_apart(const AdapterParams& p, int64_t element) {
+  return p.tiles_of_group > 1 && 4 * p.rank > element * p.tiling.slots;
+}
+
+// Leaves no blocks where it cannot be.
+inline void plan_projection_gradient(const AdapterSizes& sizes, bool of_up, int64_t multiprocessors,
+                                     const AdapterParams& call, AdapterLaunch& launch) {
+  using Block = AdapterWeightGradientBlock<Float32>;
+  AdapterParams& p = launch.params = call;
+  p.of_up = of_up;
+  p.rank_rows = int32_t(round_up(p.rank, 16));
+  p.tiling.warps_t = p.tiling.warps_k = p.tiling.row_tiles = 1;
+  p.block_c = Block::kChannels;
+  const int warps = p.tiling.warps_r * std::min(Block::kRowTiles, 8 / p.tiling.warps_r);
+  const TokenTensor& rows = of_up ? p.grad_output : p.x;
+  for (p.tiling.slots = 64; p.tiling.slots >= 16; p.tiling.slots /= 2) {
+    p.at_weight = int32_t(sizes.tokens(rows, p));
+    p.stage_bytes = int32_t(p.at_weight + sizes.tile(p.rank_rows, p.tiling.slots));
+    for (p.stages = 3; p.stages > 1; --p.stages) {
+      launch.shape.shared_bytes = int64_t(p.stages) * p.stage_bytes;
+      if (launch.shape.shared_bytes > kMostShared) continue;
+      const int64_t steps = p.batch * ceil_div(p.tokens, p.tiling.slots);
+      if (steps > kMostBlocks) return;
+      const int64_t blocks = ceil_div(p.channels, p.block_c);
+      const int64_t groups = std::clamp<int64_t>(ceil_div(2 * multiprocessors, blocks), 1, steps);
+      p.tiles_of_group = int32_t(ceil_div(steps, groups));
+      p.groups = int32_t(ceil_div(steps, p.tiles_of_group));
+      launch.shape.blocks = blocks * p.groups;
+      launch.shape.threads = 32 * warps;
+      return;
+    }
+  }
+}
+
+}  // namespace detail
+
+inline AdapterForward plan_adapter_forward(const AdapterCall& call, int64_t multiprocessors) {
+  AdapterForward plan;
+  AdapterParams p;
+  plan.refusal = detail::describe_adapter(call, false, multiprocessors, p);
+  if (plan.refusal != nullptr) return plan;
+  const detail::AdapterSizes sizes(call.storage);
+  const int64_t tiles = call.batch * p.tiling.tiles;
+  p.rank_rows = int32_t(detail::round_up(call.rank, 16));
+  const int64_t rank_tile = sizes.tile(p.rank_rows, p.tiling.slots);
+  const int64_t turned = std::max(rank_tile, detail::joined_sums(p));
+
+  plan.down.params = p;
+  const bool down_fits =
+      detail::place_stages(plan.down.params, sizes.element, 0, turned, [&](AdapterParams& q) {
+        q.at_weight = int32_t(sizes.tokens(q.x, q));
+        return q.at_weight + sizes.tile(q.rank_rows, q.block_c);
+      });
+  plan.down.shape = detail::adapter_shape(plan.down.params, tiles, turned);
+
+  AdapterParams& up = plan.up.params = p;
+  if (convolves_apart(call)) {
+    const Plan correlate =
+        plan_correlate(detail::adapter_correlation(call, false), plan.correlate.params);
+    if (correlate.refusal == nullptr) {
+      up.convolved = true;
+      plan.correlate.params.weight = call.conv_weight;
+      plan.correlate.params.bias = call.conv_bias;
+      plan.correlate.shape = correlate.shape;
+    }
+  }
+  int64_t convolution_end = rank_tile;
+  if (!up.convolved) {
+    convolution_end = detail::place_convolution(up, rank_tile, detail::kConvolutionBudget, up.rank);
+    if (convolution_end == 0) {
+      plan.refusal = detail::kWindowDoesNotFit;
+      return plan;
+    }
+  }
+  // With fewer tiles than multiprocessors, parts of the channels side by side: each convolves the
+  // same tokens again.
+  up.splits = int32_t(std::clamp<int64_t>(multiprocessors / tiles, 1, ceil_div(call.channels, 32)));
+  const bool up_fits =
+      detail::place_stages(up, sizes.element, convolution_end, 0, [&](AdapterParams& q) {
+        q.at_weight = int32_t(sizes.tokens(q.y, q));
+        return q.at_weight + sizes.tile(q.block_c, q.rank_rows);
+      });
+  plan.up.shape = detail::adapter_shape(up, tiles * up.splits, 0);
+  if (!down_fits || !up_fits) plan.refusal = detail::kStepDoesNotFit;
+  return plan;
+}
+
+inline AdapterBackward plan_adapter_backward(const AdapterCall& call, int64_t multiprocessors) {
+  AdapterBackward plan;
+  AdapterParams p;
+  plan.refusal = detail::describe_adapter(call, true, multiprocessors, p);
+  if (plan.refusal != nullptr) return plan;
+  const bool need_z = call.need_grad_x || call.need_down, need_c = need_z || call.need_conv;
+  const detail::AdapterSizes sizes(call.storage);
+  // One more for the row of ones.
+  p.rank_rows = int32_t(detail::round_up(call.rank + 1, 16));
+  const int64_t rank_tile = sizes.tile(p.rank_rows, p.tiling.slots);
+  const int64_t turned =
+      std::max<int64_t>(4 * call.rank * pitch_for<float>(p.tiling.slots), detail::joined_sums(p));
+  bool fits = true;
+
+  plan.up.params = plan.convolve.params = plan.down.params = p;
+  if (need_c || call.need_up) {
+    AdapterParams& up = plan.up.params;
+    detail::group_tiles(up, multiprocessors);
+    fits &= detail::place_stages(up, sizes.element, rank_tile, turned, [&](AdapterParams& q) {
+      q.at_weight = int32_t(sizes.tokens(q.grad_output, q));
+      return q.at_weight + sizes.tile(q.block_c, q.rank_rows);
+    });
+    plan.up.shape = detail::adapter_shape(up, up.groups, turned);
+    if (call.need_up && detail::sums_weights_apart(up, sizes.element))
+      detail::plan_projection_gradient(sizes, true, multiprocessors, p, plan.up_weight);
+  }
+  if (need_z || call.need_conv)
+    plan.refusal = detail::plan_convolve_backward(call, multiprocessors, need_z, plan);
+  if (need_z) {
+    AdapterParams& down = plan.down.params;
+    detail::group_tiles(down, multiprocessors);
+    if (call.need_down && detail::sums_weights_apart(down, sizes.element))
+      detail::plan_projection_gradient(sizes, false, multiprocessors, p, plan.down_weight);
+    const bool apart = plan.down_weight.shape.blocks > 0;
+    fits &= detail::place_stages(down, sizes.element, rank_tile, 0, [&](AdapterParams& q) {
+      q.at_weight = int32_t(call.need_down && !apart ? sizes.tokens(q.x, q) : 0);
+      if (!call.need_grad_x) return int64_t(q.at_weight);
+      q.at_added = int32_t(q.at_weight + sizes.tile(q.rank_rows, q.block_c));
+      return q.at_added + sizes.tokens(q.grad_x, q);
+    });
+    if (call.need_grad_x || !apart) plan.down.shape = detail::adapter_shape(down, down.groups, 0);
+  }
+  if (plan.refusal == nullptr && !fits) plan.refusal = detail::kStepDoesNotFit;
+  return plan;
+}
+
+// Groups of partial sums of the taps' gradients.
+inline int64_t tap_groups(const AdapterBackward& plan) {
+  return plan.taps.shape.blocks > 0 ? plan.taps.params.groups : plan.convolve.params.taps.groups;
+}
+
+// Adds one gradient to those that the last launch sums.
+inline void add_adapter_sum(AdapterSums& sums, int64_t& blocks, AdapterSum sum) {
+  sum.first_block = blocks;
+  blocks += ceil_div(sum.channels * (int64_t(sum.full_h) * sum.full_w + 1), AdapterSums::kElements);
+  sums.sums[sums.count++] = sum;
+}
+
+// Of a projection: all taps touch.
+inline AdapterSum adapter_sum(const float* partials, int groups, int64_t rows, int64_t columns) {
+  AdapterSum sum;
+  sum.partials = partials;
+  sum.groups = groups;
+  sum.channels = int32_t(rows);
+  sum.full_h = sum.kernel_h = 1;
+  sum.full_w = sum.kernel_w = int32_t(columns);
+  return sum;
+}
+
+template <class Taps>
+AdapterSum adapter_sum(const float* partials, const Taps& taps, int64_t rank) {
+  AdapterSum sum = adapter_sum(partials, taps.groups, rank, taps.full_w);
+  sum.full_h = taps.full_h;
+  sum.first_h = taps.first_h;
+  sum.first_w = taps.first_w;
+  sum.kernel_h = taps.kernel_h;
+  sum.kernel_w = taps.kernel_w;
+  return sum;
+}
+
+// One launch that fills the gradients (down weight, down bias, convolution's, up's; null where not
+// asked for) from the partial sums.
+inline LaunchShape plan_adapter_sums(const AdapterCall& call, AdapterBackward& plan,
+                                     void* const (&grads)[6], AdapterSums& sums) {
+  int64_t blocks = 0;
+  const auto add = [&](AdapterSum sum, int i) {
+    sum.weight = grads[i];
+    sum.bias = grads[i + 1];
+    add_adapter_sum(sums, blocks, sum);
+  };
+  const AdapterParams &down = plan.of_down(), &up = plan.of_up();
+  if (call.need_down)
+    add(adapter_sum(down.down_partials, down.groups, call.rank, call.channels), 0);
+  if (plan.taps.shape.blocks > 0)
+    add(adapter_sum(plan.taps.params.partials, plan.taps.params, call.rank), 2);
+  else if (call.need_conv)
+    add(adapter_sum(plan.convolve.params.conv_partials, plan.convolve.params.taps, call.rank), 2);
+  if (call.need_up) add(adapter_sum(up.up_partials, up.groups, call.channels, call.rank), 4);
+  return {blocks, AdapterSums::kElements * AdapterSums::kSlices, 0};
+}
+
+}  // namespace lka::cuda

@@ -1,0 +1,189 @@
+// The CUDA operators of the fused adapter: tensors to params, memory for results and partial sums.
+#include "../adapter_options.h"
+#include "adapter_launchers.h"
+#include "launch.h"
+#include "operators.h"
+
+namespace lka::cuda {
+namespace {
+
+TokenTensor tokens_of(const Tensor& t) {
+  TokenTensor tokens;
+  tokens.data = t.data_ptr();
+  tokens.stride_b = t.stride(0);
+  tokens.stride_t = t.stride(1);
+  tokens.stride_c = t.stride(2);
+  return tokens;
+}
+
+AdapterCall describe(const Tensor& x, const AdapterWeights& w, const std::optional<Tensor>& seed,
+                     int64_t height, int64_t width, int64_t num_prefix_tokens,
+                     const std::string& prefix_mode, int64_t dilation,
+                     const std::string& activation, const std::string& activation_position,
+                     double dropout_p, double scale) {
+  AdapterCall call;
+  call.storage = storage_of(x, "x");
+  call.activation = activation_of(activation);
+  call.prefix_mode = prefix_mode_of(prefix_mode);
+  call.activate_before = activation_position != "post";
+  call.activate_behind = activation_position != "pre";
+  call.batch = x.size(0);
+  call.tokens = x.size(1);
+  call.channels = x.size(2);
+  call.rank = w.down.size(0);
+  call.prefix = num_prefix_tokens;
+  call.height = height;
+  call.width = width;
+  STD_TORCH_CHECK(call.tokens == num_prefix_tokens + height * width, "x must have P + H·W tokens");
+  call.kernel_h = w.conv.size(2);
+  call.kernel_w = w.conv.size(3);
+  call.dilation = dilation;
+  call.dropout_p = dropout_p;
+  call.scale = scale;
+  if (seed.has_value()) call.seed = static_cast<const int64_t*>(seed->data_ptr());
+  call.down_weight = w.down.data_ptr();
+  call.conv_weight = w.conv.data_ptr();
+  call.up_weight = w.up.data_ptr();
+  if (w.has_down_bias) call.down_bias = w.down_bias.data_ptr();
+  if (w.has_conv_bias) call.conv_bias = w.conv_bias.data_ptr();
+  if (w.has_up_bias) call.up_bias = w.up_bias.data_ptr();
+  call.x = tokens_of(x);
+  return call;
+}
+
+void check_served(const char* refusal, int device) {
+  if (refusal == nullptr && device_attribute(cudaDevAttrComputeCapabilityMajor, device) < 8)
+    refusal = "the device is older than compute capability 8.0";
+  STD_TORCH_CHECK(refusal == nullptr,
+                  "the cuda backend cannot serve this adapter: ", refusal ? refusal : "");
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> large_kernel_adapter_forward(
+    const Tensor& x, const Tensor& down_weight, const std::optional<Tensor>& down_bias,
+    const Tensor& conv_weight, const std::optional<Tensor>& conv_bias, const Tensor& up_weight,
+    const std::optional<Tensor>& up_bias, const std::optional<Tensor>& residual,
+    const std::optional<Tensor>& seed, int64_t height, int64_t width, int64_t num_prefix_tokens,
+    const std::string& prefix_mode, int64_t dilation, const std::string& activation,
+    const std::string& activation_position, double dropout_p, double scale) {
+  const AdapterWeights w =
+      dense_weights(x, down_weight, down_bias, conv_weight, conv_bias, up_weight, up_bias);
+  AdapterCall call = describe(x, w, seed, height, width, num_prefix_tokens, prefix_mode, dilation,
+                              activation, activation_position, dropout_p, scale);
+  const auto rank_tensor = [&] {
+    return empty(x, {call.batch, call.rank, call.tokens}, x.scalar_type());
+  };
+  Tensor y = torch::stable::empty_like(x), z = rank_tensor(), c = rank_tensor();
+  if (x.numel() == 0) return {y, z, c};
+  Tensor a = z;
+  if (call.activate_before && call.activation != Activation::none) a = rank_tensor();
+  call.y = tokens_of(y);
+  call.z = z.data_ptr();
+  call.a = a.data_ptr();
+  call.c = c.data_ptr();
+  if (residual.has_value()) {
+    STD_TORCH_CHECK(residual->scalar_type() == x.scalar_type(),
+                    "residual must have the dtype of x");
+    call.residual = tokens_of(*residual);
+  }
+  const int device = x.get_device_index();
+  const DeviceGuard guard(device);
+  const AdapterForward plan =
+      plan_adapter_forward(call, device_attribute(cudaDevAttrMultiProcessorCount, device));
+  check_served(plan.refusal, device);
+  adapter_forward(call.storage, plan, current_stream(device));
+  return {y, z, c};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> large_kernel_adapter_backward(
+    const Tensor& grad_output, const Tensor& x, const Tensor& z, const Tensor& c,
+    const Tensor& down_weight, const std::optional<Tensor>& down_bias, const Tensor& conv_weight,
+    const std::optional<Tensor>& conv_bias, const Tensor& up_weight,
+    const std::optional<Tensor>& up_bias, const std::optional<Tensor>& seed, int64_t height,
+    int64_t width, int64_t num_prefix_tokens, const std::string& prefix_mode, int64_t dilation,
+    const std::string& activation, const std::string& activation_position, double dropout_p,
+    double scale, bool residual_is_x, const std::vector<bool>& output_mask) {
+  STD_TORCH_CHECK(grad_output.scalar_type() == x.scalar_type(),
+                  "grad_output must have the dtype of x");
+  const AdapterWeights w =
+      dense_weights(x, down_weight, down_bias, conv_weight, conv_bias, up_weight, up_bias);
+  AdapterCall call = describe(x, w, seed, height, width, num_prefix_tokens, prefix_mode, dilation,
+                              activation, activation_position, dropout_p, scale);
+  const ScalarType dtype = x.scalar_type();
+  Tensor grads[7];
+  const auto want = [&](size_t i, std::initializer_list<int64_t> sizes) {
+    grads[i] = output_mask[i] ? empty(x, sizes, dtype) : empty(x, {0}, dtype);
+  };
+  grads[0] = output_mask[0] ? torch::stable::empty_like(x) : empty(x, {0}, dtype);
+  want(1, {call.rank, call.channels});
+  want(2, {call.rank});
+  want(3, {call.rank, 1, call.kernel_h, call.kernel_w});
+  want(4, {call.rank});
+  want(5, {call.channels, call.rank});
+  want(6, {call.channels});
+  const auto results = [&] {
+    return std::make_tuple(grads[0], grads[1], grads[2], grads[3], grads[4], grads[5], grads[6]);
+  };
+  if (x.numel() == 0) {
+    for (Tensor& grad : grads) torch::stable::zero_(grad);
+    return results();
+  }
+  const Tensor dense_z = torch::stable::contiguous(z), dense_c = torch::stable::contiguous(c);
+  call.need_grad_x = output_mask[0];
+  call.need_down = output_mask[1] || output_mask[2];
+  call.need_conv = output_mask[3] || output_mask[4];
+  call.need_up = output_mask[5] || output_mask[6];
+  call.residual_is_x = residual_is_x;
+  call.grad_output = tokens_of(grad_output);
+  if (call.need_grad_x) call.grad_x = tokens_of(grads[0]);
+  call.z = dense_z.data_ptr();
+  call.c = dense_c.data_ptr();
+  Tensor grad_c, grad_z;
+  const bool need_z = call.need_grad_x || call.need_down;
+  if (need_z || call.need_conv) {
+    grad_c = torch::stable::empty_like(dense_c);
+    call.grad_c = grad_c.data_ptr();
+  }
+  if (need_z) {
+    grad_z = torch::stable::empty_like(dense_z);
+    call.grad_z = grad_z.data_ptr();
+  }
+  Tensor a;
+  if (sums_taps_apart(call)) {
+    a = torch::stable::empty_like(dense_z);
+    call.a = a.data_ptr();
+  }
+  const int device = x.get_device_index();
+  const DeviceGuard guard(device);
+  AdapterBackward plan =
+      plan_adapter_backward(call, device_attribute(cudaDevAttrMultiProcessorCount, device));
+  check_served(plan.refusal, device);
+  Tensor partials[3];
+  const auto allocate = [&](int i, bool needed, int64_t groups, int64_t rows, int64_t columns) {
+    if (!needed) return static_cast<float*>(nullptr);
+    partials[i] = empty(x, {groups, rows, columns + 1}, ScalarType::Float);
+    return static_cast<float*>(partials[i].data_ptr());
+  };
+  AdapterParams &up = plan.of_up(), &down = plan.of_down();
+  up.up_partials = allocate(0, call.need_up, up.groups, call.channels, call.rank);
+  plan.convolve.params.conv_partials = plan.taps.params.partials =
+      allocate(1, call.need_conv, tap_groups(plan), call.rank, call.kernel_h * call.kernel_w);
+  down.down_partials = allocate(2, call.need_down, down.groups, call.rank, call.channels);
+  Tensor e;
+  if (up.of_up) {
+    e = torch::stable::empty_like(dense_c);
+    plan.up.params.e = up.e = e.data_ptr();
+  }
+  const cudaStream_t stream = current_stream(device);
+  adapter_backward(call.storage, plan, stream);
+  void* pointers[6];
+  for (int i = 0; i < 6; ++i)
+    pointers[i] = output_mask[size_t(i + 1)] ? grads[i + 1].data_ptr() : nullptr;
+  AdapterSums sums;
+  const LaunchShape shape = plan_adapter_sums(call, plan, pointers, sums);
+  adapter_sums(call.storage, sums, shape, stream);
+  return results();
+}
+
+}  // namespace lka::cuda
