@@ -194,7 +194,7 @@ struct InPlaceRow {
       sums.out = out + x.first_output * plan.target.stride_w + output * sums.out_column;
       // All blocks of some pixels, one after the other, in the order of memory.
       for (int64_t left = plan.channels; left > 0; left -= V) {
-        ahead.step();
+        ahead.step_runs();
         sums.template sum<V, decltype(many)::value>(left < V ? int(left) : V);
         sums.template next_block<V>(weight_block);
       }
@@ -238,7 +238,7 @@ struct InPlaceRow {
       tile.weight[1] = weight_of(plan.num_phases_x - 1);
       tile.out = out + output * tile.out_column;
       for (int64_t left = plan.channels; left > 0; left -= V) {
-        ahead.step();
+        ahead.step_runs();
         if (inside && left >= V)
           tile.template sum<V, true>(V);
         else
@@ -392,7 +392,7 @@ struct InPlaceProducts {
           const bool inside = c >= whole.begin && c < whole.end;
           Vec<T, V> g = element(grad_row + c * plan.grad_output.stride_w);
           keep_in_register(g);
-          if (c % kColumnsPerStep == 0) ahead.step();
+          if (c % kColumnsPerStep == 0) ahead.step_runs();
           total += g;
 #pragma GCC unroll 3
           for (int m = 0; m < kTapRows; ++m) {

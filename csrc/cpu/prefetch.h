@@ -42,8 +42,23 @@ class Prefetcher {
   }
 
   void step() {
+    for (int64_t line = 0; line < per_step_ && left_ > 0; ++line) {
+      if (for_writing_)
+        __builtin_prefetch(at_ + offset_, 1);
+      else
+        __builtin_prefetch(at_ + offset_, 0);
+      offset_ += 64;
+      if (offset_ < region_.run) continue;
+      offset_ = 0;
+      next_run();
+    }
+  }
+
+  // The same by runs, and only as near as the second cache: for kernels that read where elements
+  // stand, rows of which the first cache cannot hold. Where steps are inlined into a loop of few
+  // instructions, line by line is faster.
+  void step_runs() {
     for (int64_t lines = per_step_; lines > 0 && left_ > 0;) {
-      // A loop that stores nothing: members would be stored and loaded again at every line.
       const char* const from = at_ + offset_;
       const int64_t of_run = (region_.run - offset_ + 63) / 64;
       const int64_t now = lines < of_run ? lines : of_run;
@@ -55,15 +70,19 @@ class Prefetcher {
       offset_ += 64 * now;
       if (now < of_run) return;
       offset_ = 0;
-      at_ += region_.column_step;
-      if (++column_ < region_.columns) continue;
-      column_ = 0;
-      at_ = row_ += region_.row_step;
-      --left_;
+      next_run();
     }
   }
 
  private:
+  void next_run() {
+    at_ += region_.column_step;
+    if (++column_ < region_.columns) return;
+    column_ = 0;
+    at_ = row_ += region_.row_step;
+    --left_;
+  }
+
   Region region_{};
   int64_t per_step_ = 0, offset_ = 0, column_ = 0, left_ = 0;
   const char *row_ = nullptr, *at_ = nullptr;
@@ -77,6 +96,10 @@ struct Ahead {
   void step() {
     first.step();
     second.step();
+  }
+  void step_runs() {
+    first.step_runs();
+    second.step_runs();
   }
 };
 
