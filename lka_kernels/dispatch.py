@@ -20,8 +20,9 @@ from lka_kernels.tiles import MOST_RANK
 
 BACKENDS = ("cpu", "triton", "cuda", "torch")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# The kernels write padded rows out; with a stride as large F.conv2d serves any padding.
-_MOST_PADDING = 2**20
+# The kernels write padded rows out. Padding that makes this many elements of a plane, and so many
+# for every one of the map, has a stride as large, and F.conv2d needs no memory for it.
+_MOST_PADDED, _MOST_PADDED_SHARE = 2**24, 64
 GPU_ADAPTER_DTYPES = TRITON_DTYPES
 CUDA_DTYPES = {  # of methods that do not serve all
     "implicit_gemm": (torch.bfloat16, torch.float16),
@@ -109,7 +110,7 @@ class use_backend:
         _Requested.backend = name
 
     def __enter__(self) -> use_backend:
-        if self._entered:
+        if self._entered or _Requested.backend != self._name:  # not straight after it was made
             self._previous.append(_Requested.backend)
         self._entered = True
         _Requested.backend = self._name
@@ -235,8 +236,12 @@ def choose_depthwise(
     if method == "fft":
         return _choose_fft(input, weight, stride)
     if requested == "auto":
-        if any(size > _MOST_PADDING for size in padding):
-            return Choice("torch", "direct", f"padding is above {_MOST_PADDING}")
+        height, width = input.shape[-2:]
+        padded = (height + padding[0] + padding[2]) * (width + padding[1] + padding[3])
+        if padded > max(_MOST_PADDED, _MOST_PADDED_SHARE * height * width):
+            return Choice(
+                "torch", "direct", f"padding {padding} makes {padded} elements of a plane"
+            )
         if input.device.type == "cpu" and _extension.MODULE is not None:
             refusal = _cannot_run_depthwise("cpu", input, weight, stride)
             if refusal is None:

@@ -63,6 +63,17 @@ PAIRED = {
     "columns apart": Case(2, 5, 9, 12, (7, 7), padding="same", layout="transposed"),
     "rows apart": Case(2, 20, 12, 17, (9, 9), padding="same", layout="cropped"),
     "narrow rows": Case(3, 20, 7, 7, (3, 3), padding="same"),
+    "stride 2, an even origin": Case(2, 20, 15, 12, (7, 7), (2, 2), padding=(2, 3)),
+    "stride 2, an odd origin": Case(
+        2, 16, 16, 13, (7, 6), (2, 2), padding=(3, 3), layout="channels_last"
+    ),
+    "stride 2 of rows": Case(2, 16, 9, 12, (8, 5), (2, 1), padding=(2, 2), layout="channels_last"),
+    "stride 2 of columns": Case(
+        2, 16, 9, 12, (7, 5), (1, 2), padding=(2, 2), layout="channels_last"
+    ),
+    "stride 2, one output": Case(
+        2, 16, 1, 1, (7, 7), (2, 2), padding=(3, 3), layout="channels_last"
+    ),
 }
 LAST = {"layout": "channels_last", "grad_layout": "channels_last"}
 SPANNED = {
@@ -80,6 +91,10 @@ IN_PLACE = {
     # channels_last with a stride and few taps: the maps are read where they stand.
     "the usual": Case(2, 32, 14, 14, (3, 3), (2, 2), padding=(1, 1), **LAST),
     "5 taps, odd sizes": Case(2, 16, 13, 17, (5, 5), (2, 2), padding=(2, 2), **LAST),
+    "tiles inside the map": Case(2, 16, 9, 48, (5, 5), (2, 2), padding=(2, 2), **LAST),
+    "more kernel rows than are summed together": Case(
+        2, 16, 14, 15, (7, 3), (2, 2), padding=(3, 1), **LAST
+    ),
     "a partial block": Case(3, 37, 9, 11, (3, 3), (2, 2), padding=(1, 1), **LAST),
     "half vectors": Case(3, 24, 9, 11, (3, 3), (2, 2), padding=(1, 1), **LAST),
     "stride in one direction": Case(2, 16, 9, 11, (3, 5), (1, 2), padding=(1, 2), **LAST),
@@ -220,13 +235,29 @@ def test_bits_do_not_depend_on_threads(batch, channels, kernel, size, dtype):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, channels, *size, generator=generator).to(dtype)
     weight = torch.randn(channels, 1, kernel, kernel, generator=generator).to(dtype)
+    same_bits_with_any_threads(x, weight, padding=kernel // 2)
+
+
+@pytest.mark.usefixtures("compiled_cpu")
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("kernel", [3, 5, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bits_of_strided_maps_do_not_depend_on_threads(batch, kernel, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, 40, 33, 30, generator=generator).to(dtype)
+    weight = torch.randn(40, 1, kernel, kernel, generator=generator).to(dtype)
+    last = x.contiguous(memory_format=torch.channels_last)
+    same_bits_with_any_threads(last, weight, stride=2, padding=kernel // 2)
+
+
+def same_bits_with_any_threads(x, weight, **geometry):
     results = []
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             leaves = (x.clone().requires_grad_(), weight.clone().requires_grad_())
-            y = depthwise_conv2d(*leaves, padding=kernel // 2)
+            y = depthwise_conv2d(*leaves, **geometry)
             results.append((y, *torch.autograd.grad(y, leaves, torch.ones_like(y).cumsum(3))))
     finally:
         torch.set_num_threads(before)

@@ -137,6 +137,14 @@ def test_a_kept_use_backend_chooses_again():
         with kept, use_backend("auto"), kept:
             assert dispatch._Requested.backend == "torch"
         assert dispatch._Requested.backend == "auto"
+    use_backend("cpu" if _extension.loaded() else "auto")
+    before = dispatch._Requested.backend
+    later = use_backend("torch")
+    use_backend(before)
+    with later:
+        assert dispatch._Requested.backend == "torch"
+    assert dispatch._Requested.backend == before
+    use_backend("auto")
 
 
 def test_use_backend_as_a_function_lasts():

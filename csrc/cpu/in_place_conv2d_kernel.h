@@ -79,12 +79,13 @@ struct InPlaceSums {
 
 // What networks have, known when it is compiled: one phase of outputs, or two that interleave, with
 // kTaps and kMoreTaps taps in a row. Output j of a phase begins at source column j·kStep, of the
-// second kLater further right (left where it is negative).
+// second kLater further right.
 template <int kStep_, int kTaps_, int kMoreTaps_ = 0, int kLater_ = 0>
 struct RowShape {
   static constexpr int kStep = kStep_, kPhases = kMoreTaps_ > 0 ? 2 : 1;
   static constexpr int kTaps[] = {kTaps_, kMoreTaps_};
-  static constexpr int kFirst[] = {kLater_ < 0 ? -kLater_ : 0, kLater_ > 0 ? kLater_ : 0};
+  static constexpr int kFirst[] = {0, kLater_};
+  static constexpr int kMostTaps = kTaps_ > kMoreTaps_ ? kTaps_ : kMoreTaps_;
   // Outputs of a phase side by side: sums and taps fill the registers. Maps of networks are
   // multiples of 7.
   static constexpr int kOutputs = LKA_VECTOR_BYTES == 64 || kPhases == 1 ? 7 : 4;
@@ -93,14 +94,15 @@ struct RowShape {
       (kOutputs - 1) * kStep + (kPhases > 1 && end(1) > end(0) ? end(1) : end(0));
 };
 
-// The same for such rows. A source column is read once for all outputs that it meets.
+// Sums of one block of channels for a row of such a shape. A source column is read once for all
+// outputs that it meets.
 template <class T, class S, class Row>
 struct InPlaceTile {
   const S* source;  // of kernel row 0 and the first column
   int64_t rows, source_row, source_column;
-  int64_t first_column, last_column;  // of kColumns those that the source has
-  int64_t outputs[2];                 // of phases, those that the target has
-  const T* weight[2];                 // of phases
+  int64_t first_column, end_column;  // of kColumns those that the source has
+  int64_t outputs[2];                // of phases, those that the target has
+  const T* weight[2];                // of phases
   const T* bias;
   S* out;
   int64_t out_column, out_phase;
@@ -125,7 +127,7 @@ struct InPlaceTile {
       for (int t = 0; t < Row::kOutputs; ++t) sums[p][t] = start;
     for (int64_t m = 0; m < rows; ++m) {
       const S* from = source + m * source_row;
-      Vec<T, V> taps[2][5];
+      Vec<T, V> taps[Row::kPhases][Row::kMostTaps];
 #pragma GCC unroll 2
       for (int p = 0; p < Row::kPhases; ++p)
 #pragma GCC unroll 8
@@ -133,7 +135,7 @@ struct InPlaceTile {
           taps[p][n] = load_aligned<V>(weight[p] + (m * Row::kTaps[p] + n) * V);
 #pragma GCC unroll 32
       for (int s = 0; s < Row::kColumns; ++s, from += source_column) {
-        if (!kWhole && (s < first_column || s >= last_column)) continue;
+        if (!kWhole && (s < first_column || s >= end_column)) continue;
         Vec<T, V> value = kWhole ? load<T, V, S>(from) : load_some<T, V, S>(from, channels);
         keep_in_register(value);
 #pragma GCC unroll 2
@@ -224,11 +226,11 @@ struct InPlaceRow {
     for (int64_t next = 0; next < x.count; next += Row::kOutputs) {
       const int64_t last = x.count > Row::kOutputs ? x.count - Row::kOutputs : 0;
       const int64_t output = next < last ? next : last;
-      const int64_t column = x.origin - Row::kFirst[0] + output * Row::kStep;
+      const int64_t column = x.origin + output * Row::kStep;
       tile.source = source + column * plan.source.stride_w;
       tile.first_column = -column;
-      tile.last_column = plan.source.width - column;
-      bool inside = column >= 0 && tile.last_column >= Row::kColumns;
+      tile.end_column = plan.source.width - column;
+      bool inside = column >= 0 && tile.end_column >= Row::kColumns;
       for (int p = 0; p < Row::kPhases; ++p) {
         tile.outputs[p] = plan.phases_x[p].count - output;
         inside = inside && tile.outputs[p] >= Row::kOutputs;
@@ -254,7 +256,7 @@ struct InPlaceRow {
     if (plan.num_phases_x != Row::kPhases) return false;
     for (int p = 0; p < Row::kPhases; ++p) {
       if (x[p].taps != Row::kTaps[p] || x[p].out_step != Row::kStep || x[p].tap_step != 1 ||
-          x[p].origin - x[0].origin != Row::kFirst[p] - Row::kFirst[0])
+          x[p].origin - x[0].origin != Row::kFirst[p])
         return false;
     }
     tiles<Row>();
@@ -274,7 +276,7 @@ struct InPlaceRow {
 template <class T, int V, class S>
 void convolve_in_place_as(const ConvolvePlan& plan, int64_t begin, int64_t end) {
   const MapView &source = plan.source, &target = plan.target;
-  const int64_t tiles = ceil_div(target.width, 7 * plan.num_phases_x);
+  const int64_t tiles = ceil_div(target.width, RowShape<2, 3>::kOutputs * plan.num_phases_x);
   const int64_t steps = tiles * ceil_div(plan.channels, V);
   Ahead ahead;
   for (int64_t task = begin; task < end; ++task) {
@@ -358,7 +360,7 @@ struct InPlaceProducts {
       for (int m = 0; m < kTapRows; ++m) {
         const int64_t at = y.origin + r * y.tap_step + (first_tap_row + m) * y.out_step;
         meets[m] = first_tap_row + m < y.count && at >= 0 && at < map.height;
-        input_row[m] = input + at * map.stride_h + x.origin * stride;
+        input_row[m] = input + at * map.stride_h;
         all = all && meets[m];
       }
       // Any steps: every tap reads for itself.
@@ -370,22 +372,20 @@ struct InPlaceProducts {
           for (int m = 0; m < kTapRows; ++m)
 #pragma GCC unroll 3
             for (int n = 0; n < kTaps; ++n) {
-              const int64_t column = c * x.tap_step + n * x.out_step;
-              if (meets[m] && x.origin + column >= 0 && x.origin + column < map.width)
+              const int64_t column = x.origin + c * x.tap_step + n * x.out_step;
+              if (meets[m] && column >= 0 && column < map.width)
                 sums[m][n] += g * element(input_row[m] + column * stride);
             }
         }
       };
       const auto columns = [&](auto every_row) __attribute__((always_inline)) {
-        const S* at[kTapRows];
         Vec<T, V> shared[kTapRows];
         const auto read = [&](int m, int64_t column, bool inside) __attribute__((always_inline)) {
           const bool there = inside || (column >= 0 && column < map.width);
-          return there ? element(at[m] + column * stride) : Vec<T, V>{};
+          return there ? element(input_row[m] + column * stride) : Vec<T, V>{};
         };
 #pragma GCC unroll 3
         for (int m = 0; m < kTapRows; ++m) {
-          at[m] = input_row[m] - x.origin * stride;
           shared[m] = every_row.value || meets[m] ? read(m, x.origin, false) : Vec<T, V>{};
         }
         for (int64_t c = 0, column = x.origin; c < count; ++c, column += 2) {
@@ -456,9 +456,8 @@ void weight_gradient_in_place_as(const WeightGradientPlan& plan, int64_t begin, 
       rows = rows_from(row);
       using Products = InPlaceProducts<T, V, S, true>;
       const int64_t columns = ceil_div(grad.width, Products::kColumnsPerStep);
-      const int64_t steps = (last_block - first_block) * rows *
-                            ceil_div(plan.y.count, Products::kTapRows) *
-                            (columns > 0 ? columns : 1);
+      const int64_t steps =
+          (last_block - first_block) * rows * ceil_div(plan.y.count, Products::kTapRows) * columns;
       // Meanwhile the next rows, and what they meet beyond these, come into the cache.
       if (const int64_t next = row + rows; next < last_row) {
         const int64_t next_image = next / height, next_i = next % height;

@@ -243,9 +243,12 @@ inline const char* plan_convolve_backward(const AdapterCall& call, int64_t multi
 
 // Whether a projection's gradient takes a launch of its own: a tile's partial sums are read and
 // written, 8 bytes for a channel and rank at the speed of the cache, about twice that of the memory
-// that would give the tile once more.
+// that would give the tile once more. Where each tile is a group the sums are written in any case,
+// but the cache must hold them.
 inline bool sums_weights_apart(const AdapterParams& p, int64_t element) {
-  return p.tiles_of_group > 1 && 4 * p.rank > element * p.tiling.slots;
+  constexpr int64_t kCached = 16 << 20;
+  const int64_t partial_bytes = int64_t(p.groups) * p.channels * (p.rank + 1) * 4;
+  return (p.tiles_of_group > 1 || partial_bytes > kCached) && 4 * p.rank > element * p.tiling.slots;
 }
 
 // Leaves no blocks where it cannot be.

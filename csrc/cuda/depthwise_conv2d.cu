@@ -93,13 +93,15 @@ void correlate_by_transforms(const ConvParams& p, bool backward, const Tensor& w
   fft_correlate(p.storage, params, plan.shape, stream);
 }
 
-void weight_gradient_by_transforms(const ConvParams& p, int device, const Tensor& grad_weight,
+// False where the forward pass may have been served and only shared memory is missing.
+bool weight_gradient_by_transforms(const ConvParams& p, int device, const Tensor& grad_weight,
                                    const Tensor& grad_bias, cudaStream_t stream) {
   check_fft(why_too_old(device));
   FftWeightGradientParams params;
   const Plan plan = plan_fft_weight_gradient(
       p, device_attribute(cudaDevAttrMultiProcessorCount, device),
       device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device), params);
+  if (plan.refusal == kSpectraDoNotFit) return false;
   check_fft(plan.refusal);
   const Tensor sums = empty_spectra(grad_weight, params.groups * p.channels, params);
   const Tensor bias_sums = empty(grad_weight, {params.groups, p.channels}, ScalarType::Float);
@@ -111,6 +113,7 @@ void weight_gradient_by_transforms(const ConvParams& p, int device, const Tensor
   last.grad_bias = grad_bias.data_ptr();
   fft_weight_gradient(p.storage, params, plan.shape, stream);
   fft_tap_gradient(last, last_plan.shape, stream);
+  return true;
 }
 
 void correlate(Form form, const ConvParams& p, bool backward, const Tensor& weight,
@@ -199,10 +202,9 @@ std::tuple<Tensor, Tensor> depthwise_conv2d_backward_weight(const Tensor& grad_o
   const int device = input.get_device_index();
   const DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
-  if (kForm == Form::fft && grad_output.numel() > 0) {
-    weight_gradient_by_transforms(p, device, grad_weight, grad_bias, stream);
+  if (kForm == Form::fft && grad_output.numel() > 0 &&
+      weight_gradient_by_transforms(p, device, grad_weight, grad_bias, stream))
     return {grad_weight, grad_bias};
-  }
   if (kForm != Form::direct && grad_output.numel() > 0) {
     const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, device);
     const auto partials = [&](int64_t groups) {

@@ -140,6 +140,9 @@ inline const char* describe_fft(const ConvParams& call, FftParams& p, FftTaps& t
   return nullptr;
 }
 
+constexpr const char* kSpectraDoNotFit =
+    "the spectra of two planes do not fit the device's shared memory";
+
 // The planes of a block, with `maps` spectra each: enough for 128 threads; and where channels are
 // neighbours in memory, for 32 bytes of them, within what lets two blocks share a multiprocessor.
 inline const char* group_planes(const MapView& map, Storage storage, int64_t maps,
@@ -157,7 +160,7 @@ inline const char* group_planes(const MapView& map, Storage storage, int64_t map
     const int64_t bytes = fft_shared_bytes(g, maps);
     if (bytes <= (shift > 2 ? most_shared / 2 : most_shared)) break;
   }
-  if (shift < 0) return "the spectra of two planes do not fit the device's shared memory";
+  if (shift < 0) return kSpectraDoNotFit;
   p.channel_groups =
       int32_t(p.planes_are_channels ? ceil_div(p.channels, int64_t(1) << shift) : p.channels);
   return nullptr;

@@ -7,6 +7,30 @@
 namespace lka::cuda {
 namespace {
 
+void check_device(const Tensor& tensor, const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(tensor.get_device_index() == x.get_device_index(), name,
+                  " must be on the device of x, CUDA device ", x.get_device_index(),
+                  "; it is on device ", tensor.get_device_index());
+}
+
+// Kernels read `tensor` as x's dtype in these sizes, without looking.
+void check_like(const Tensor& tensor, const Tensor& x, const std::vector<int64_t>& sizes,
+                const char* name) {
+  check_device(tensor, x, name);
+  STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type(), name, " must have the dtype of x");
+  STD_TORCH_CHECK(tensor.dim() == int64_t(sizes.size()), name, " must have ", sizes.size(),
+                  " dimensions; it has ", tensor.dim());
+  for (size_t i = 0; i < sizes.size(); ++i)
+    STD_TORCH_CHECK(tensor.size(int64_t(i)) == sizes[i], name, " must have size ", sizes[i],
+                    " in dimension ", i, "; it has ", tensor.size(int64_t(i)));
+}
+
+std::vector<int64_t> sizes_of(const Tensor& x) {
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i < x.dim(); ++i) sizes.push_back(x.size(i));
+  return sizes;
+}
+
 TokenTensor tokens_of(const Tensor& t) {
   TokenTensor tokens;
   tokens.data = t.data_ptr();
@@ -40,7 +64,15 @@ AdapterCall describe(const Tensor& x, const AdapterWeights& w, const std::option
   call.dilation = dilation;
   call.dropout_p = dropout_p;
   call.scale = scale;
-  if (seed.has_value()) call.seed = static_cast<const int64_t*>(seed->data_ptr());
+  for (const Tensor* weight : {&w.down, &w.conv, &w.up}) check_device(*weight, x, "weights");
+  if (w.has_down_bias) check_device(w.down_bias, x, "down_bias");
+  if (w.has_conv_bias) check_device(w.conv_bias, x, "conv_bias");
+  if (w.has_up_bias) check_device(w.up_bias, x, "up_bias");
+  if (seed.has_value()) {
+    check_device(*seed, x, "seed");
+    STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long, "seed must be int64");
+    call.seed = static_cast<const int64_t*>(seed->data_ptr());
+  }
   call.down_weight = w.down.data_ptr();
   call.conv_weight = w.conv.data_ptr();
   call.up_weight = w.up.data_ptr();
@@ -83,8 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> large_kernel_adapter_forward(
   call.a = a.data_ptr();
   call.c = c.data_ptr();
   if (residual.has_value()) {
-    STD_TORCH_CHECK(residual->scalar_type() == x.scalar_type(),
-                    "residual must have the dtype of x");
+    check_like(*residual, x, sizes_of(x), "residual");
     call.residual = tokens_of(*residual);
   }
   const int device = x.get_device_index();
@@ -104,12 +135,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> large_kernel_
     int64_t width, int64_t num_prefix_tokens, const std::string& prefix_mode, int64_t dilation,
     const std::string& activation, const std::string& activation_position, double dropout_p,
     double scale, bool residual_is_x, const std::vector<bool>& output_mask) {
-  STD_TORCH_CHECK(grad_output.scalar_type() == x.scalar_type(),
-                  "grad_output must have the dtype of x");
+  check_like(grad_output, x, sizes_of(x), "grad_output");
   const AdapterWeights w =
       dense_weights(x, down_weight, down_bias, conv_weight, conv_bias, up_weight, up_bias);
   AdapterCall call = describe(x, w, seed, height, width, num_prefix_tokens, prefix_mode, dilation,
                               activation, activation_position, dropout_p, scale);
+  for (const auto& [saved, name] : {std::pair(&z, "z"), std::pair(&c, "c")})
+    check_like(*saved, x, {call.batch, call.rank, call.tokens}, name);
   const ScalarType dtype = x.scalar_type();
   Tensor grads[7];
   const auto want = [&](size_t i, std::initializer_list<int64_t> sizes) {

@@ -26,10 +26,15 @@ inline cudaStream_t current_stream(int device) {
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&previous_), device);
-    if (previous_ != device) check(cudaSetDevice(device), device);
+    int current = 0;
+    check(cudaGetDevice(&current), device);
+    if (current == device) return;
+    check(cudaSetDevice(device), device);
+    previous_ = current;
   }
-  ~DeviceGuard() { cudaSetDevice(previous_); }
+  ~DeviceGuard() {
+    if (previous_ >= 0) cudaSetDevice(previous_);
+  }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
@@ -38,7 +43,7 @@ class DeviceGuard {
     STD_TORCH_CHECK(error == cudaSuccess, "CUDA device ", device, ": ", cudaGetErrorString(error));
   }
 
-  int previous_ = 0;
+  int previous_ = -1;  // none to return to
 };
 
 inline int device_attribute(cudaDeviceAttr attribute, int device) {
@@ -48,15 +53,30 @@ inline int device_attribute(cudaDeviceAttr attribute, int device) {
   return value;
 }
 
+// Lets a kernel have all dynamic shared memory that the current device can give: less, for the call
+// at hand, would be taken from a launch of the same kernel by another thread.
+template <class Kernel>
+cudaError_t allow_large_shared_memory(Kernel kernel) {
+  int device = 0, most = 0;
+  cudaFuncAttributes attributes;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 most - int(attributes.sharedSizeBytes));
+  if (error != cudaSuccess) cudaGetLastError();  // or the next launch would report it
+  return error;
+}
+
 // One launch on `stream`; an exception names kernel and configuration. Nothing here touches the
 // stream otherwise, so that a graph can capture it.
 template <class Kernel, class... Arguments>
 void launch(const char* name, Kernel kernel, const LaunchShape& shape, cudaStream_t stream,
             const Arguments&... arguments) {
   cudaError_t error = cudaSuccess;
-  if (shape.shared_bytes > 48 * 1024)  // more must be asked for
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 int(shape.shared_bytes));
+  if (shape.shared_bytes > 48 * 1024) error = allow_large_shared_memory(kernel);
   if (error == cudaSuccess) {
     kernel<<<unsigned(shape.blocks), unsigned(shape.threads), size_t(shape.shared_bytes), stream>>>(
         arguments...);

@@ -116,8 +116,12 @@ def _scaled_colour(
         opaque = 255 * (values != np.array(transparent)).any(2, keepdims=True)
         scaled = np.concatenate([scaled, opaque.astype(np.uint8)], 2)
     new = Image.fromarray(scaled)
-    new.info.update({k: v for k, v in image.info.items() if k == "exif"})
+    new.info.update({k: v for k, v in image.info.items() if k in _ORIENTATION})
     return new, int(values[..., :colours].max())
+
+
+# Where Pillow looks for the orientation.
+_ORIENTATION = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 
 
 def _sixteen_bit_values(image: Image.Image, path: str | Path) -> np.ndarray | None:

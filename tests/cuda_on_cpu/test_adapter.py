@@ -258,6 +258,14 @@ def test_weights_of_large_ranks_are_summed_apart():
         assert ({"up_weight", "down_weight"} <= found.keys()) == apart
 
 
+def test_sums_of_few_tiles_stay_within_the_cache():
+    """Where each tile is a group of its own, too."""
+    for batch, rank, apart in ((1, 64, False), (32, 256, True)):
+        case = AdapterCase(batch, 1536, rank, (14, 14), (7, 7))
+        found = plan_of(case, torch.bfloat16, True)
+        assert ({"up_weight", "down_weight"} <= found.keys()) == apart
+
+
 def test_one_image_fills_the_device_by_parts_of_the_channels():
     found = plan_of(dataclasses.replace(NETWORKS["ViT-L"], batch=1), torch.bfloat16, False)
     assert found["down"]["blocks"] == 14
