@@ -175,6 +175,7 @@ def test_gradients():
         )
 
     assert torch.autograd.gradcheck(run, (x, *adapter.parameters()))
+    assert torch.autograd.gradgradcheck(run, (x, *adapter.parameters()))
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,13 @@ def test_sixteen_bit_colour(tmp_path):
     np.testing.assert_array_equal(pixels(file, sixteen_bit_max=257), [[[255] * 3, [0] * 3]])
 
 
+def test_sixteen_bit_colour_keeps_the_orientation_of_xmp(tmp_path):
+    turned = b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+    chunk = (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + turned)
+    deep_png(tmp_path / "x.png", np.zeros((2, 5, 3)), 2, chunk)
+    assert pixels(tmp_path / "x.png").shape == (5, 2, 3)
+
+
 def test_sixteen_bit_colour_that_is_no_png(tmp_path):
     values = np.array([[[0, 257, 514], [4112, 2056, 1028]]])
     file = tmp_path / "x.ppm"  # Pillow scales it to 8 bits itself

@@ -19,7 +19,7 @@ from train_cases import command_line, make_folder, one_thread  # noqa: F401
 from lka_kernels.train import checkpoint, files
 from lka_kernels.train.cli import main
 from lka_kernels.train.errors import TrainError
-from lka_kernels.train.folder import RunFolder, check_free
+from lka_kernels.train.folder import CONFIG_NAME, RunFolder, check_free
 from lka_kernels.train.history import TIMING
 
 LKA = {
@@ -233,6 +233,11 @@ def test_resume_without_a_run_says_so(tmp_path, capsys):
     assert "--resume: --out is missing" in capsys.readouterr().err
     assert main(["--resume", f"--out={tmp_path}"]) == 1
     assert f"--resume: --out {tmp_path} holds no run" in capsys.readouterr().err
+    (tmp_path / CONFIG_NAME).write_text("{}")
+    options = tmp_path / "options.yaml"
+    options.write_text(f"resume: true\nout: {tmp_path}\n")
+    assert main([f"--config={options}"]) == 1
+    assert "in a --config file it does not find the run's own options" in capsys.readouterr().err
 
 
 def test_a_run_folder_has_one_user_at_a_time(data, tmp_path, capsys):

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from .errors import TrainError
 from .files import shown
+from .folder import CONFIG_NAME
 
 # Options that change how a run is carried out but not its numbers: these may differ on --resume.
 FREE_ON_RESUME = frozenset(
@@ -100,7 +101,12 @@ class TrainConfig:
         """Raises TrainError for a value that no run could use."""
         if self.resume and not self.data:  # a run's own file would have given it
             where = f"--out {self.out} holds no run" if self.out else "--out is missing"
-            raise TrainError(f"--resume: {where}; give the folder of a run, or DATA to begin one")
+            if self.out and (Path(self.out) / CONFIG_NAME).is_file():
+                where = "in a --config file it does not find the run's own options"
+            raise TrainError(
+                f"--resume: {where}; give the folder of a run on the command line, as --out, "
+                "or DATA to begin one"
+            )
         if not self.data:
             raise TrainError("DATA is missing: give a folder of class folders")
         at_least = {
