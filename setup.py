@@ -67,7 +67,8 @@ def extension():
     sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp"))
     headers = [*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh")]
     depends = ["setup.py", *sorted(str(p.relative_to(ROOT)) for p in headers)]
-    cxx = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-psabi", TARGET_VERSION]
+    # -g0: CPython's own flags ask for debugging information, which would be most of the library.
+    cxx = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-psabi", TARGET_VERSION]
     link = []
     if os.environ.get("LKA_SANITIZE") == "1":
         flags = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g", "-O1"]

@@ -1,13 +1,14 @@
 """Where is ``depthwise_conv2d`` slower than ``F.conv2d`` in the layout that it is given?
 
-    python benchmarks/paired.py [--dtype float32] [--threads 1] [--rounds 15] [--match TEXT]
+    python benchmarks/paired.py [--dtype float32] [--threads 1] [--rounds 15] [--stride 1]
+                                [--match TEXT]
 
 Prints, for each shape, memory format and direction, the median over the rounds of torch's time
 divided by ours: below 1 we are slower. The two take turns within a round, so that a change in the
 machine's load meets both; what is timed is the whole public call, without gradients, or its
-backward alone. Stride is 1 throughout. glibc returns large freed outputs to the system, and a fresh
-page costs as much as the arithmetic at K = 3: raise MALLOC_TRIM_THRESHOLD_ and
-MALLOC_MMAP_THRESHOLD_ to measure the convolution rather than the pages.
+backward alone. glibc returns large freed outputs to the system, and a fresh page costs as much as
+the arithmetic at K = 3: raise MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ to measure the
+convolution rather than the pages.
 """
 
 from __future__ import annotations

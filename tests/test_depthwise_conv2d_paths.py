@@ -114,6 +114,7 @@ IN_PLACE = {
         2, 131, 8, 9, (3, 3), (2, 2), padding=(1, 1), **LAST
     ),
     "one image": Case(1, 16, 33, 35, (3, 3), (2, 2), padding=(1, 1), **LAST),
+    "rows in equal parts": Case(5, 400, 7, 7, (3, 3), (2, 2), padding=(1, 1), **LAST),
     "the gradient in another layout": Case(
         2, 20, 9, 9, (3, 3), (2, 2), padding=(1, 1), layout="channels_last"
     ),
@@ -149,6 +150,24 @@ FLAT = {
     ),
     "the gradient in another layout": Case(
         2, 20, 7, 7, (3, 3), padding="same", grad_layout="channels_last"
+    ),
+    # With a stride, the gradient's elements are spread over the plane of the input.
+    "stride 2": Case(3, 37, 7, 7, (3, 3), (2, 2), padding=(1, 1)),
+    "stride 2, 7 taps": Case(2, 5, 7, 7, (7, 7), (2, 2), padding=(3, 3)),
+    "stride 2, an even map": Case(2, 5, 8, 8, (5, 5), (2, 2), padding=(2, 2)),
+    "stride 2, no padding": Case(2, 5, 8, 7, (3, 3), (2, 2)),
+    "stride 2, more padding than taps": Case(2, 5, 3, 4, (3, 3), (2, 2), padding=(4, 5)),
+    "stride 2 of rows": Case(2, 5, 9, 6, (3, 3), (2, 1), padding=(1, 1)),
+    "stride 2 of columns": Case(2, 5, 6, 9, (3, 3), (1, 2), padding=(1, 1)),
+    "stride 3 and 4": Case(2, 5, 8, 8, (5, 5), (3, 4), padding=(2, 2)),
+    "stride 2, one position too many": Case(2, 5, 9, 13, (3, 3), (2, 2), padding=(1, 1)),
+    "stride 2, one element too many": Case(2, 5, 1, 64, (3, 3), (3, 2), padding=(3, 3)),
+    "stride 2, dilated": Case(2, 5, 7, 7, (3, 3), (2, 2), padding=(2, 2), dilation=(2, 2)),
+    "stride 2, clipped": Case(2, 5, 3, 3, (9, 9), (2, 2), padding=(4, 4)),
+    "stride 2, one output": Case(40, 5, 2, 2, (3, 3), (2, 2), padding=(1, 1)),
+    "stride 2, no bias": Case(2, 5, 7, 7, (3, 3), (2, 2), padding=(1, 1), bias=False),
+    "stride 2, rows of the gradient apart": Case(
+        2, 5, 7, 7, (3, 3), (2, 2), padding=(1, 1), grad_layout="cropped"
     ),
 }
 

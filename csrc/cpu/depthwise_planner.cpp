@@ -145,9 +145,13 @@ bool without_gaps(const MapView& map) {
 // Whether the flat kernel serves the weight gradient with this many taps (clipped).
 bool flat_serves(const ConvParams& p, int64_t taps_y, int64_t taps_x) {
   const MapView &input = p.input, &grad = p.output;
-  return kernels(p.storage).flat.weight_gradient != nullptr && unit_steps(p) &&
-         small_square(taps_y, taps_x) && input.width == grad.width && without_gaps(input) &&
-         without_gaps(grad) && grad.height * grad.width <= kMostFlatPositions;
+  if (kernels(p.storage).flat.weight_gradient == nullptr || !small_square(taps_y, taps_x) ||
+      p.dilation_h != 1 || p.dilation_w != 1 || !without_gaps(input) || !without_gaps(grad))
+    return false;
+  if (unit_steps(p))
+    return input.width == grad.width && grad.height * grad.width <= kMostFlatPositions;
+  return grad.height * grad.width <= kMostSpreadElements &&
+         ((grad.height - 1) * p.stride_h + 1) * input.width <= kMostFlatPositions;
 }
 
 const DepthwiseKernels* planar_kernels(Storage storage, int64_t width) {

@@ -11,6 +11,9 @@
 // c - n - x.origin is outside of it. One mask of positions for each m and one for each n: 2·K loads
 // serve K·K taps. An infinity in the input meets such zeros, and makes NaN of more taps than it
 // belongs to.
+//
+// With a stride, zeros stand between the elements of grad_output. Where it fits a vector it is
+// loaded once, and a permutation for each n puts its elements in their places.
 #pragma once
 
 #include "depthwise_plan.h"
@@ -22,7 +25,7 @@ namespace {
 using lka::MapView;
 using lka::cpu::WeightGradientPlan;
 
-constexpr int kFlatLanes = 32;  // elements of a vector
+constexpr int kFlatLanes = lka::cpu::kMostSpreadElements;  // elements of a vector
 // Channels by which memory is loaded ahead, and images that are taken together: their planes lie
 // apart, and a processor follows only so many streams.
 constexpr int64_t kFlatAhead = 4, kFlatImages = 16;
@@ -44,27 +47,77 @@ struct FlatTaps {
   }
 };
 
+// grad_output without a stride.
 template <int K>
-struct FlatPlanes {
-  FlatTaps<K> input, grad;  // kernel rows of the input, kernel columns of grad_output
-  int64_t positions;
+struct FlatGrad : FlatTaps<K> {
+  uint64_t whole;
 
-  explicit FlatPlanes(const WeightGradientPlan& plan) {
-    const int64_t width = plan.input.width, rows = plan.grad_output.height;
-    positions = rows * width;
+  FlatGrad(const WeightGradientPlan& plan, int64_t positions) : whole(bits_between(0, positions)) {
+    const int64_t width = plan.input.width;
+    for (int64_t n = 0; n < K; ++n) {
+      const int64_t right = n + plan.x.origin;
+      this->offset[n] = -right;
+      this->mask[n] = 0;
+      for (int64_t row = 0; row < positions; row += width)
+        this->mask[n] |=
+            bits_between(row + (right > 0 ? right : 0), row + (right < 0 ? width + right : width));
+    }
+  }
+  // Its elements, each once.
+  __m512bh elements(const bfloat16_t* plane, int64_t at) const {
+    return (__m512bh)_mm512_maskz_loadu_epi16(__mmask32(whole >> at), plane + at);
+  }
+};
+
+// grad_output with a stride, of at most kFlatLanes elements.
+template <int K>
+struct SpreadGrad {
+  alignas(64) uint16_t index[K][lka::cpu::kMostFlatPositions];  // of the element at a position
+  uint64_t mask[K];
+  __mmask32 whole;
+
+  SpreadGrad(const WeightGradientPlan& plan, int64_t positions) {
+    const MapView& grad = plan.grad_output;
+    const int64_t width = plan.input.width;
+    whole = __mmask32(bits_between(0, grad.height * grad.width));
+    for (int64_t n = 0; n < K; ++n) {
+      mask[n] = 0;
+      for (int64_t p = 0; p < lka::cpu::kMostFlatPositions; ++p) {
+        const int64_t row = p / width, column = p % width - n - plan.x.origin;
+        const bool there = p < positions && row % plan.y.tap_step == 0 && column >= 0 &&
+                           column % plan.x.tap_step == 0 && column / plan.x.tap_step < grad.width;
+        index[n][p] = there
+                          ? uint16_t(row / plan.y.tap_step * grad.width + column / plan.x.tap_step)
+                          : uint16_t(0);
+        mask[n] |= uint64_t(there) << p;
+      }
+    }
+  }
+  __m512bh load(const bfloat16_t* plane, int tap, int64_t at) const {
+    return (__m512bh)_mm512_maskz_permutexvar_epi16(__mmask32(mask[tap] >> at),
+                                                    _mm512_load_si512(index[tap] + at),
+                                                    _mm512_maskz_loadu_epi16(whole, plane));
+  }
+  __m512bh elements(const bfloat16_t* plane, int64_t at) const {
+    return (__m512bh)_mm512_maskz_loadu_epi16(at == 0 ? whole : __mmask32(0), plane);
+  }
+};
+
+template <int K, class Grad>
+struct FlatPlanes {
+  int64_t positions;
+  FlatTaps<K> input;  // kernel rows
+  Grad grad;          // kernel columns
+
+  explicit FlatPlanes(const WeightGradientPlan& plan)
+      : positions(((plan.grad_output.height - 1) * plan.y.tap_step + 1) * plan.input.width),
+        grad(plan, positions) {
+    const int64_t width = plan.input.width, rows = positions / width;
     for (int64_t m = 0; m < K; ++m) {
       const int64_t down = m + plan.y.origin, left = plan.input.height - down;
       input.offset[m] = down * width;
       input.mask[m] =
           bits_between((down < 0 ? -down : 0) * width, (left < rows ? left : rows) * width);
-    }
-    for (int64_t n = 0; n < K; ++n) {
-      const int64_t right = n + plan.x.origin;
-      grad.offset[n] = -right;
-      grad.mask[n] = 0;
-      for (int64_t row = 0; row < positions; row += width)
-        grad.mask[n] |=
-            bits_between(row + (right > 0 ? right : 0), row + (right < 0 ? width + right : width));
     }
   }
 };
@@ -78,8 +131,8 @@ struct FlatChannel {
 
 // Kernel rows [kFirst, kFirst + kRows): grad_weight[m][n] is added to out[m·out_row + n], with the
 // last rows also the sum of grad_output to `bias`.
-template <int K, int kFirst, int kRows>
-void add_flat_rows(const FlatPlanes<K>& flat, const FlatChannel& channel, float* out,
+template <int K, int kFirst, int kRows, class Grad>
+void add_flat_rows(const FlatPlanes<K, Grad>& flat, const FlatChannel& channel, float* out,
                    int64_t out_row, float* bias) {
   constexpr bool kBias = kFirst + kRows == K;
   constexpr int kSums = kRows * K + kBias, kGroups = (kSums + 15) / 16;
@@ -87,7 +140,6 @@ void add_flat_rows(const FlatPlanes<K>& flat, const FlatChannel& channel, float*
 #pragma GCC unroll 32
   for (int i = 0; i < kGroups * 16; ++i) sum[i] = _mm512_setzero_ps();
   const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
-  const uint64_t whole = bits_between(0, flat.positions);
   const bfloat16_t *x = channel.input, *grad = channel.grad;
   for (int64_t image = 0; image < channel.images; ++image) {
     for (int64_t at = 0; at < flat.positions; at += kFlatLanes) {
@@ -96,9 +148,7 @@ void add_flat_rows(const FlatPlanes<K>& flat, const FlatChannel& channel, float*
         __builtin_prefetch(grad + channel.ahead_of_grad + at);
       }
       if constexpr (kBias) {
-        sum[kRows * K] = _mm512_dpbf16_ps(
-            sum[kRows * K], (__m512bh)_mm512_maskz_loadu_epi16(__mmask32(whole >> at), grad + at),
-            ones);
+        sum[kRows * K] = _mm512_dpbf16_ps(sum[kRows * K], flat.grad.elements(grad, at), ones);
       }
       __m512bh shifted[K];
 #pragma GCC unroll 8
@@ -136,10 +186,10 @@ void add_flat_rows(const FlatPlanes<K>& flat, const FlatChannel& channel, float*
   if constexpr (kBias) *bias += total[kRows * K];
 }
 
-template <int K>
+template <int K, class Grad>
 void flat_weight_gradients(const WeightGradientPlan& plan, int64_t begin, int64_t end) {
   const MapView &in = plan.input, &out = plan.grad_output;
-  const FlatPlanes<K> flat(plan);
+  const FlatPlanes<K, Grad> flat(plan);
   const int64_t elements = plan.kernel_h * plan.kernel_w + 1;
   const int64_t first_tap = plan.y.first_output * plan.kernel_w + plan.x.first_output;
   for (int64_t task = begin; task < end; ++task) {
@@ -178,12 +228,20 @@ void flat_weight_gradients(const WeightGradientPlan& plan, int64_t begin, int64_
   }
 }
 
+template <int K>
+void flat_weight_gradients_of(const WeightGradientPlan& plan, int64_t begin, int64_t end) {
+  if (plan.y.tap_step == 1 && plan.x.tap_step == 1)
+    flat_weight_gradients<K, FlatGrad<K>>(plan, begin, end);
+  else
+    flat_weight_gradients<K, SpreadGrad<K>>(plan, begin, end);
+}
+
 inline void flat_weight_gradient(const WeightGradientPlan& plan, int64_t begin, int64_t end,
                                  void*) {
   switch (plan.y.count) {
-    case 3: return flat_weight_gradients<3>(plan, begin, end);
-    case 5: return flat_weight_gradients<5>(plan, begin, end);
-    default: return flat_weight_gradients<7>(plan, begin, end);
+    case 3: return flat_weight_gradients_of<3>(plan, begin, end);
+    case 5: return flat_weight_gradients_of<5>(plan, begin, end);
+    default: return flat_weight_gradients_of<7>(plan, begin, end);
   }
 }
 #endif

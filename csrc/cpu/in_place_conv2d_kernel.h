@@ -367,6 +367,7 @@ struct InPlaceProducts {
       const auto apart = [&] {
         for (int64_t c = 0; c < count; ++c) {
           const Vec<T, V> g = element(grad_row + c * plan.grad_output.stride_w);
+          if (c % kColumnsPerStep == 0) ahead.step_runs();
           total += g;
 #pragma GCC unroll 3
           for (int m = 0; m < kTapRows; ++m)
@@ -431,44 +432,54 @@ void weight_gradient_in_place_as(const WeightGradientPlan& plan, int64_t begin, 
   const int64_t taps = plan.kernel_h * plan.kernel_w, elements = (taps + 1) * V;
   const int64_t blocks = plan.lanes.blocks_per_image, height = grad.height;
   const bool two_apart = plan.x.tap_step == 2 && plan.x.out_step == 1;
-  // Narrow maps: several rows before sums leave the registers.
-  constexpr int64_t kTogether = sizeof(S) == 2 ? 28 : 14;
-  const int64_t together = grad.width < kTogether ? kTogether / grad.width : 1;
+  // Narrow maps: several rows before sums leave the registers, the rows of an image in equal parts.
+  constexpr int64_t kTogether = sizeof(S) == 2 ? 28 : 16;
+  const int64_t most = grad.width < kTogether ? kTogether / grad.width : 1;
+  const int64_t together = ceil_div(height, ceil_div(height, most));
+  const auto first_row_of = [&](int64_t part) {
+    return part * plan.batch * height / plan.num_parts;
+  };
+  const auto block_of = [&](int64_t group) { return group * blocks / plan.num_groups; };
+  // From `row` on, as many as are taken together: of one image.
+  const auto rows_from = [&](int64_t row, int64_t last_row) {
+    const int64_t rows = together < last_row - row ? together : last_row - row;
+    return rows < height - row % height ? rows : height - row % height;
+  };
+  const auto meets = [&](int64_t i) { return plan.y.origin + i * plan.y.tap_step; };
+  const int64_t span = (plan.y.count - 1) * plan.y.out_step + 1;
   Ahead ahead;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t part = task / plan.num_groups, group = task % plan.num_groups;
-    const int64_t first_block = group * blocks / plan.num_groups;
-    const int64_t last_block = (group + 1) * blocks / plan.num_groups;
-    const int64_t channel = first_block * V, count = (last_block - first_block) * V;
-    const int64_t channels = plan.channels - channel < count ? plan.channels - channel : count;
+    const int64_t first_block = block_of(group), last_block = block_of(group + 1);
     T* partial = static_cast<T*>(plan.partial) + part * blocks * elements;
     memset(static_cast<void*>(partial + first_block * elements), 0,
            size_t((last_block - first_block) * elements) * sizeof(T));
-    const int64_t last_row = (part + 1) * plan.batch * height / plan.num_parts;
-    // From `row` on, as many as are taken together: of one image.
-    const auto rows_from = [&](int64_t row) {
-      const int64_t rows = together < last_row - row ? together : last_row - row;
-      return rows < height - row % height ? rows : height - row % height;
-    };
-    const int64_t first_row = part * plan.batch * height / plan.num_parts;
-    for (int64_t row = first_row, rows; row < last_row; row += rows) {
+    const int64_t last_row = first_row_of(part + 1);
+    for (int64_t row = first_row_of(part), rows; row < last_row; row += rows) {
       const int64_t image = row / height, i = row % height;
-      rows = rows_from(row);
+      rows = rows_from(row, last_row);
       using Products = InPlaceProducts<T, V, S, true>;
       const int64_t columns = ceil_div(grad.width, Products::kColumnsPerStep);
       const int64_t steps =
           (last_block - first_block) * rows * ceil_div(plan.y.count, Products::kTapRows) * columns;
-      // Meanwhile the next rows, and what they meet beyond these, come into the cache.
-      if (const int64_t next = row + rows; next < last_row) {
+      // Meanwhile the next rows, of this task or the one after it, and what they meet beyond these
+      // come into the cache.
+      const bool same_task = row + rows < last_row;
+      if (same_task || task + 1 < end) {
+        const int64_t next_task = same_task ? task : task + 1;
+        const int64_t next_part = next_task / plan.num_groups;
+        const int64_t next_group = next_task % plan.num_groups;
+        const int64_t next = same_task ? row + rows : first_row_of(next_part);
         const int64_t next_image = next / height, next_i = next % height;
-        const int64_t next_rows = rows_from(next);
-        const auto meets = [&](int64_t of) { return plan.y.origin + of * plan.y.tap_step; };
-        const int64_t span = (plan.y.count - 1) * plan.y.out_step + 1;
-        ahead.first.begin(
-            channels_region<S>(input, next_image * input.stride_b + channel, channels,
-                               next_image == image ? meets(i + rows - 1) + span : meets(next_i),
-                               meets(next_i + next_rows - 1) + span),
-            steps);
+        const int64_t next_rows = rows_from(next, first_row_of(next_part + 1));
+        const int64_t channel = block_of(next_group) * V, rest = plan.channels - channel;
+        const int64_t count = block_of(next_group + 1) * V - channel;
+        const int64_t channels = rest < count ? rest : count;
+        const bool goes_on = same_task && next_image == image;
+        ahead.first.begin(channels_region<S>(input, next_image * input.stride_b + channel, channels,
+                                             goes_on ? meets(i + rows - 1) + span : meets(next_i),
+                                             meets(next_i + next_rows - 1) + span),
+                          steps);
         ahead.second.begin(channels_region<S>(grad, next_image * grad.stride_b + channel, channels,
                                               next_i, next_i + next_rows),
                            steps);

@@ -27,7 +27,8 @@ struct AdapterKernels {
                    int64_t part_end, void* scratch);
 };
 
-// Full vectors, and half vectors for channel counts that would leave most lanes idle.
+// Full vectors, and half vectors for channel counts that would leave most lanes idle: float only,
+// and not of the baseline, where the two are the same.
 struct KernelSet {
   DepthwiseKernels full, half;
   // The same with neighbouring columns in the lanes, for small kernels over contiguous rows.

@@ -58,7 +58,10 @@ constexpr lka::cpu::DepthwiseKernels flat_kernels() { return {}; }
 
 template <class T>
 constexpr lka::cpu::KernelSet kernel_set() {
-  constexpr int kFull = LKA_VECTOR_BYTES / sizeof(T), kHalf = kFull / 2;
+  constexpr int kFull = LKA_VECTOR_BYTES / sizeof(T);
+  // Half of so few lanes, or of float64's, would not be worth the time to compile it.
+  constexpr bool kOneWidth = LKA_VECTOR_BYTES == 16 || sizeof(T) == sizeof(double);
+  constexpr int kHalf = kOneWidth ? kFull : kFull / 2;
   return {depthwise_kernels<T, kFull>(),
           depthwise_kernels<T, kHalf>(),
           planar_kernels<T, kFull>(),
