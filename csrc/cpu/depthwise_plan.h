@@ -45,8 +45,9 @@ struct SourceBuffer {
 
 // Planar kernels compute tiles of at least this many rows.
 constexpr int64_t kFewestPlanarRows = 4;
-// Positions of a flat plane: bits of a mask. With a stride, elements of grad_output: one vector.
-constexpr int64_t kMostFlatPositions = 64, kMostSpreadElements = 32;
+// Positions of a flat plane: bits of a mask. With a stride, columns of both maps: two rows a
+// vector.
+constexpr int64_t kMostFlatPositions = 64, kMostSpreadColumns = 16;
 
 // Forward or backward-input. A task is one band of output rows of buffer.blocks blocks of planes;
 // of planar kernels, of one plane; of the dense form, of one block, and in place, of all blocks of

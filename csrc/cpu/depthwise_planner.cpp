@@ -146,12 +146,12 @@ bool without_gaps(const MapView& map) {
 bool flat_serves(const ConvParams& p, int64_t taps_y, int64_t taps_x) {
   const MapView &input = p.input, &grad = p.output;
   if (kernels(p.storage).flat.weight_gradient == nullptr || !small_square(taps_y, taps_x) ||
-      p.dilation_h != 1 || p.dilation_w != 1 || !without_gaps(input) || !without_gaps(grad))
+      p.dilation_h != 1 || p.dilation_w != 1 || input.stride_w != 1 || !without_gaps(grad))
     return false;
   if (unit_steps(p))
-    return input.width == grad.width && grad.height * grad.width <= kMostFlatPositions;
-  return grad.height * grad.width <= kMostSpreadElements &&
-         ((grad.height - 1) * p.stride_h + 1) * input.width <= kMostFlatPositions;
+    return input.width == grad.width && without_gaps(input) &&
+           grad.height * grad.width <= kMostFlatPositions;
+  return input.width <= kMostSpreadColumns && grad.width <= kMostSpreadColumns;
 }
 
 const DepthwiseKernels* planar_kernels(Storage storage, int64_t width) {

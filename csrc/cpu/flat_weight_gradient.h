@@ -12,8 +12,9 @@
 // serve K·K taps. An infinity in the input meets such zeros, and makes NaN of more taps than it
 // belongs to.
 //
-// With a stride, zeros stand between the elements of grad_output. Where it fits a vector it is
-// loaded once, and a permutation for each n puts its elements in their places.
+// With a stride, a vector has two rows of grad_output and 16 columns of the input. Both rows are
+// loaded once, and a permutation for each n puts their elements where the columns are that they
+// meet.
 #pragma once
 
 #include "depthwise_plan.h"
@@ -25,7 +26,7 @@ namespace {
 using lka::MapView;
 using lka::cpu::WeightGradientPlan;
 
-constexpr int kFlatLanes = lka::cpu::kMostSpreadElements;  // elements of a vector
+constexpr int kFlatLanes = 32;  // elements of a vector
 // Channels by which memory is loaded ahead, and images that are taken together: their planes lie
 // apart, and a processor follows only so many streams.
 constexpr int64_t kFlatAhead = 4, kFlatImages = 16;
@@ -36,90 +37,122 @@ inline uint64_t bits_between(int64_t begin, int64_t end) {
   return ~uint64_t(0) >> (64 - (end - begin)) << begin;
 }
 
+inline __m512bh load_masked(uint64_t mask, const bfloat16_t* from) {
+  return (__m512bh)_mm512_maskz_loadu_epi16(__mmask32(mask), from);
+}
+
 // For the K taps of an axis: what to add to a position, and at which positions that is an element.
 template <int K>
 struct FlatTaps {
   int64_t offset[K];
   uint64_t mask[K];
 
-  __m512bh load(const bfloat16_t* plane, int tap, int64_t at) const {
-    return (__m512bh)_mm512_maskz_loadu_epi16(__mmask32(mask[tap] >> at), plane + offset[tap] + at);
+  __m512bh load(const bfloat16_t* plane, int tap, int64_t vector) const {
+    const int64_t at = vector * kFlatLanes;
+    return load_masked(mask[tap] >> at, plane + offset[tap] + at);
   }
 };
 
-// grad_output without a stride.
+// Planes without a stride.
 template <int K>
-struct FlatGrad : FlatTaps<K> {
-  uint64_t whole;
-
-  FlatGrad(const WeightGradientPlan& plan, int64_t positions) : whole(bits_between(0, positions)) {
-    const int64_t width = plan.input.width;
-    for (int64_t n = 0; n < K; ++n) {
-      const int64_t right = n + plan.x.origin;
-      this->offset[n] = -right;
-      this->mask[n] = 0;
-      for (int64_t row = 0; row < positions; row += width)
-        this->mask[n] |=
-            bits_between(row + (right > 0 ? right : 0), row + (right < 0 ? width + right : width));
-    }
-  }
-  // Its elements, each once.
-  __m512bh elements(const bfloat16_t* plane, int64_t at) const {
-    return (__m512bh)_mm512_maskz_loadu_epi16(__mmask32(whole >> at), plane + at);
-  }
-};
-
-// grad_output with a stride, of at most kFlatLanes elements.
-template <int K>
-struct SpreadGrad {
-  alignas(64) uint16_t index[K][lka::cpu::kMostFlatPositions];  // of the element at a position
-  uint64_t mask[K];
-  __mmask32 whole;
-
-  SpreadGrad(const WeightGradientPlan& plan, int64_t positions) {
-    const MapView& grad = plan.grad_output;
-    const int64_t width = plan.input.width;
-    whole = __mmask32(bits_between(0, grad.height * grad.width));
-    for (int64_t n = 0; n < K; ++n) {
-      mask[n] = 0;
-      for (int64_t p = 0; p < lka::cpu::kMostFlatPositions; ++p) {
-        const int64_t row = p / width, column = p % width - n - plan.x.origin;
-        const bool there = p < positions && row % plan.y.tap_step == 0 && column >= 0 &&
-                           column % plan.x.tap_step == 0 && column / plan.x.tap_step < grad.width;
-        index[n][p] = there
-                          ? uint16_t(row / plan.y.tap_step * grad.width + column / plan.x.tap_step)
-                          : uint16_t(0);
-        mask[n] |= uint64_t(there) << p;
-      }
-    }
-  }
-  __m512bh load(const bfloat16_t* plane, int tap, int64_t at) const {
-    return (__m512bh)_mm512_maskz_permutexvar_epi16(__mmask32(mask[tap] >> at),
-                                                    _mm512_load_si512(index[tap] + at),
-                                                    _mm512_maskz_loadu_epi16(whole, plane));
-  }
-  __m512bh elements(const bfloat16_t* plane, int64_t at) const {
-    return (__m512bh)_mm512_maskz_loadu_epi16(at == 0 ? whole : __mmask32(0), plane);
-  }
-};
-
-template <int K, class Grad>
 struct FlatPlanes {
-  int64_t positions;
-  FlatTaps<K> input;  // kernel rows
-  Grad grad;          // kernel columns
+  FlatTaps<K> input, grad;  // kernel rows of the input, kernel columns of grad_output
+  uint64_t whole;
+  int64_t vectors;
 
-  explicit FlatPlanes(const WeightGradientPlan& plan)
-      : positions(((plan.grad_output.height - 1) * plan.y.tap_step + 1) * plan.input.width),
-        grad(plan, positions) {
-    const int64_t width = plan.input.width, rows = positions / width;
+  explicit FlatPlanes(const WeightGradientPlan& plan) {
+    const int64_t width = plan.input.width, rows = plan.grad_output.height;
+    const int64_t positions = rows * width;
+    whole = bits_between(0, positions);
+    vectors = ceil_div(positions, kFlatLanes);
     for (int64_t m = 0; m < K; ++m) {
       const int64_t down = m + plan.y.origin, left = plan.input.height - down;
       input.offset[m] = down * width;
       input.mask[m] =
           bits_between((down < 0 ? -down : 0) * width, (left < rows ? left : rows) * width);
     }
+    for (int64_t n = 0; n < K; ++n) {
+      const int64_t right = n + plan.x.origin;
+      grad.offset[n] = -right;
+      grad.mask[n] = 0;
+      for (int64_t row = 0; row < positions; row += width)
+        grad.mask[n] |=
+            bits_between(row + (right > 0 ? right : 0), row + (right < 0 ? width + right : width));
+    }
   }
+  // Vectors of the input for a kernel row and of grad_output for a kernel column.
+  __m512bh input_row(const bfloat16_t* plane, int m, int64_t vector) const {
+    return input.load(plane, m, vector);
+  }
+  __m512bh grad_column(const bfloat16_t* plane, int n, int64_t vector) const {
+    return grad.load(plane, n, vector);
+  }
+  // The elements of grad_output, each once.
+  __m512bh elements(const bfloat16_t* plane, int64_t vector) const {
+    const int64_t at = vector * kFlatLanes;
+    return load_masked(whole >> at, plane + at);
+  }
+  // Elements to load ahead beside a vector.
+  int64_t input_ahead() const { return kFlatLanes; }
+  int64_t grad_ahead() const { return kFlatLanes; }
+};
+
+// Planes with a stride.
+template <int K>
+struct SpreadPlanes {
+  static constexpr int64_t kRow = lka::cpu::kMostSpreadColumns;
+  alignas(64) uint16_t index[K][kFlatLanes];  // of the element at a position, for each n
+  uint32_t there[K];                          // the positions that have one
+  int64_t first_row[K], rows[K];  // of grad_output, for each m: those that meet the input
+  int64_t offset[K];              // from the row of grad_output to the input's
+  int64_t row_step, height, width, input_width, vectors;
+
+  explicit SpreadPlanes(const WeightGradientPlan& plan) {
+    const lka::cpu::Phase &y = plan.y, &x = plan.x;
+    height = plan.grad_output.height;
+    width = plan.grad_output.width;
+    input_width = plan.input.width;
+    row_step = y.tap_step * plan.input.stride_h;
+    vectors = ceil_div(height, 2);
+    for (int64_t m = 0; m < K; ++m) {
+      const int64_t down = m + y.origin, last = plan.input.height - 1 - down;
+      first_row[m] = down < 0 ? ceil_div(-down, y.tap_step) : 0;
+      const int64_t end = last < 0 ? 0 : last / y.tap_step + 1;
+      const int64_t stop = end < height ? end : height;
+      rows[m] = stop > first_row[m] ? stop - first_row[m] : 0;
+      offset[m] = down * plan.input.stride_h;
+    }
+    for (int64_t n = 0; n < K; ++n) {
+      there[n] = 0;
+      for (int64_t p = 0; p < kFlatLanes; ++p) {
+        const int64_t column = p % kRow - n - x.origin, element = column / x.tap_step;
+        const bool is =
+            p % kRow < input_width && column >= 0 && column % x.tap_step == 0 && element < width;
+        index[n][p] = is ? uint16_t(p / kRow * width + element) : uint16_t(0);
+        there[n] |= uint32_t(is) << p;
+      }
+    }
+  }
+  // The row of the input that row `row` of grad_output meets, where it does.
+  uint64_t columns(int m, int64_t row) const {
+    return uint64_t(row - first_row[m]) < uint64_t(rows[m]) ? bits_between(0, input_width) : 0;
+  }
+  __m512bh input_row(const bfloat16_t* plane, int m, int64_t vector) const {
+    const bfloat16_t* const from = plane + offset[m] + 2 * vector * row_step;
+    const __m512i first = (__m512i)load_masked(columns(m, 2 * vector), from);
+    const uint64_t second = columns(m, 2 * vector + 1) << kRow;
+    return (__m512bh)_mm512_mask_loadu_epi16(first, __mmask32(second), from + row_step - kRow);
+  }
+  __m512bh grad_column(const bfloat16_t* plane, int n, int64_t vector) const {
+    return (__m512bh)_mm512_maskz_permutexvar_epi16(there[n], _mm512_load_si512(index[n]),
+                                                    (__m512i)elements(plane, vector));
+  }
+  __m512bh elements(const bfloat16_t* plane, int64_t vector) const {
+    const int64_t left = height - 2 * vector;
+    return load_masked(bits_between(0, (left < 2 ? left : 2) * width), plane + 2 * vector * width);
+  }
+  int64_t input_ahead() const { return row_step * 2; }
+  int64_t grad_ahead() const { return 2 * width; }
 };
 
 // The same channel of `images` images.
@@ -131,9 +164,9 @@ struct FlatChannel {
 
 // Kernel rows [kFirst, kFirst + kRows): grad_weight[m][n] is added to out[m·out_row + n], with the
 // last rows also the sum of grad_output to `bias`.
-template <int K, int kFirst, int kRows, class Grad>
-void add_flat_rows(const FlatPlanes<K, Grad>& flat, const FlatChannel& channel, float* out,
-                   int64_t out_row, float* bias) {
+template <int K, int kFirst, int kRows, class Planes>
+void add_flat_rows(const Planes& planes, const FlatChannel& channel, float* out, int64_t out_row,
+                   float* bias) {
   constexpr bool kBias = kFirst + kRows == K;
   constexpr int kSums = kRows * K + kBias, kGroups = (kSums + 15) / 16;
   __m512 sum[kGroups * 16];
@@ -142,20 +175,22 @@ void add_flat_rows(const FlatPlanes<K, Grad>& flat, const FlatChannel& channel, 
   const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
   const bfloat16_t *x = channel.input, *grad = channel.grad;
   for (int64_t image = 0; image < channel.images; ++image) {
-    for (int64_t at = 0; at < flat.positions; at += kFlatLanes) {
+    for (int64_t v = 0; v < planes.vectors; ++v) {
       if constexpr (kFirst == 0) {
-        __builtin_prefetch(x + channel.ahead_of_input + at);
-        __builtin_prefetch(grad + channel.ahead_of_grad + at);
+        const int64_t input = planes.input_ahead();
+        for (int64_t e = 0; e < input; e += kFlatLanes)
+          __builtin_prefetch(x + channel.ahead_of_input + v * input + e);
+        __builtin_prefetch(grad + channel.ahead_of_grad + v * planes.grad_ahead());
       }
       if constexpr (kBias) {
-        sum[kRows * K] = _mm512_dpbf16_ps(sum[kRows * K], flat.grad.elements(grad, at), ones);
+        sum[kRows * K] = _mm512_dpbf16_ps(sum[kRows * K], planes.elements(grad, v), ones);
       }
       __m512bh shifted[K];
 #pragma GCC unroll 8
-      for (int n = 0; n < K; ++n) shifted[n] = flat.grad.load(grad, n, at);
+      for (int n = 0; n < K; ++n) shifted[n] = planes.grad_column(grad, n, v);
 #pragma GCC unroll 8
       for (int m = 0; m < kRows; ++m) {
-        const __m512bh row = flat.input.load(x, kFirst + m, at);
+        const __m512bh row = planes.input_row(x, kFirst + m, v);
 #pragma GCC unroll 8
         for (int n = 0; n < K; ++n)
           sum[m * K + n] = _mm512_dpbf16_ps(sum[m * K + n], row, shifted[n]);
@@ -186,10 +221,10 @@ void add_flat_rows(const FlatPlanes<K, Grad>& flat, const FlatChannel& channel, 
   if constexpr (kBias) *bias += total[kRows * K];
 }
 
-template <int K, class Grad>
+template <int K, class Planes>
 void flat_weight_gradients(const WeightGradientPlan& plan, int64_t begin, int64_t end) {
   const MapView &in = plan.input, &out = plan.grad_output;
-  const FlatPlanes<K, Grad> flat(plan);
+  const Planes planes(plan);
   const int64_t elements = plan.kernel_h * plan.kernel_w + 1;
   const int64_t first_tap = plan.y.first_output * plan.kernel_w + plan.x.first_output;
   for (int64_t task = begin; task < end; ++task) {
@@ -217,11 +252,11 @@ void flat_weight_gradients(const WeightGradientPlan& plan, int64_t begin, int64_
         float *taps = to + first_tap, *bias = to + elements - 1;
         // As many kernel rows at a time as there are registers for.
         if constexpr (K <= 5) {
-          add_flat_rows<K, 0, K>(flat, channel, taps, plan.kernel_w, bias);
+          add_flat_rows<K, 0, K>(planes, channel, taps, plan.kernel_w, bias);
         } else {
-          add_flat_rows<K, 0, 3>(flat, channel, taps, plan.kernel_w, bias);
-          add_flat_rows<K, 3, 2>(flat, channel, taps, plan.kernel_w, bias);
-          add_flat_rows<K, 5, 2>(flat, channel, taps, plan.kernel_w, bias);
+          add_flat_rows<K, 0, 3>(planes, channel, taps, plan.kernel_w, bias);
+          add_flat_rows<K, 3, 2>(planes, channel, taps, plan.kernel_w, bias);
+          add_flat_rows<K, 5, 2>(planes, channel, taps, plan.kernel_w, bias);
         }
       }
     }
@@ -231,9 +266,9 @@ void flat_weight_gradients(const WeightGradientPlan& plan, int64_t begin, int64_
 template <int K>
 void flat_weight_gradients_of(const WeightGradientPlan& plan, int64_t begin, int64_t end) {
   if (plan.y.tap_step == 1 && plan.x.tap_step == 1)
-    flat_weight_gradients<K, FlatGrad<K>>(plan, begin, end);
+    flat_weight_gradients<K, FlatPlanes<K>>(plan, begin, end);
   else
-    flat_weight_gradients<K, SpreadGrad<K>>(plan, begin, end);
+    flat_weight_gradients<K, SpreadPlanes<K>>(plan, begin, end);
 }
 
 inline void flat_weight_gradient(const WeightGradientPlan& plan, int64_t begin, int64_t end,
