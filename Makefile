@@ -8,6 +8,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TEST_ARGS ?=
+# Processes that share the tests, each at least a file; 0 runs them in pytest's own.
+TEST_WORKERS ?= auto
 BENCH_ARGS ?=
 # A selection of one's own is no result to keep.
 BENCH_JSON ?= $(if $(BENCH_ARGS),,benchmarks/results/cpu-$(shell date +%F).json)
@@ -25,7 +27,7 @@ TEST_SOURCES := $(shell find tests -name '*.cpp' -o -name '*.h')
 
 help:
 	@echo "make demo      generated cells: linear probe and adapters on a frozen backbone (DEMO_ARGS)"
-	@echo "make test      the tests that need no GPU (TEST_ARGS)"
+	@echo "make test      the tests that need no GPU (TEST_ARGS, TEST_WORKERS)"
 	@echo "make lint      ruff, and clang-format on C++ and CUDA"
 	@echo "make format    apply both formatters"
 	@echo "make bench     the CPU benchmarks, up to ten minutes (BENCH_ARGS, BENCH_JSON)"
@@ -76,7 +78,8 @@ demo: install
 	@$(BIN)/python -m lka_kernels.train.demo $(DEMO_ARGS)
 
 test: install
-	@$(BIN)/python -m pytest -m "not gpu" $(TEST_ARGS)
+	@$(BIN)/python -m pytest -m "not gpu" -n $(TEST_WORKERS) --maxprocesses 4 --dist loadfile \
+	  $(TEST_ARGS)
 
 lint: $(VENV)/.packages
 	@$(BIN)/ruff check .

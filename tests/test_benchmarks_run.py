@@ -1,6 +1,7 @@
 """The suite collects, and one case of it runs from pytest to the report."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,11 @@ ROOT = Path(__file__).parents[1]
 def benchmarks(*arguments: str) -> str:
     """What pytest prints for the suite."""
     command = [sys.executable, "-m", "pytest", "benchmarks/", "-p", "no:cacheprovider", *arguments]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    # Among workers that share the tests, pytest-benchmark would refuse to run.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST_")}
+    result = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
