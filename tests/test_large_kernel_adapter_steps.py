@@ -22,7 +22,7 @@ TRANSFORMED = [
     ),
     AdapterCase(4, 7, 13, (28, 25), (25, 22), dilation=2, prefix=1, position="post", biases=False),
     AdapterCase(4, 12, 5, (30, 28), (15, 31), prefix=2, prefix_mode="zero", residual=True),
-    AdapterCase(17, 10, 7, (21, 21), (19, 19), prefix=1, prefix_mode="skip", dropout=0.5),
+    AdapterCase(17, 10, 7, (14, 14), (17, 17), prefix=1, prefix_mode="skip", dropout=0.5),
     AdapterCase(4, 16, 16, (14, 14), (31, 31), prefix=1, residual=True),  # larger than the map
     AdapterCase(1, 16, 33, (23, 20), (26, 26), layout="map", activation="none"),
     AdapterCase(4, 16, 8, (14, 14), (13, 13), prefix=1, activation="silu"),
