@@ -218,20 +218,20 @@ class LargeKernelAdapter(torch.autograd.Function):
         grid_size, options, backend, own_residual = ctx.call
         if grad_output is None:
             return (None,) * (_NUM_ADAPTER_TENSORS + 2)
-        *tensors, seed, z, c = ctx.saved_tensors
-        needed = ctx.needs_input_grad
-        output_mask = list(needed[: _NUM_ADAPTER_TENSORS - 1])
-        if not any(output_mask):  # then it is the residual that wants its gradient
-            return (*(None,) * len(output_mask), grad_output, None, None)
+        x, *weights, seed, z, c = ctx.saved_tensors
+        *output_mask, need_residual, _, _ = ctx.needs_input_grad
+        grad_residual = grad_output if need_residual else None
+        if True not in output_mask:  # then it is the residual that wants its gradient
+            return (*(None,) * len(output_mask), grad_residual, None, None)
         if torch.is_grad_enabled():
+            tensors = (x, *weights)
             grads = _differentiable_adapter_backward(
                 grad_output, tensors, seed, grid_size, options, output_mask
             )
             if own_residual and output_mask[0]:
                 grads[0] = grads[0] + grad_output
         else:
-            x, *weights = tensors
-            found = ops.ADAPTER[backend].backward(
+            grads = ops.ADAPTER[backend].backward(
                 grad_output,
                 x,
                 z,
@@ -243,10 +243,10 @@ class LargeKernelAdapter(torch.autograd.Function):
                 own_residual,
                 output_mask,
             )
-            grads = [
-                grad if asked else None for grad, asked in zip(found, output_mask, strict=True)
-            ]
-        grad_residual = grad_output if needed[_NUM_ADAPTER_TENSORS - 1] else None
+            if False in output_mask:
+                grads = [
+                    grad if asked else None for grad, asked in zip(grads, output_mask, strict=True)
+                ]
         return (*grads, grad_residual, None, None)
 
 

@@ -213,7 +213,10 @@ def large_kernel_adapter(
 
     Returns:
         The shape of x. Differentiable twice in all tensors. Under autocast x and the weights are
-        cast as for ``F.linear`` and the residual is not.
+        cast as for ``F.linear`` and the residual is not. On a CPU the convolution is done by
+        Fourier transforms where ``depthwise_conv2d`` would choose them for a channels_last map
+        (B, r, H, W) in float32, or float64 if x is, as ``explain`` tells; see there for rounding
+        errors and elements that are not finite.
 
     Raises:
         ValueError, TypeError, RuntimeError: as ``depthwise_conv2d``.

@@ -32,6 +32,7 @@ struct AdapterParams {
   void* y;               // likewise
   void* z;               // (batch, tokens, rank) T
   void* c;               // likewise
+  void* a;               // likewise: act(z), then its gradient; only where steps are taken apart
 
   // Packed weights, T. Projections are [rank rows][dim padded], their biases one such row or
   // column.
@@ -47,9 +48,11 @@ struct AdapterGradients {
   bool need_down, need_conv, need_up;
   const void* conv_flipped;  // [rank block][kernel_h·kernel_w][V]
 
+  void* grad_c;  // (batch, tokens, rank) T; only where steps are taken apart
+
   // Weight gradients are summed per part of the batch: [part][part_elements] T, as
   //   down [rank rows][dim padded], up likewise, up bias [dim padded], down bias [rank padded],
-  //   conv [rank block][taps][V], conv bias [rank padded].
+  // and, unless steps are taken apart, conv [rank block][taps][V], conv bias [rank padded].
   int64_t num_parts, part_elements;
   void* parts;
 };

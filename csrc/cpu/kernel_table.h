@@ -16,15 +16,23 @@ struct DepthwiseKernels {
 
 // The steps of the fused adapter; `lanes` is the width of a block of the bottleneck, `wide_lanes`
 // that of the model dimension, and projections come with zeros up to a multiple of `rank_group`
-// rows. Each step works on one image, or on parts of the batch.
+// rows. `convolve` works on one image and `backward` on parts of the batch; the others on tokens of
+// an image, so that threads may share it, and with the convolution to be done by others.
 struct AdapterKernels {
   int lanes, wide_lanes, rank_group;
   int64_t (*scratch_elements)(const AdapterParams&);
+  int64_t (*step_scratch_elements)(const AdapterParams&);  // without `convolve` and `backward`
   void (*down)(const AdapterParams&, int64_t image, int64_t begin, int64_t end, void* scratch);
   void (*convolve)(const AdapterParams&, int64_t image, void* scratch);
   void (*up)(const AdapterParams&, int64_t image, int64_t begin, int64_t end, void* scratch);
   void (*backward)(const AdapterParams&, const AdapterGradients&, int64_t part_begin,
                    int64_t part_end, void* scratch);
+  void (*activate)(const AdapterParams&, int64_t image, int64_t begin, int64_t end);
+  // The gradients in front of the convolution and behind it.
+  void (*backward_up)(const AdapterParams&, const AdapterGradients&, int64_t part, int64_t image,
+                      int64_t begin, int64_t end, void* scratch);
+  void (*backward_down)(const AdapterParams&, const AdapterGradients&, int64_t part, int64_t image,
+                        int64_t begin, int64_t end, void* scratch);
 };
 
 // Full vectors, and half vectors for channel counts that would leave most lanes idle: float only,

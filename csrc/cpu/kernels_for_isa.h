@@ -34,10 +34,14 @@ constexpr lka::cpu::AdapterKernels adapter_kernels() {
           kWide,
           kRankGroup,
           &adapter_scratch<T>,
+          &adapter_step_scratch<T>,
           &adapter_down_of<T, kWide>,
           &adapter_convolve_of<T, V, kWide>,
           &adapter_up_of<T, kWide>,
-          &adapter_backward_of<T, V, kWide>};
+          &adapter_backward_of<T, V, kWide>,
+          &adapter_activate<T, kWide>,
+          &adapter_backward_up_of<T, V, kWide>,
+          &adapter_backward_down_of<T, V, kWide>};
 }
 
 #if defined(LKA_AVX512_BF16)

@@ -2,9 +2,11 @@
 // thread pool.
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "../adapter_options.h"
 #include "adapter_params.h"
+#include "adapter_steps.h"
 #include "adapter_weights.h"
 #include "kernel_table.h"
 #include "operators.h"
@@ -85,25 +87,43 @@ const S* elements(const Tensor& t) {
   return static_cast<const S*>(t.data_ptr());
 }
 
+// The convolution's weights as the depthwise kernels read them.
 template <class T, class S>
-void pack_forward(AdapterParams& p, const AdapterWeights& w, void* memory) {
-  Packer<T> packer(memory);
-  p.down = packer.projection(p, elements<S>(w.down), p.dim, 1, T(1));
-  p.up = packer.projection(p, elements<S>(w.up), 1, p.rank, T(p.scale));
-  p.conv = packer.taps(p, elements<S>(w.conv), false);
-  if (w.has_down_bias) p.down_bias = packer.vector(elements<S>(w.down_bias), p.rank, p.rank, T(1));
-  if (w.has_up_bias)
-    p.up_bias = packer.vector(elements<S>(w.up_bias), p.dim, p.dim_padded, T(p.scale));
-  p.conv_bias = packer.vector(w.has_conv_bias ? elements<S>(w.conv_bias) : nullptr,
-                              w.has_conv_bias ? p.rank : 0, p.rank_padded, T(1));
+const void* dense_taps(const AdapterParams& p, const AdapterWeights& w, Packer<T>& packer) {
+  const S* from = elements<S>(w.conv);
+  if constexpr (std::is_same_v<T, S>) {
+    (void)p, (void)packer;
+    return from;
+  } else {
+    const int64_t count = p.rank * p.kernel_h * p.kernel_w;
+    return packer.vector(from, count, count, T(1));
+  }
 }
 
 template <class T, class S>
-void pack_backward(AdapterParams& p, AdapterGradients& g, const AdapterWeights& w, void* memory) {
+void pack_forward(AdapterParams& p, const AdapterWeights& w, bool steps, void* memory) {
   Packer<T> packer(memory);
   p.down = packer.projection(p, elements<S>(w.down), p.dim, 1, T(1));
   p.up = packer.projection(p, elements<S>(w.up), 1, p.rank, T(p.scale));
-  g.conv_flipped = packer.taps(p, elements<S>(w.conv), true);
+  p.conv = steps ? dense_taps<T, S>(p, w, packer) : packer.taps(p, elements<S>(w.conv), false);
+  if (w.has_down_bias) p.down_bias = packer.vector(elements<S>(w.down_bias), p.rank, p.rank, T(1));
+  if (w.has_up_bias)
+    p.up_bias = packer.vector(elements<S>(w.up_bias), p.dim, p.dim_padded, T(p.scale));
+  if (!steps || w.has_conv_bias)
+    p.conv_bias = packer.vector(w.has_conv_bias ? elements<S>(w.conv_bias) : nullptr,
+                                w.has_conv_bias ? p.rank : 0, p.rank_padded, T(1));
+}
+
+template <class T, class S>
+void pack_backward(AdapterParams& p, AdapterGradients& g, const AdapterWeights& w, bool steps,
+                   void* memory) {
+  Packer<T> packer(memory);
+  p.down = packer.projection(p, elements<S>(w.down), p.dim, 1, T(1));
+  p.up = packer.projection(p, elements<S>(w.up), 1, p.rank, T(p.scale));
+  if (steps)
+    p.conv = dense_taps<T, S>(p, w, packer);
+  else
+    g.conv_flipped = packer.taps(p, elements<S>(w.conv), true);
 }
 
 void run_forward(const AdapterParams& p, const AdapterKernels& k, int64_t element) {
@@ -142,9 +162,10 @@ void run_forward(const AdapterParams& p, const AdapterKernels& k, int64_t elemen
   over_tokens(k.up);
 }
 
-// The gradients of the weights, from the sums of the parts.
+// The gradients of the weights, from the sums of the parts; those of the convolution from
+// grad_conv, then grad_conv_bias, unless null.
 template <class T, class S>
-void reduce(const AdapterParams& p, const AdapterGradients& g, Tensor* grads,
+void reduce(const AdapterParams& p, const AdapterGradients& g, const T* grad_conv, Tensor* grads,
             const std::vector<bool>& mask) {
   const int64_t taps = p.kernel_h * p.kernel_w, projection = p.rank_rows * p.dim_padded;
   const auto sum = [&](int grad, int64_t offset, int64_t rows, int64_t columns, int64_t row,
@@ -159,6 +180,12 @@ void reduce(const AdapterParams& p, const AdapterGradients& g, Tensor* grads,
   sum(5, offset += projection, p.rank, p.dim, p.dim_padded, scale, 1, p.rank);
   sum(6, offset += projection, 1, p.dim, 0, scale, 0, 1);
   sum(2, offset += p.dim_padded, 1, p.rank, 0, T(1), 0, 1);
+  if (grad_conv != nullptr) {
+    if (mask[3]) narrow_run(grad_conv, 1, p.rank * taps, static_cast<S*>(grads[3].data_ptr()));
+    if (mask[4])
+      narrow_run(grad_conv + p.rank * taps, 1, p.rank, static_cast<S*>(grads[4].data_ptr()));
+    return;
+  }
   offset += p.rank_padded;
   if (mask[3])
     for (int64_t k = 0; k < p.rank; k += p.lanes)
@@ -198,12 +225,25 @@ std::tuple<Tensor, Tensor, Tensor> large_kernel_adapter_forward(
   p.y = y.data_ptr();
   p.z = z.data_ptr();
   p.c = c.data_ptr();
-  const int64_t element = wide ? 8 : 4;
+  PlannedConvolution planned =
+      plan_forward(adapter_convolution(p), int(torch::stable::get_num_threads()));
+  const bool steps = takes_steps(p, planned.kernel_name);
   with_arithmetic(p.storage, [&](auto t, auto s) {
     using T = decltype(t);
-    pack_forward<T, decltype(s)>(p, w, call_scratch().get(Packer<T>::elements(p) * sizeof(T)));
+    Scratch& memory = steps ? outer_call_scratch() : call_scratch();
+    pack_forward<T, decltype(s)>(p, w, steps, memory.get(Packer<T>::elements(p) * sizeof(T)));
   });
-  run_forward(p, choose(p.storage, p.rank), element);
+  const AdapterKernels& k = choose(p.storage, p.rank);
+  if (!steps) {
+    run_forward(p, k, wide ? 8 : 4);
+    return {y, z, c};
+  }
+  Tensor a;
+  if (p.activate_before) {
+    a = empty(x, {p.batch, p.tokens, p.rank}, accumulation);
+    p.a = a.data_ptr();
+  }
+  run_forward_steps(p, k, planned);
   return {y, z, c};
 }
 
@@ -254,20 +294,47 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> large_kernel_
   g.need_down = output_mask[1] || output_mask[2];
   g.need_conv = output_mask[3] || output_mask[4];
   g.need_up = output_mask[5] || output_mask[6];
-  g.num_parts = std::min(p.batch, kMaxParts);
-  g.part_elements = round_up(
-      2 * p.rank_rows * p.dim_padded + p.dim_padded + p.rank_padded * (p.kernel_h * p.kernel_w + 2),
-      16);
+  const ConvParams convolution = adapter_convolution(p);
+  PlannedConvolution planned =
+      plan_backward_input(convolution, int(torch::stable::get_num_threads()));
+  PlannedWeightGradient planned_weight = plan_backward_weight(convolution);
+  const bool steps =
+      takes_steps(p, planned.kernel_name) || takes_steps(p, planned_weight.kernel_name);
+  const int64_t taps = p.kernel_h * p.kernel_w;
+  g.num_parts = steps ? parts_of_steps(p, kMaxParts) : std::min(p.batch, kMaxParts);
+  g.part_elements = round_up(2 * p.rank_rows * p.dim_padded + p.dim_padded + p.rank_padded +
+                                 (steps ? 0 : p.rank_padded * (taps + 1)),
+                             16);
   const AdapterKernels& k = choose(p.storage, p.rank);
   const bool wide = p.storage == Storage::float64;
   const int64_t element = wide ? 8 : 4;
+  if (steps) {
+    const ScalarType accumulation = wide ? ScalarType::Double : ScalarType::Float;
+    const Tensor a = empty(x, {p.batch, p.tokens, p.rank}, accumulation);
+    const Tensor grad_c = empty(x, {p.batch, p.tokens, p.rank}, accumulation);
+    p.a = a.data_ptr();
+    g.grad_c = grad_c.data_ptr();
+    with_arithmetic(p.storage, [&](auto t, auto s) {
+      using T = decltype(t);
+      const int64_t packed = round_up(Packer<T>::elements(p), 16);
+      const int64_t conv = round_up(p.rank * (taps + 1), 16);
+      T* shared = static_cast<T*>(outer_call_scratch().get(
+          size_t(packed + conv + g.num_parts * g.part_elements) * sizeof(T)));
+      T* grad_conv = shared + packed;
+      g.parts = grad_conv + conv;
+      pack_backward<T, decltype(s)>(p, g, w, true, shared);
+      run_backward_steps(p, g, k, planned, planned_weight, grad_conv, grad_conv + p.rank * taps);
+      reduce<T, decltype(s)>(p, g, grad_conv, grads, output_mask);
+    });
+    return results();
+  }
   with_arithmetic(p.storage, [&](auto t, auto s) {
     using T = decltype(t);
     const int64_t packed = round_up(Packer<T>::elements(p), 16);
     T* shared = static_cast<T*>(
         call_scratch().get(size_t(packed + g.num_parts * g.part_elements) * sizeof(T)));
     g.parts = shared + packed;
-    pack_backward<T, decltype(s)>(p, g, w, shared);
+    pack_backward<T, decltype(s)>(p, g, w, false, shared);
   });
   const double work = double(p.batch) / double(g.num_parts) * double(p.tokens * p.rank_padded) *
                       double(4 * p.dim + 2 * p.kernel_h * p.kernel_w) / double(p.lanes);
@@ -277,7 +344,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> large_kernel_
         k.backward(p, g, begin, end, task_scratch().get(size_t(k.scratch_elements(p) * element)));
       });
   with_arithmetic(p.storage, [&](auto t, auto s) {
-    reduce<decltype(t), decltype(s)>(p, g, grads, output_mask);
+    using T = decltype(t);
+    reduce<T, decltype(s)>(p, g, static_cast<const T*>(nullptr), grads, output_mask);
   });
   return results();
 }

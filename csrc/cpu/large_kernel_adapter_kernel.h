@@ -1,5 +1,6 @@
 // The fused adapter for one instruction set. A thread takes whole images: the rank-r tensors of an
-// image stay in its cache between the three steps, and x and y are each touched once.
+// image stay in its cache between the three steps, and x and y are each touched once. Or the steps
+// around the convolution alone, where that is left to the depthwise kernels.
 #pragma once
 
 #include "activation.h"
@@ -262,6 +263,19 @@ void adapter_up(const AdapterParams& p, int64_t image, int64_t begin, int64_t en
   }
 }
 
+// Where the weight gradients of a part of the batch are summed.
+template <class T, int V>
+struct PartSums {
+  PartSums(const AdapterParams& p, const AdapterGradients& g, int64_t part)
+      : down(static_cast<T*>(g.parts) + part * g.part_elements),
+        up(down + p.rank_rows * p.dim_padded),
+        up_bias(up + p.rank_rows * p.dim_padded),
+        down_bias(up_bias + p.dim_padded),
+        conv(down_bias + p.rank_padded),
+        conv_bias(conv + p.rank_blocks * p.kernel_h * p.kernel_w * V) {}
+  T *down, *up, *up_bias, *down_bias, *conv, *conv_bias;
+};
+
 // Gradients of one part of the batch, image after image: [part_begin, part_end) of the parts.
 template <class T, int V, int kWide, class S>
 void adapter_backward_parts(const AdapterParams& p, const AdapterGradients& g, int64_t part_begin,
@@ -288,13 +302,9 @@ void adapter_backward_parts(const AdapterParams& p, const AdapterGradients& g, i
   const bool need_bottleneck = g.need_down || g.need_conv || g.grad_x;
 
   for (int64_t part = part_begin; part < part_end; ++part) {
-    T* down = static_cast<T*>(g.parts) + part * g.part_elements;
-    T* up = down + p.rank_rows * p.dim_padded;
-    T* up_bias = up + p.rank_rows * p.dim_padded;
-    T* down_bias = up_bias + p.dim_padded;
-    T* conv = down_bias + padded;
-    T* conv_bias = conv + p.rank_blocks * taps * V;
-    memset(down, 0, g.part_elements * sizeof(T));
+    const PartSums<T, V> sums(p, g, part);
+    T *conv = sums.conv, *conv_bias = sums.conv_bias;
+    memset(sums.down, 0, g.part_elements * sizeof(T));
     const int64_t last_image = (part + 1) * p.batch / g.num_parts;
     for (int64_t image = part * p.batch / g.num_parts; image < last_image; ++image) {
       const T* z = static_cast<const T*>(p.z) + image * p.tokens * p.rank;
@@ -324,8 +334,8 @@ void adapter_backward_parts(const AdapterParams& p, const AdapterGradients& g, i
           project_in<T, kWide>(dy, tokens, p.dim, static_cast<const T*>(p.up), p.dim_padded,
                                static_cast<const T*>(nullptr), p.rank, grad + t * padded, padded);
         if (g.need_up)
-          outer<T, kWide>(dy, tokens, p.dim, e + t * padded, padded, p.rank, up, p.dim_padded,
-                          up_bias);
+          outer<T, kWide>(dy, tokens, p.dim, e + t * padded, padded, p.rank, sums.up, p.dim_padded,
+                          sums.up_bias);
       }
       if (!need_bottleneck) continue;
 
@@ -394,9 +404,9 @@ void adapter_backward_parts(const AdapterParams& p, const AdapterGradients& g, i
         for (int64_t t = first_token; t < p.tokens; t += step) {
           const int64_t tokens = p.tokens - t < step ? p.tokens - t : step;
           const T* tokens_x = widen<T, kWide, S>(x + t * p.dim, tokens * p.dim, tile);
-          outer<T, kWide>(tokens_x, tokens, p.dim, grad + t * padded, padded, p.rank, down,
+          outer<T, kWide>(tokens_x, tokens, p.dim, grad + t * padded, padded, p.rank, sums.down,
                           p.dim_padded, static_cast<T*>(nullptr));
-          add_column_sums<T, V>(grad + t * padded, tokens, padded, padded, down_bias);
+          add_column_sums<T, V>(grad + t * padded, tokens, padded, padded, sums.down_bias);
         }
       }
       if (g.grad_x) {
@@ -414,6 +424,115 @@ void adapter_backward_parts(const AdapterParams& p, const AdapterGradients& g, i
       }
     }
   }
+}
+
+// a = act(z) for tokens [begin, end) of an image.
+template <class T, int kWide>
+void adapter_activate(const AdapterParams& p, int64_t image, int64_t begin, int64_t end) {
+  const int64_t first = (image * p.tokens + begin) * p.rank;
+  map_activation<T, kWide>(p.activation, static_cast<const T*>(p.z) + first,
+                           static_cast<const T*>(nullptr), static_cast<T*>(p.a) + first,
+                           static_cast<T*>(nullptr), (end - begin) * p.rank);
+}
+
+template <class T, int V>
+void multiply_by(T* values, const T* factors, int64_t count) {
+  for (int64_t i = 0; i < count; i += V) {
+    const int some = count - i < V ? int(count - i) : V;
+    store_some<T, V, T>(
+        values + i, load_some<T, V, T>(values + i, some) * load_some<T, V, T>(factors + i, some),
+        some);
+  }
+}
+
+// For tokens [begin, end) of an image: gradients of the up-projection, added to those of a part,
+// and the gradient of the convolution's output.
+template <class T, int V, int kWide, class S>
+void adapter_backward_up(const AdapterParams& p, const AdapterGradients& g, int64_t part,
+                         int64_t image, int64_t begin, int64_t end, T* scratch) {
+  const PartSums<T, V> sums(p, g, part);
+  const int64_t step = tokens_in_tile(p);
+  const bool need_bottleneck = g.need_down || g.need_conv || g.grad_x;
+  Arena<T> arena(scratch);
+  T* tile = arena.take(step * p.dim);
+  T* factor = arena.take(step * p.rank);
+  T* e = arena.take(step * p.rank + kRankGroup);
+  T* slope = arena.take(step * p.rank);
+  if (p.prefix_mode == PrefixMode::zero && begin < p.num_prefix_tokens) begin = p.num_prefix_tokens;
+  for (int64_t t = begin; t < end; t += step) {
+    const int64_t tokens = end - t < step ? end - t : step, count = tokens * p.rank;
+    const int64_t row = image * p.tokens + t;
+    const S* grad_output = static_cast<const S*>(g.grad_output) + row * p.dim;
+    const T* dy = widen<T, kWide, S>(grad_output, tokens * p.dim, tile);
+    const T* output = adapter_bottleneck_output<T, kWide>(p, image, t, tokens, factor, e);
+    if (g.need_up) {
+      if (output != e && p.rank % kRankGroup != 0)  // read behind the last token too
+        output = static_cast<const T*>(memcpy(e, output, size_t(count) * sizeof(T)));
+      outer<T, kWide>(dy, tokens, p.dim, output, p.rank, p.rank, sums.up, p.dim_padded,
+                      sums.up_bias);
+    }
+    if (!need_bottleneck) continue;
+    T* grad = static_cast<T*>(g.grad_c) + row * p.rank;
+    project_in<T, kWide>(dy, tokens, p.dim, static_cast<const T*>(p.up), p.dim_padded,
+                         static_cast<const T*>(nullptr), p.rank, grad, p.rank);
+    if (!p.activate_after && !p.dropout) continue;
+    map_activation<T, kWide>(p.activate_after ? p.activation : Activation::none,
+                             static_cast<const T*>(p.c) + row * p.rank,
+                             p.dropout ? factor : nullptr, static_cast<T*>(nullptr), slope, count);
+    multiply_by<T, kWide>(grad, slope, count);
+  }
+}
+
+// For tokens [begin, end) of an image, from the gradient of a: gradients of the down-projection,
+// added to those of a part, and of x.
+template <class T, int V, int kWide, class S>
+void adapter_backward_down(const AdapterParams& p, const AdapterGradients& g, int64_t part,
+                           int64_t image, int64_t begin, int64_t end, T* scratch) {
+  const PartSums<T, V> sums(p, g, part);
+  const int64_t step = tokens_in_tile(p);
+  Arena<T> arena(scratch);
+  T* tile = arena.take(step * p.dim);
+  T* slope = arena.take(step * p.rank);
+  T* grad_z = arena.take(step * p.rank + kRankGroup);
+  const S* grad_output = static_cast<const S*>(g.grad_output);
+  S* grad_x = static_cast<S*>(g.grad_x);
+  if (p.prefix_mode == PrefixMode::zero && begin < p.num_prefix_tokens) {
+    const int64_t last = end < p.num_prefix_tokens ? end : p.num_prefix_tokens;
+    const int64_t at = (image * p.tokens + begin) * p.dim, count = (last - begin) * p.dim;
+    if (grad_x && g.add_grad_output)
+      memcpy(grad_x + at, grad_output + at, size_t(count) * sizeof(S));
+    else if (grad_x)
+      memset(static_cast<void*>(grad_x + at), 0, size_t(count) * sizeof(S));
+    begin = last;
+  }
+  for (int64_t t = begin; t < end; t += step) {
+    const int64_t tokens = end - t < step ? end - t : step, count = tokens * p.rank;
+    const int64_t row = image * p.tokens + t, at = row * p.dim;
+    memcpy(grad_z, static_cast<const T*>(p.a) + row * p.rank, size_t(count) * sizeof(T));
+    if (p.activate_before) {
+      map_activation<T, kWide>(p.activation, static_cast<const T*>(p.z) + row * p.rank,
+                               static_cast<const T*>(nullptr), static_cast<T*>(nullptr), slope,
+                               count);
+      multiply_by<T, kWide>(grad_z, slope, count);
+    }
+    if (g.need_down) {
+      const T* x = widen<T, kWide, S>(static_cast<const S*>(p.x) + at, tokens * p.dim, tile);
+      outer<T, kWide>(x, tokens, p.dim, grad_z, p.rank, p.rank, sums.down, p.dim_padded,
+                      static_cast<T*>(nullptr));
+      add_column_sums<T, V>(grad_z, tokens, p.rank, p.rank, sums.down_bias);
+    }
+    if (grad_x)
+      project_out<T, kWide, S>(grad_z, p.rank, tokens, p.rank, p.dim, static_cast<const T*>(p.down),
+                               p.dim_padded, static_cast<const T*>(nullptr),
+                               g.add_grad_output ? grad_output + at : nullptr, grad_x + at);
+  }
+}
+
+// Scratch elements that one thread needs for a step on tokens.
+template <class T>
+int64_t adapter_step_scratch(const AdapterParams& p) {
+  constexpr int64_t kMostPieces = 4, kLine = 64 / sizeof(T), kMostTokens = 96;
+  return tokens_in_tile(p) * p.dim + 3 * kMostTokens * p.rank + kRankGroup + kMostPieces * kLine;
 }
 
 // Scratch elements that one thread needs, for backward or a step of forward. `outer` reads up to
@@ -447,6 +566,24 @@ void adapter_up_of(const AdapterParams& p, int64_t image, int64_t begin, int64_t
                    void* scratch) {
   with_storage<T>(p.storage, [&](auto s) {
     adapter_up<T, kWide, decltype(s)>(p, image, begin, end, static_cast<T*>(scratch));
+  });
+}
+
+template <class T, int V, int kWide>
+void adapter_backward_up_of(const AdapterParams& p, const AdapterGradients& g, int64_t part,
+                            int64_t image, int64_t begin, int64_t end, void* scratch) {
+  with_storage<T>(p.storage, [&](auto s) {
+    adapter_backward_up<T, V, kWide, decltype(s)>(p, g, part, image, begin, end,
+                                                  static_cast<T*>(scratch));
+  });
+}
+
+template <class T, int V, int kWide>
+void adapter_backward_down_of(const AdapterParams& p, const AdapterGradients& g, int64_t part,
+                              int64_t image, int64_t begin, int64_t end, void* scratch) {
+  with_storage<T>(p.storage, [&](auto s) {
+    adapter_backward_down<T, V, kWide, decltype(s)>(p, g, part, image, begin, end,
+                                                    static_cast<T*>(scratch));
   });
 }
 

@@ -30,12 +30,17 @@ class Scratch {
   size_t capacity_ = 0;
 };
 
-// Per thread: one for the tasks a thread runs, one for what a call shares among its tasks.
+// Per thread: one for the tasks a thread runs, one for what a call shares among its tasks, and one
+// for an operator that calls another.
 inline Scratch& task_scratch() {
   static thread_local Scratch scratch;
   return scratch;
 }
 inline Scratch& call_scratch() {
+  static thread_local Scratch scratch;
+  return scratch;
+}
+inline Scratch& outer_call_scratch() {
   static thread_local Scratch scratch;
   return scratch;
 }
