@@ -432,7 +432,8 @@ inline LaunchShape plan_adapter_sums(const AdapterCall& call, AdapterBackward& p
   else if (call.need_conv)
     add(adapter_sum(plan.convolve.params.conv_partials, plan.convolve.params.taps, call.rank), 2);
   if (call.need_up) add(adapter_sum(up.up_partials, up.groups, call.channels, call.rank), 4);
-  return {blocks, AdapterSums::kElements * AdapterSums::kSlices, 0};
+  constexpr int kThreads = AdapterSums::kElements * AdapterSums::kSlices;
+  return {blocks, kThreads, kThreads * int64_t(sizeof(float))};
 }
 
 }  // namespace lka::cuda

@@ -1,5 +1,5 @@
 // What the .cu files offer to the operators: launches on raw pointers, one pair of files for a
-// kernel. Weights are contiguous; the current device is that of the pointers.
+// kernel, one launch each. Weights are contiguous; the current device is that of the pointers.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -20,16 +20,17 @@ void toeplitz_correlate(Storage storage, const CorrelateParams& p, const LaunchS
 // Forward and backward-input in float32, planned by plan_float_correlate.
 void float_correlate(const FloatCorrelateParams& p, const LaunchShape& shape, cudaStream_t stream);
 
-// Backward-weight for the tensor cores, planned by plan_weight_gradient: partial sums, or those and
-// then their sum.
-void toeplitz_weight_partials(Storage storage, const WeightGradientParams& p,
-                              const LaunchShape& shape, cudaStream_t stream);
+// Backward-weight for the tensor cores: partial sums, planned by plan_weight_gradient, and their
+// sum, planned by plan_sum_partials.
 void toeplitz_weight_gradient(Storage storage, const WeightGradientParams& p,
-                              const LaunchShape& shape, void* grad_weight, void* grad_bias,
-                              cudaStream_t stream);
+                              const LaunchShape& shape, cudaStream_t stream);
+void toeplitz_sum_partials(Storage storage, const WeightGradientParams& p, const LaunchShape& shape,
+                           void* grad_weight, void* grad_bias, cudaStream_t stream);
 
 // The same in float32, planned by plan_float_weight_gradient.
 void float_weight_gradient(const FloatWeightGradientParams& p, const LaunchShape& shape,
-                           void* grad_weight, void* grad_bias, cudaStream_t stream);
+                           cudaStream_t stream);
+void float_sum_partials(const FloatWeightGradientParams& p, const LaunchShape& shape,
+                        void* grad_weight, void* grad_bias, cudaStream_t stream);
 
 }  // namespace lka::cuda

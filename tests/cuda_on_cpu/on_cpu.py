@@ -90,7 +90,7 @@ def params(input: Tensor, output: Tensor, kernel, padding, dilation) -> ConvPara
 
 
 def _function(name: str):
-    function = getattr(library("kernels.cpp", "fft_kernels.cpp"), name)
+    function = getattr(library("kernels.cpp"), name)
     function.restype = ctypes.c_char_p
     return function
 
@@ -149,3 +149,9 @@ def plan(
     arguments = (ctypes.byref(call), direction.encode(), multiprocessors, shape)
     _raise_for(_function(function)(*arguments))
     return dict(zip(("blocks", "threads", "shared"), shape, strict=True))
+
+
+def why_device_cannot(capability: int, compiled: int, tensor_cores: bool) -> str:
+    """``lka::cuda::why_device_cannot`` of versions 10 · major + minor."""
+    function = _function("why_device_cannot")
+    return function(capability, compiled, ctypes.c_bool(tensor_cores)).decode()
