@@ -76,7 +76,7 @@ void correlate(Form form, const ConvParams& p, bool backward, const Tensor& weig
   if (form != Form::direct) {
     std::string refusal = why_no_tensor_cores(p, device);
     if (refusal.empty()) {
-      const char* why = run_toeplitz_correlate(p, backward, dense.data_ptr(), bias_data, runner);
+      const char* why = run_tensor_core_correlate(p, backward, dense.data_ptr(), bias_data, runner);
       if (why == nullptr) return;
       refusal = why;
     }
@@ -169,7 +169,7 @@ std::tuple<Tensor, Tensor> depthwise_conv2d_backward_weight(const Tensor& grad_o
     std::string refusal = why_no_tensor_cores(p, device);
     if (refusal.empty()) {
       const char* why =
-          run_toeplitz_weight_gradient(p, multiprocessors, weight_data, bias_data, runner);
+          run_tensor_core_weight_gradient(p, multiprocessors, weight_data, bias_data, runner);
       if (why == nullptr) return {grad_weight, grad_bias};
       refusal = why;
     }

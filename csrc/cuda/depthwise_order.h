@@ -6,11 +6,11 @@
 // Every function returns why the call cannot be served, in which case nothing was launched.
 #pragma once
 
-#include "fft_plan.h"
+#include "estimate.h"
 
 namespace lka::cuda {
 
-// Forward or backward-input for the tensor cores.
+// Forward or backward-input for the tensor cores, row by row.
 template <class Runner>
 const char* run_toeplitz_correlate(const ConvParams& call, bool backward, const void* weight,
                                    const void* bias, Runner& runner) {
@@ -23,7 +23,30 @@ const char* run_toeplitz_correlate(const ConvParams& call, bool backward, const 
   return nullptr;
 }
 
-// The same in float32. taps(channels_in_lanes) gives them in the order (C, kH, kW) or (kW, kH, C).
+// The same of small maps in the dense form.
+template <class Runner>
+const char* run_dense_correlate(const ConvParams& call, bool backward, const void* weight,
+                                const void* bias, Runner& runner) {
+  DenseCorrelateParams p;
+  const Plan plan = plan_dense_correlate(correlation_of(call, backward), p);
+  if (plan.refusal != nullptr) return plan.refusal;
+  p.weight = weight;
+  p.bias = bias;
+  runner.dense_correlate(p, plan.shape);
+  return nullptr;
+}
+
+// Forward or backward-input for the tensor cores, in the form that is estimated to be faster.
+template <class Runner>
+const char* run_tensor_core_correlate(const ConvParams& call, bool backward, const void* weight,
+                                      const void* bias, Runner& runner) {
+  if (prefers_dense(call, backward))
+    return run_dense_correlate(call, backward, weight, bias, runner);
+  return run_toeplitz_correlate(call, backward, weight, bias, runner);
+}
+
+// Forward or backward-input in float32. taps(channels_in_lanes) gives them in the order (C, kH, kW)
+// or (kW, kH, C).
 template <class Taps, class Runner>
 const char* run_float_correlate(const ConvParams& call, bool backward, Taps taps, const void* bias,
                                 Runner& runner) {
@@ -41,7 +64,7 @@ void make_partials(Params& p, Runner& runner) {
   p.partials = runner.floats(int64_t(p.groups) * p.channels * (int64_t(p.full_h) * p.full_w + 1));
 }
 
-// Backward-weight for the tensor cores: partial sums, then their sum.
+// Backward-weight for the tensor cores, row by row: partial sums, then their sum.
 template <class Runner>
 const char* run_toeplitz_weight_gradient(const ConvParams& call, int multiprocessors,
                                          void* grad_weight, void* grad_bias, Runner& runner) {
@@ -54,7 +77,29 @@ const char* run_toeplitz_weight_gradient(const ConvParams& call, int multiproces
   return nullptr;
 }
 
-// The same in float32.
+// The same of small maps in the dense form.
+template <class Runner>
+const char* run_dense_weight_gradient(const ConvParams& call, int multiprocessors,
+                                      void* grad_weight, void* grad_bias, Runner& runner) {
+  DenseWeightGradientParams p;
+  const Plan plan = plan_dense_weight_gradient(call, multiprocessors, p);
+  if (plan.refusal != nullptr) return plan.refusal;
+  make_partials(p, runner);
+  runner.dense_weight_gradient(p, plan.shape);
+  runner.sum_partials(p, plan_sum_partials(p), grad_weight, grad_bias);
+  return nullptr;
+}
+
+// Backward-weight for the tensor cores, in the form that is estimated to be faster.
+template <class Runner>
+const char* run_tensor_core_weight_gradient(const ConvParams& call, int multiprocessors,
+                                            void* grad_weight, void* grad_bias, Runner& runner) {
+  if (prefers_dense_weight_gradient(call, multiprocessors))
+    return run_dense_weight_gradient(call, multiprocessors, grad_weight, grad_bias, runner);
+  return run_toeplitz_weight_gradient(call, multiprocessors, grad_weight, grad_bias, runner);
+}
+
+// Backward-weight in float32.
 template <class Runner>
 const char* run_float_weight_gradient(const ConvParams& call, int multiprocessors,
                                       void* grad_weight, void* grad_bias, Runner& runner) {

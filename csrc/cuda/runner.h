@@ -25,6 +25,8 @@ class Runner {
   void NAME(const PARAMS& p, const LaunchShape& shape) { cuda::NAME(storage_, p, shape, stream_); }
   LKA_RUN(toeplitz_correlate, CorrelateParams)
   LKA_RUN(toeplitz_weight_gradient, WeightGradientParams)
+  LKA_RUN(dense_correlate, DenseCorrelateParams)
+  LKA_RUN(dense_weight_gradient, DenseWeightGradientParams)
   LKA_RUN(fft_correlate, FftCorrelateParams)
   LKA_RUN(fft_weight_gradient, FftWeightGradientParams)
   LKA_RUN(adapter_down, AdapterParams)
@@ -46,6 +48,10 @@ class Runner {
   void sum_partials(const WeightGradientParams& p, const LaunchShape& shape, void* grad_weight,
                     void* grad_bias) {
     toeplitz_sum_partials(storage_, p, shape, grad_weight, grad_bias, stream_);
+  }
+  void sum_partials(const DenseWeightGradientParams& p, const LaunchShape& shape, void* grad_weight,
+                    void* grad_bias) {
+    dense_sum_partials(storage_, p, shape, grad_weight, grad_bias, stream_);
   }
   void sum_partials(const FloatWeightGradientParams& p, const LaunchShape& shape, void* grad_weight,
                     void* grad_bias) {

@@ -54,6 +54,20 @@ extern "C" const char* toeplitz_correlate(const ConvParams* call, bool backward,
   });
 }
 
+extern "C" const char* dense_correlate(const ConvParams* call, bool backward, const void* weight,
+                                       const void* bias) {
+  return correlate(*call, backward, weight, bias, [&](Runner& runner) {
+    return cuda::run_dense_correlate(*call, backward, weight, bias, runner);
+  });
+}
+
+extern "C" const char* dense_weight_gradient(const ConvParams* call, int multiprocessors,
+                                             void* grad_weight, void* grad_bias) {
+  return weight_gradient(*call, grad_weight, grad_bias, [&](Runner& runner) {
+    return cuda::run_dense_weight_gradient(*call, multiprocessors, grad_weight, grad_bias, runner);
+  });
+}
+
 // Where channels are neighbours, `weight` is in the order (kW, kH, C).
 extern "C" const char* float_correlate(const ConvParams* call, bool backward, const float* weight,
                                        const float* bias) {
@@ -105,6 +119,19 @@ extern "C" const char* plan(const ConvParams* call, const char* direction, int m
     plan = cuda::plan_correlate(cuda::correlation_of(*call, wanted == "backward_input"), p);
   }
   return describe(plan, shape);
+}
+
+extern "C" const char* dense_plan(const ConvParams* call, const char* direction,
+                                  int multiprocessors, int64_t* shape) {
+  const std::string wanted = direction;
+  if (wanted == "backward_weight") {
+    cuda::DenseWeightGradientParams p;
+    return describe(cuda::plan_dense_weight_gradient(*call, multiprocessors, p), shape);
+  }
+  cuda::DenseCorrelateParams p;
+  return describe(
+      cuda::plan_dense_correlate(cuda::correlation_of(*call, wanted == "backward_input"), p),
+      shape);
 }
 
 extern "C" const char* fft_plan(const ConvParams* call, const char* direction, int multiprocessors,

@@ -60,6 +60,26 @@ class Runner {
       in_16_bits([&](auto s) { cuda::WeightGradientBlock<decltype(s)>(p, shared).run(); });
     });
   }
+  void dense_correlate(const cuda::DenseCorrelateParams& p, const cuda::LaunchShape& shape) {
+    run("dense_correlate", shape, [&](char* shared) {
+      in_16_bits([&](auto s) {
+        using S = decltype(s);
+        if (p.row_tiles == 4) return cuda::DenseCorrelateBlock<S, 4>(p, shared).run();
+        if (p.row_tiles == 2) return cuda::DenseCorrelateBlock<S, 2>(p, shared).run();
+        cuda::DenseCorrelateBlock<S, 1>(p, shared).run();
+      });
+    });
+  }
+  void dense_weight_gradient(const cuda::DenseWeightGradientParams& p,
+                             const cuda::LaunchShape& shape) {
+    run("dense_weight_gradient", shape, [&](char* shared) {
+      in_16_bits([&](auto s) {
+        using S = decltype(s);
+        if (p.tiles == 8) return cuda::DenseWeightGradientBlock<S, 8>(p, shared).run();
+        cuda::DenseWeightGradientBlock<S, 14>(p, shared).run();
+      });
+    });
+  }
   void float_correlate(const cuda::FloatCorrelateParams& p, const cuda::LaunchShape& shape) {
     run("float_correlate", shape, [&](char*) { cuda::FloatCorrelateThread(p).run(); });
   }

@@ -126,6 +126,21 @@ def weight_gradient(
     _raise_for(function(ctypes.byref(call), multiprocessors, *pointers))
 
 
+def dense_correlate(call: ConvParams, backward: bool, weight: Tensor, bias: Tensor | None) -> None:
+    """As ``correlate``, in the dense form of small maps."""
+    flag = ctypes.c_bool(backward)
+    arguments = (ctypes.byref(call), flag, _pointer(weight), _pointer(bias))
+    _raise_for(_function("dense_correlate")(*arguments))
+
+
+def dense_weight_gradient(
+    call: ConvParams, grad_weight: Tensor, grad_bias: Tensor, multiprocessors: int = 4
+) -> None:
+    """As ``weight_gradient``, in the dense form of small maps."""
+    pointers = (_pointer(grad_weight), _pointer(grad_bias))
+    _raise_for(_function("dense_weight_gradient")(ctypes.byref(call), multiprocessors, *pointers))
+
+
 def fft_correlate(call: ConvParams, backward: bool, weight: Tensor, bias: Tensor | None) -> None:
     """As ``correlate``, by Fourier transforms."""
     flag = ctypes.c_bool(backward)
@@ -144,7 +159,10 @@ def fft_weight_gradient(
 def plan(
     call: ConvParams, direction: str, multiprocessors: int, function: str = "plan"
 ) -> dict[str, int]:
-    """What is launched for a call, with or without memory behind it; or that of "fft_plan"."""
+    """What is launched for a call, with or without memory behind it.
+
+    ``function`` is "plan" of the row-Toeplitz form, "dense_plan" or "fft_plan".
+    """
     shape = (ctypes.c_int64 * 3)()
     arguments = (ctypes.byref(call), direction.encode(), multiprocessors, shape)
     _raise_for(_function(function)(*arguments))
