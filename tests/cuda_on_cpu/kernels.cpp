@@ -68,6 +68,22 @@ extern "C" const char* dense_weight_gradient(const ConvParams* call, int multipr
   });
 }
 
+// The form that the operators would take.
+extern "C" const char* tensor_core_correlate(const ConvParams* call, bool backward,
+                                             const void* weight, const void* bias) {
+  return correlate(*call, backward, weight, bias, [&](Runner& runner) {
+    return cuda::run_tensor_core_correlate(*call, backward, weight, bias, runner);
+  });
+}
+
+extern "C" const char* tensor_core_weight_gradient(const ConvParams* call, int multiprocessors,
+                                                   void* grad_weight, void* grad_bias) {
+  return weight_gradient(*call, grad_weight, grad_bias, [&](Runner& runner) {
+    return cuda::run_tensor_core_weight_gradient(*call, multiprocessors, grad_weight, grad_bias,
+                                                 runner);
+  });
+}
+
 // Where channels are neighbours, `weight` is in the order (kW, kH, C).
 extern "C" const char* float_correlate(const ConvParams* call, bool backward, const float* weight,
                                        const float* bias) {

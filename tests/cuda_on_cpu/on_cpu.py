@@ -126,19 +126,22 @@ def weight_gradient(
     _raise_for(function(ctypes.byref(call), multiprocessors, *pointers))
 
 
-def dense_correlate(call: ConvParams, backward: bool, weight: Tensor, bias: Tensor | None) -> None:
-    """As ``correlate``, in the dense form of small maps."""
+def run_correlate(
+    form: str, call: ConvParams, backward: bool, weight: Tensor, bias: Tensor | None
+) -> None:
+    """As ``correlate``: "toeplitz", "dense", or "tensor_core", which the operators take."""
     flag = ctypes.c_bool(backward)
     arguments = (ctypes.byref(call), flag, _pointer(weight), _pointer(bias))
-    _raise_for(_function("dense_correlate")(*arguments))
+    _raise_for(_function(f"{form}_correlate")(*arguments))
 
 
-def dense_weight_gradient(
-    call: ConvParams, grad_weight: Tensor, grad_bias: Tensor, multiprocessors: int = 4
+def run_weight_gradient(
+    form: str, call: ConvParams, grad_weight: Tensor, grad_bias: Tensor, multiprocessors: int = 4
 ) -> None:
-    """As ``weight_gradient``, in the dense form of small maps."""
+    """As ``weight_gradient``, in a form of ``run_correlate``."""
     pointers = (_pointer(grad_weight), _pointer(grad_bias))
-    _raise_for(_function("dense_weight_gradient")(ctypes.byref(call), multiprocessors, *pointers))
+    function = _function(f"{form}_weight_gradient")
+    _raise_for(function(ctypes.byref(call), multiprocessors, *pointers))
 
 
 def fft_correlate(call: ConvParams, backward: bool, weight: Tensor, bias: Tensor | None) -> None:
