@@ -8,6 +8,13 @@
 
 namespace lka::cuda {
 
+// The convolution of the grid, where it has a launch of its own.
+template <class Runner>
+void run_correlation(const AdapterCorrelation& plan, Runner& runner) {
+  if (plan.rows.shape.blocks > 0) runner.toeplitz_correlate(plan.rows.params, plan.rows.shape);
+  if (plan.dense.shape.blocks > 0) runner.dense_correlate(plan.dense.params, plan.dense.shape);
+}
+
 // Fills y, z and c of the call.
 template <class Runner>
 const char* run_adapter_forward(AdapterCall call, int multiprocessors, Runner& runner) {
@@ -16,8 +23,7 @@ const char* run_adapter_forward(AdapterCall call, int multiprocessors, Runner& r
   const AdapterForward plan = plan_adapter_forward(call, multiprocessors);
   if (plan.refusal != nullptr) return plan.refusal;
   runner.adapter_down(plan.down.params, plan.down.shape);
-  if (plan.correlate.shape.blocks > 0)
-    runner.toeplitz_correlate(plan.correlate.params, plan.correlate.shape);
+  run_correlation(plan.correlate, runner);
   runner.adapter_up(plan.up.params, plan.up.shape);
   return nullptr;
 }
@@ -51,7 +57,7 @@ const char* run_adapter_backward(AdapterCall call, int multiprocessors, void* co
   };
   step(plan.up, [&](const auto& p, const auto& s) { runner.adapter_up_backward(p, s); });
   step(plan.up_weight, weight_gradient);
-  step(plan.correlate, [&](const auto& p, const auto& s) { runner.toeplitz_correlate(p, s); });
+  run_correlation(plan.correlate, runner);
   step(plan.convolve,
        [&](const auto& p, const auto& s) { runner.adapter_convolve_backward(p, s); });
   step(plan.taps, [&](const auto& p, const auto& s) { runner.toeplitz_weight_gradient(p, s); });

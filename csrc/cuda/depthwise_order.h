@@ -6,7 +6,8 @@
 // Every function returns why the call cannot be served, in which case nothing was launched.
 #pragma once
 
-#include "estimate.h"
+#include "depthwise_estimate.h"
+#include "fft_plan.h"
 
 namespace lka::cuda {
 

@@ -76,12 +76,12 @@ extern "C" const char* adapter_plan(const AdapterCall* call, bool backward, int 
   const char* refusal;
   if (backward) {
     const cuda::AdapterBackward plan = cuda::plan_adapter_backward(*call, multiprocessors);
-    put({plan.up.shape, plan.up_weight.shape, plan.correlate.shape, plan.convolve.shape,
-         plan.taps.shape, plan.down.shape, plan.down_weight.shape});
+    put({plan.up.shape, plan.up_weight.shape, plan.correlate.rows.shape, plan.correlate.dense.shape,
+         plan.convolve.shape, plan.taps.shape, plan.down.shape, plan.down_weight.shape});
     refusal = plan.refusal;
   } else {
     const cuda::AdapterForward plan = cuda::plan_adapter_forward(*call, multiprocessors);
-    put({plan.down.shape, plan.correlate.shape, plan.up.shape});
+    put({plan.down.shape, plan.correlate.rows.shape, plan.correlate.dense.shape, plan.up.shape});
     refusal = plan.refusal;
   }
   return refusal == nullptr ? "" : refusal;

@@ -13,8 +13,8 @@ from lka_kernels.checks import ACTIVATIONS
 PREFIX_MODES = ("center_tap", "skip", "zero")
 _ADDRESS = 1024  # of tensors without memory
 LAUNCHES = {
-    False: ("down", "correlate", "up"),
-    True: ("up", "up_weight", "correlate", "convolve", "taps", "down", "down_weight"),
+    False: ("down", "correlate", "dense", "up"),
+    True: ("up", "up_weight", "correlate", "dense", "convolve", "taps", "down", "down_weight"),
 }
 
 
