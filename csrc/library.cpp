@@ -5,12 +5,14 @@
 #endif
 #include <Python.h>
 
+#include <exception>
 #include <string>
 
 #include "cpu/depthwise_kernel_name.h"
 #include "cpu/kernel_table.h"
 #include "cpu/operators.h"
 #ifdef LKA_WITH_CUDA
+#include "cuda/device_code.h"
 #include "cuda/operators.h"
 #endif
 
@@ -75,6 +77,21 @@ PyObject* built_with_cuda(PyObject*, PyObject*) {
 #else
   return PyBool_FromLong(0);
 #endif
+}
+
+// why_cuda_device_cannot(device, tensor_cores): a text, empty if it can.
+PyObject* why_cuda_device_cannot(PyObject*, PyObject* arguments) {
+  int device, tensor_cores;
+  if (!PyArg_ParseTuple(arguments, "ip", &device, &tensor_cores)) return nullptr;
+  std::string why = "the library was built without CUDA kernels";
+#ifdef LKA_WITH_CUDA
+  try {
+    why = lka::cuda::why_device_cannot(device, tensor_cores != 0);
+  } catch (const std::exception& error) {
+    why = error.what();
+  }
+#endif
+  return PyUnicode_FromString(why.c_str());
 }
 
 // The storage type of that name; false if it is none of ours.
@@ -151,6 +168,8 @@ PyMethodDef methods[] = {
     {"instruction_set", instruction_set, METH_NOARGS,
      "The instruction set the CPU kernels run with."},
     {"built_with_cuda", built_with_cuda, METH_NOARGS, "Whether CUDA kernels were compiled in."},
+    {"why_cuda_device_cannot", why_cuda_device_cannot, METH_VARARGS,
+     "Why a CUDA device cannot run the kernels: see csrc/cuda/device_code.h."},
     {"depthwise_kernel_name", depthwise_kernel_name, METH_VARARGS,
      "The CPU kernel that sizes choose: see csrc/cpu/depthwise_kernel_name.h."},
     {nullptr, nullptr, 0, nullptr},

@@ -12,7 +12,10 @@ import torch
 
 _BUILD_HINT = "reinstall with a C++17 compiler (g++) and without LKA_NO_EXTENSION=1 to build it"
 # What the compiled module must have: one left from an earlier version must not break the import.
-_FUNCTIONS = ("instruction_set", "built_with_cuda", "depthwise_kernel_name")
+_FUNCTIONS = (
+    *("instruction_set", "built_with_cuda", "depthwise_kernel_name"),
+    "why_cuda_device_cannot",
+)
 
 
 def _load() -> tuple[object | None, str]:
@@ -77,3 +80,12 @@ def depthwise_kernel_name(
 def built_with_cuda() -> bool:
     """True if the compiled library holds the CUDA kernels."""
     return MODULE is not None and MODULE.built_with_cuda()
+
+
+def why_cuda_device_cannot(index: int, tensor_cores: bool) -> str | None:
+    """Why a CUDA device cannot run the compiled kernels, or None if it can.
+
+    With ``tensor_cores`` those that need what compute capability 8.0 has; both the device and the
+    code that the library holds for it count. The operators find the same: csrc/cuda/device_code.h.
+    """
+    return MODULE.why_cuda_device_cannot(index, tensor_cores) or None

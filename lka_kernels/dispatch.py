@@ -140,7 +140,22 @@ def _cuda_status() -> str:
         )
     if not torch.cuda.is_available():
         return "CUDA kernels are built, but torch finds no CUDA device"
-    return "ready"
+    return _extension.why_cuda_device_cannot(torch.cuda.current_device(), False) or "ready"
+
+
+def _device_refuses(backend: str, tensor: Tensor, tensor_cores: bool) -> str | None:
+    """Why the device of ``tensor`` cannot run the kernels of ``backend``, or None if it can.
+
+    Only of the CUDA backend: Triton compiles for the device. Nothing is asked while a call is
+    traced, or where CUDA is not in use, as with tensors that have no storage; the operators refuse
+    for the same reason before they launch.
+    """
+    if backend != "cuda" or tensor.device.type != "cuda":
+        return None
+    if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
+        return None
+    refusal = _extension.why_cuda_device_cannot(tensor.device.index or 0, tensor_cores)
+    return None if refusal is None else f"{tensor.device}: {refusal}"
 
 
 def requested_backend() -> str:
@@ -249,6 +264,7 @@ def choose_depthwise(
             return Choice("torch", "direct", f"the compiled CPU kernels cannot: {refusal}")
         return Choice("torch", "direct", _why_torch(input))
     refusal = _cannot_run_depthwise(requested, input, weight, stride)
+    refusal = refusal or _device_refuses(requested, input, tensor_cores=False)
     if refusal is not None:
         raise RuntimeError(f"backend {requested!r} cannot run this call: {refusal}")
     reason = f"asked for by use_backend({requested!r})"
@@ -258,6 +274,7 @@ def choose_depthwise(
         return Choice(requested, "auto", f"{reason}; sizes choose direct or fft")
     if requested == "cuda" and method == "auto":
         refusal = cannot_run_depthwise("cuda", "implicit_gemm", input, weight, stride)
+        refusal = refusal or _device_refuses("cuda", input, tensor_cores=True)
         if refusal is None:
             return Choice(requested, "auto", f"{reason}; implicit_gemm unless sizes refuse it")
         return Choice(requested, "direct", f"{reason}; implicit_gemm cannot: {refusal}")
@@ -274,6 +291,7 @@ def _choose_implicit_gemm(input: Tensor, weight: Tensor, stride: tuple[int, int]
         refusal = f"it needs the Triton backend: {status}"
     else:
         refusal = cannot_run_depthwise(backend, "implicit_gemm", input, weight, stride)
+        refusal = refusal or _device_refuses(backend, input, tensor_cores=True)
     if refusal is not None:
         raise ValueError(
             f"method='implicit_gemm' cannot serve this call: {refusal}; "
@@ -317,6 +335,7 @@ def _choose_fft(input: Tensor, weight: Tensor, stride: tuple[int, int]) -> Choic
     if _Requested.backend in _FFT_OF_GPUS:
         backend = _Requested.backend
         refusal = cannot_run_depthwise(backend, "fft", input, weight, stride)
+        refusal = refusal or _device_refuses(backend, input, tensor_cores=True)
         if refusal is None:
             return Choice(backend, "fft", f"{asked}; {_FFT_OF_GPUS[backend]}")
         return Choice("fft", "fft", f"{asked}; torch.fft alone, as backend {backend!r}: {refusal}")
@@ -343,6 +362,7 @@ def choose_adapter(x: Tensor, activation: str, r: int) -> Choice:
         refusal = _extension.STATUS
     else:
         refusal = cannot_run_adapter(backend, x, activation, r)
+        refusal = refusal or _device_refuses(backend, x, tensor_cores=True)
     if requested == "auto":
         if refusal is None:
             return _FUSED_CPU

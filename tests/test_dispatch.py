@@ -343,6 +343,41 @@ def test_why_torch_fft_serves_what_the_cuda_backend_does_not():
 
 
 @pytest.mark.usefixtures("ready_cuda")
+def test_devices_that_cannot_run_the_cuda_kernels(monkeypatch):
+    """The compiled library says why; what needs less than tensor cores is served."""
+
+    def refuse_tensor_cores(index, tensor_cores):
+        assert index == 0
+        return "it needs compute capability 8.0 or newer" if tensor_cores else None
+
+    given, tokens = on_cuda(), torch.zeros(2, 9, 16, device="cuda")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(_extension, "why_cuda_device_cannot", refuse_tensor_cores)
+    why = "cuda:0: it needs compute capability 8.0 or newer"
+    with use_backend("cuda"):
+        choice = dispatch.choose_depthwise(*given.values(), "auto")
+        assert choice.method == "direct"
+        assert f"implicit_gemm cannot: {why}" in choice.reason
+        choice = dispatch.choose_depthwise(*given.values(), "fft")
+        assert choice.backend == "fft"
+        assert f"as backend 'cuda': {why}" in choice.reason
+        with pytest.raises(ValueError, match=why):
+            depthwise_conv2d(**given, method="implicit_gemm")
+        with pytest.raises(RuntimeError, match=f"backend 'cuda' cannot run this call: {why}"):
+            dispatch.choose_adapter(tokens, "gelu", 8)
+        monkeypatch.setattr(_extension, "why_cuda_device_cannot", lambda *_: "no kernels")
+        with pytest.raises(RuntimeError, match="cannot run this call: cuda:0: no kernels"):
+            depthwise_conv2d(**given)
+
+
+def test_no_device_no_refusal():
+    """Of a device that is not there the compiled library has nothing to say."""
+    if not _extension.built_with_cuda():
+        pytest.skip("the library has no CUDA kernels")
+    assert _extension.why_cuda_device_cannot(torch.cuda.device_count(), True) is None
+
+
+@pytest.mark.usefixtures("ready_cuda")
 def test_operators_of_the_cuda_backend():
     with use_backend("cuda"):
         families = {"auto": "", "direct": "_direct", "implicit_gemm": "_gemm", "fft": "_fft"}

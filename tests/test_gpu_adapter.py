@@ -110,6 +110,69 @@ def test_cuda_graph(backend):
         assert torch.equal(y, module(fresh))
 
 
+def _captured(step):
+    """The graph of a call and what it fills, after runs that fill every cache of the call."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    return graph, results
+
+
+@on_every_backend
+@pytest.mark.parametrize("name", ["ViT-L", "large rank and kernel"])
+def test_cuda_graph_of_gradients(backend, name):
+    """A captured forward and backward pass, replayed for another input, has eager's bits."""
+    case = dataclasses.replace(NETWORKS[name], dropout=0.0)
+    tensors = _tensors(case)
+    grad = torch.randn_like(tensors["x"])
+    with use_backend(backend):
+        graph, found = _captured(lambda: with_gradients(call, case, tensors, grad))
+        tensors["x"].copy_(torch.randn_like(tensors["x"]))
+        grad.copy_(torch.randn_like(grad))
+        graph.replay()
+        expected = with_gradients(call, case, tensors, grad)
+    assert found.keys() == expected.keys()
+    for what, value in expected.items():
+        assert torch.equal(found[what], value), what
+
+
+@on_every_backend
+def test_cuda_graph_of_dropout(backend):
+    """Every replay draws a seed of its own, and forward and backward read it from memory."""
+    case = dataclasses.replace(NETWORKS["ViT-L"], dropout=0.3, residual=False)
+    tensors = _tensors(case)
+    x, *weights, _ = tensors.values()
+    grad = torch.randn_like(x)
+    options = (
+        *(*case.grid, case.prefix, case.prefix_mode, case.dilation),
+        *(case.activation, case.position, case.dropout, case.scale),
+    )
+
+    def run(seed):
+        forward, backward = ops.ADAPTER[backend]
+        y, z, c = forward(x, *weights, None, seed, *options)
+        return y, *backward(grad, x, z, c, *weights, seed, *options, False, [True] * 7)
+
+    def step():
+        seed = philox.new_seed(x.device)
+        return seed, *run(seed)
+
+    graph, (seed, *found) = _captured(step)
+    seeds = []
+    for _ in range(2):
+        graph.replay()
+        seeds.append(seed.item())
+        for a, b in zip(found, run(seed.clone()), strict=True):
+            assert torch.equal(a, b)
+    assert seeds[0] != seeds[1]
+
+
 @on_every_backend
 def test_the_current_stream(backend):
     module = _module()

@@ -21,7 +21,10 @@ NETWORKS = {
     "ConvNeXt stage 1": ((8, 192, 56, 56), (7, 7), 1),
     "ConvNeXt stage 4": ((32, 1536, 7, 7), (7, 7), 1),
     "RepLKNet stage 1": ((4, 128, 56, 56), (31, 31), 1),
+    "RepLKNet stage 2": ((33, 96, 28, 28), (29, 29), 1),
     "RepLKNet stage 3": ((17, 512, 14, 14), (27, 27), 1),
+    "one image of RepLKNet stage 3": ((1, 512, 14, 14), (27, 27), 1),
+    "map of 16": ((40, 96, 16, 16), (31, 31), 1),
     "RepLKNet stage 4": ((16, 1024, 7, 7), (13, 13), 1),
     "SLaK": ((4, 96, 56, 56), (51, 5), 1),
     "SLaK turned": ((4, 96, 56, 56), (5, 51), 1),
@@ -118,24 +121,33 @@ def test_same_bits_twice(family):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("method", ["implicit_gemm", "fft"])
-def test_cuda_graph(method):
-    x = torch.randn(1, 96, 56, 56, device="cuda", dtype=torch.bfloat16)
-    weight = torch.randn(96, 1, 51, 51, device="cuda", dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("method", ["auto", "direct", "implicit_gemm", "fft"])
+@pytest.mark.parametrize(("side", "k"), [(56, 51), (7, 7)])
+def test_cuda_graph(method, dtype, side, k):
+    """Output and all gradients, captured together and replayed for another input."""
+    if method == "implicit_gemm" and dtype == torch.float32:
+        pytest.skip("tensor cores take float16 and bfloat16")
+    x = torch.randn(1, 96, side, side, device="cuda", dtype=dtype, requires_grad=True)
+    weight = torch.randn(96, 1, k, k, device="cuda", dtype=dtype, requires_grad=True)
+    bias = torch.randn(96, device="cuda", dtype=dtype, requires_grad=True)
+    grad = torch.randn_like(x)
 
     def run():
-        y = depthwise_conv2d(x, weight, padding="same", method=method)
-        family = {"implicit_gemm": "cuda_gemm", "fft": "cuda_fft"}[method]
-        return y, *DEPTHWISE[family].backward_weight(
-            y, x, (51, 51), (1, 1), (25, 25, 25, 25), (1, 1)
-        )
+        y = depthwise_conv2d(x, weight, bias, padding="same", method=method)
+        return y.detach(), *torch.autograd.grad(y, (x, weight, bias), grad)
 
-    with use_backend("cuda"), torch.no_grad():
-        run()
+    with use_backend("cuda"):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             captured = run()
-        x.copy_(torch.randn_like(x))
+        with torch.no_grad():
+            x.copy_(torch.randn_like(x))
         graph.replay()
         for a, b in zip(captured, run(), strict=True):
             assert torch.equal(a, b)

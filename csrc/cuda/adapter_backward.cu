@@ -51,9 +51,9 @@ __global__ void __launch_bounds__(256, 2)
 template <class Storage>
 __global__ void __launch_bounds__(AdapterSums::kElements* AdapterSums::kSlices)
     adapter_sums_kernel(const __grid_constant__ AdapterSums p) {
-  __shared__ float shared[AdapterSums::kElements * AdapterSums::kSlices];
+  extern __shared__ __align__(16) char shared[];
 #if __CUDA_ARCH__ >= 800
-  sum_adapter_partials<Storage>(p, shared);
+  sum_adapter_partials<Storage>(p, reinterpret_cast<float*>(shared));
 #else  // a newer device made this from PTX for an older one
   __trap();
 #endif
@@ -61,25 +61,10 @@ __global__ void __launch_bounds__(AdapterSums::kElements* AdapterSums::kSlices)
 
 }  // namespace
 
-void adapter_backward(Storage storage, const AdapterBackward& plan, cudaStream_t stream) {
-  LKA_LAUNCH_ADAPTER(adapter_up_backward_kernel, storage, plan.up.shape, stream, plan.up.params);
-  LKA_LAUNCH_ADAPTER(adapter_weight_gradient_kernel, storage, plan.up_weight.shape, stream,
-                     plan.up_weight.params);
-  if (plan.correlate.shape.blocks > 0)
-    toeplitz_correlate(storage, plan.correlate.params, plan.correlate.shape, stream);
-  LKA_LAUNCH_ADAPTER(adapter_convolve_backward_kernel, storage, plan.convolve.shape, stream,
-                     plan.convolve.params);
-  if (plan.taps.shape.blocks > 0)
-    toeplitz_weight_partials(storage, plan.taps.params, plan.taps.shape, stream);
-  LKA_LAUNCH_ADAPTER(adapter_down_backward_kernel, storage, plan.down.shape, stream,
-                     plan.down.params);
-  LKA_LAUNCH_ADAPTER(adapter_weight_gradient_kernel, storage, plan.down_weight.shape, stream,
-                     plan.down_weight.params);
-}
-
-void adapter_sums(Storage storage, const AdapterSums& sums, const LaunchShape& shape,
-                  cudaStream_t stream) {
-  LKA_LAUNCH_ADAPTER(adapter_sums_kernel, storage, shape, stream, sums);
-}
+LKA_ADAPTER_LAUNCHER(adapter_up_backward, AdapterParams)
+LKA_ADAPTER_LAUNCHER(adapter_convolve_backward, AdapterParams)
+LKA_ADAPTER_LAUNCHER(adapter_down_backward, AdapterParams)
+LKA_ADAPTER_LAUNCHER(adapter_weight_gradient, AdapterParams)
+LKA_ADAPTER_LAUNCHER(adapter_sums, AdapterSums)
 
 }  // namespace lka::cuda

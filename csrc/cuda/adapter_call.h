@@ -134,7 +134,7 @@ inline bool tokens_are_neighbours(const TokenTensor& t) {
 inline MapView rank_map(const AdapterCall& call, void* tensor) {
   const int64_t element = AdapterSizes(call.storage).element;
   MapView map;
-  map.data = static_cast<char*>(tensor) + call.prefix * element;
+  if (tensor != nullptr) map.data = static_cast<char*>(tensor) + call.prefix * element;
   map.height = call.height;
   map.width = call.width;
   map.stride_b = call.rank * call.tokens;

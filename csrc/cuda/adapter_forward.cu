@@ -28,11 +28,7 @@ __global__ void __launch_bounds__(256, 2)
 
 }  // namespace
 
-void adapter_forward(Storage storage, const AdapterForward& plan, cudaStream_t stream) {
-  LKA_LAUNCH_ADAPTER(adapter_down_kernel, storage, plan.down.shape, stream, plan.down.params);
-  if (plan.correlate.shape.blocks > 0)
-    toeplitz_correlate(storage, plan.correlate.params, plan.correlate.shape, stream);
-  LKA_LAUNCH_ADAPTER(adapter_up_kernel, storage, plan.up.shape, stream, plan.up.params);
-}
+LKA_ADAPTER_LAUNCHER(adapter_down, AdapterParams)
+LKA_ADAPTER_LAUNCHER(adapter_up, AdapterParams)
 
 }  // namespace lka::cuda

@@ -2,24 +2,19 @@
 #pragma once
 
 #include "adapter_launchers.h"
-#include "depthwise_launchers.h"
 #include "launch.h"
 
 namespace lka::cuda {
 
-// Launches kernel<Storage> of a planned launch, or nothing where it has no blocks.
-#define LKA_LAUNCH_ADAPTER(KERNEL, STORAGE, SHAPE, STREAM, ...)                          \
-  do {                                                                                   \
-    if ((SHAPE).blocks == 0) break;                                                      \
-    switch (STORAGE) {                                                                   \
-      case Storage::float32:                                                             \
-        launch(#KERNEL "<float32>", KERNEL<Float32>, SHAPE, STREAM, __VA_ARGS__);        \
-        break;                                                                           \
-      case Storage::bfloat16:                                                            \
-        launch(#KERNEL "<bfloat16>", KERNEL<BFloat16>, SHAPE, STREAM, __VA_ARGS__);      \
-        break;                                                                           \
-      default: launch(#KERNEL "<float16>", KERNEL<Float16>, SHAPE, STREAM, __VA_ARGS__); \
-    }                                                                                    \
-  } while (false)
+// Defines the launcher NAME of NAME_kernel<Storage>(PARAMS).
+#define LKA_ADAPTER_LAUNCHER(NAME, PARAMS)                                                     \
+  void NAME(Storage storage, const PARAMS& p, const LaunchShape& shape, cudaStream_t stream) { \
+    if (storage == Storage::float32)                                                           \
+      launch(#NAME "<float32>", NAME##_kernel<Float32>, shape, stream, p);                     \
+    else if (storage == Storage::bfloat16)                                                     \
+      launch(#NAME "<bfloat16>", NAME##_kernel<BFloat16>, shape, stream, p);                   \
+    else                                                                                       \
+      launch(#NAME "<float16>", NAME##_kernel<Float16>, shape, stream, p);                     \
+  }
 
 }  // namespace lka::cuda

@@ -1,4 +1,5 @@
-// What the .cu files of the adapter offer to its operators: planned launches on raw pointers.
+// What the .cu files of the adapter offer to its operators: planned launches on raw pointers, in
+// the order of adapter_order.h.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -7,11 +8,15 @@
 
 namespace lka::cuda {
 
-void adapter_forward(Storage storage, const AdapterForward& plan, cudaStream_t stream);
-
-// All but the sums; launches without blocks are left out.
-void adapter_backward(Storage storage, const AdapterBackward& plan, cudaStream_t stream);
-void adapter_sums(Storage storage, const AdapterSums& sums, const LaunchShape& shape,
-                  cudaStream_t stream);
+#define LKA_ADAPTER_LAUNCHER(NAME, PARAMS) \
+  void NAME(Storage storage, const PARAMS& p, const LaunchShape& shape, cudaStream_t stream);
+LKA_ADAPTER_LAUNCHER(adapter_down, AdapterParams)
+LKA_ADAPTER_LAUNCHER(adapter_up, AdapterParams)
+LKA_ADAPTER_LAUNCHER(adapter_up_backward, AdapterParams)
+LKA_ADAPTER_LAUNCHER(adapter_convolve_backward, AdapterParams)
+LKA_ADAPTER_LAUNCHER(adapter_down_backward, AdapterParams)
+LKA_ADAPTER_LAUNCHER(adapter_weight_gradient, AdapterParams)
+LKA_ADAPTER_LAUNCHER(adapter_sums, AdapterSums)
+#undef LKA_ADAPTER_LAUNCHER
 
 }  // namespace lka::cuda

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "adapter_call.h"
+#include "depthwise_estimate.h"
 #include "device/adapter_backward.cuh"
 #include "device/adapter_convolve_backward.cuh"
 #include "device/adapter_forward.cuh"
@@ -19,18 +20,24 @@ struct LaunchOf {
 };
 using AdapterLaunch = LaunchOf<AdapterParams>;
 
+// The convolution of the grid in a launch of its own, in one form of depthwise convolution.
+struct AdapterCorrelation {
+  LaunchOf<CorrelateParams> rows;
+  LaunchOf<DenseCorrelateParams> dense;
+};
+
 // In the order of the launches.
 struct AdapterForward {
   const char* refusal = nullptr;
   AdapterLaunch down;
-  LaunchOf<CorrelateParams> correlate;
+  AdapterCorrelation correlate;
   AdapterLaunch up;
 };
 
 struct AdapterBackward {
   const char* refusal = nullptr;
   AdapterLaunch up, up_weight;
-  LaunchOf<CorrelateParams> correlate;
+  AdapterCorrelation correlate;
   AdapterLaunch convolve;
   LaunchOf<WeightGradientParams> taps;
   AdapterLaunch down, down_weight;
@@ -196,20 +203,30 @@ inline int64_t plan_tap_gradient(const AdapterCall& call, int64_t multiprocessor
   return blocks * t.groups;
 }
 
+// Leaves no blocks where neither form can be; returns whether one can.
+inline bool plan_correlation(const AdapterCall& call, bool backward, AdapterCorrelation& plan) {
+  const ConvParams convolution = backward ? adapter_convolution(call, call.grad_z, call.grad_c)
+                                          : adapter_convolution(call, call.a, call.c);
+  const Correlation correlation = correlation_of(convolution, backward);
+  const auto plan_form = [&](const Plan& form, auto& launch) {
+    if (form.refusal != nullptr) return false;
+    launch.shape = form.shape;
+    launch.params.weight = call.conv_weight;
+    launch.params.bias = backward ? nullptr : call.conv_bias;
+    return true;
+  };
+  return prefers_dense(convolution, backward)
+             ? plan_form(plan_dense_correlate(correlation, plan.dense.params), plan.dense)
+             : plan_form(plan_correlate(correlation, plan.rows.params), plan.rows);
+}
+
 // The gradients of a, or of z, and of the taps.
 inline const char* plan_convolve_backward(const AdapterCall& call, int64_t multiprocessors,
                                           bool need_z, AdapterBackward& plan) {
   AdapterParams& p = plan.convolve.params;
   LaunchShape& shape = plan.convolve.shape;
   shape.threads = AdapterTapGradientBlock<Float32>::kThreads;
-  if (need_z && convolves_apart(call)) {
-    const Plan correlate = plan_correlate(adapter_correlation(call, true), plan.correlate.params);
-    if (correlate.refusal == nullptr) {
-      p.convolved = true;
-      plan.correlate.params.weight = call.conv_weight;
-      plan.correlate.shape = correlate.shape;
-    }
-  }
+  if (need_z && convolves_apart(call)) p.convolved = plan_correlation(call, true, plan.correlate);
   // The gradients of the taps need a, which is z or is left by the blocks of grad_z.
   if (sums_taps_apart(call) && (p.before == Activation::none || p.convolved)) {
     void* const a = p.before == Activation::none ? call.z : call.a;
@@ -303,16 +320,7 @@ inline AdapterForward plan_adapter_forward(const AdapterCall& call, int64_t mult
   plan.down.shape = detail::adapter_shape(plan.down.params, tiles, turned);
 
   AdapterParams& up = plan.up.params = p;
-  if (convolves_apart(call)) {
-    const Plan correlate =
-        plan_correlate(detail::adapter_correlation(call, false), plan.correlate.params);
-    if (correlate.refusal == nullptr) {
-      up.convolved = true;
-      plan.correlate.params.weight = call.conv_weight;
-      plan.correlate.params.bias = call.conv_bias;
-      plan.correlate.shape = correlate.shape;
-    }
-  }
+  if (convolves_apart(call)) up.convolved = detail::plan_correlation(call, false, plan.correlate);
   int64_t convolution_end = rank_tile;
   if (!up.convolved) {
     convolution_end = detail::place_convolution(up, rank_tile, detail::kConvolutionBudget, up.rank);
@@ -432,7 +440,8 @@ inline LaunchShape plan_adapter_sums(const AdapterCall& call, AdapterBackward& p
   else if (call.need_conv)
     add(adapter_sum(plan.convolve.params.conv_partials, plan.convolve.params.taps, call.rank), 2);
   if (call.need_up) add(adapter_sum(up.up_partials, up.groups, call.channels, call.rank), 4);
-  return {blocks, AdapterSums::kElements * AdapterSums::kSlices, 0};
+  constexpr int kThreads = AdapterSums::kElements * AdapterSums::kSlices;
+  return {blocks, kThreads, kThreads * int64_t(sizeof(float))};
 }
 
 }  // namespace lka::cuda

@@ -1,9 +1,10 @@
 // The CUDA operators of depthwise convolution: which kernel serves a call, and its arguments.
 #include "../stable.h"
-#include "depthwise_fft.h"
-#include "depthwise_launchers.h"
+#include "depthwise_order.h"
+#include "device_code.h"
 #include "launch.h"
 #include "operators.h"
+#include "runner.h"
 
 namespace lka::cuda {
 namespace {
@@ -26,94 +27,34 @@ ConvParams geometry(const Tensor& map, const std::vector<int64_t>& kernel,
   return p;
 }
 
-const char* why_too_old(int device) {
-  return device_attribute(cudaDevAttrComputeCapabilityMajor, device) < 8
-             ? "the device is older than compute capability 8.0"
-             : nullptr;
-}
-
-// Why no kernel for tensor cores can serve a call, whatever its sizes; nullptr if one may.
-const char* why_no_tensor_cores(const ConvParams& p, int device) {
+// Why no kernel for tensor cores can serve a call, whatever its sizes; empty if one may.
+std::string why_no_tensor_cores(const ConvParams& p, int device) {
   if (p.storage != Storage::float16 && p.storage != Storage::bfloat16)
     return "tensor cores take float16 and bfloat16";
   if (p.stride_h != 1 || p.stride_w != 1) return "it serves stride 1";
-  return why_too_old(device);
+  return why_device_cannot(device, true);
 }
 
-void check_form(Form form, const char* refusal) {
+void check_device_serves(int device) {
+  const std::string refusal = why_device_cannot(device, false);
+  STD_TORCH_CHECK(refusal.empty(), "the cuda backend cannot serve this call: ", refusal);
+}
+
+void check_form(Form form, const std::string& refusal) {
   STD_TORCH_CHECK(form != Form::implicit_gemm,
                   "method='implicit_gemm' of the cuda backend cannot serve this call: ", refusal,
                   "; use 'auto' or 'direct'");
 }
 
-// Whether the register-blocked kernel in float32 could serve the call.
-bool correlate_in_float(const ConvParams& p, bool backward, const Tensor& weight, const void* bias,
-                        cudaStream_t stream) {
-  if (p.storage != Storage::float32 || p.stride_h != 1 || p.stride_w != 1) return false;
-  FloatCorrelateParams params;
-  const Plan plan = plan_float_correlate(correlation_of(p, backward), params);
-  if (plan.refusal != nullptr) return false;
-  Tensor taps = weight;
-  if (params.channels_in_lanes)
-    taps = torch::stable::contiguous(torch::stable::transpose(weight, 0, 3));
-  params.weight = static_cast<const float*>(taps.data_ptr());
-  params.bias = static_cast<const float*>(bias);
-  float_correlate(params, plan.shape, stream);
-  return true;
-}
-
-void check_fft(const char* refusal) {
-  STD_TORCH_CHECK(refusal == nullptr,
+void check_fft(const std::string& refusal) {
+  STD_TORCH_CHECK(refusal.empty(),
                   "method='fft' of the cuda backend cannot serve this call: ", refusal,
                   "; use_backend('auto') serves it by torch.fft");
 }
 
-// Room for the spectra of `planes` planes, which `p` is told of.
-Tensor empty_spectra(const Tensor& like, int64_t planes, FftParams& p) {
-  const int64_t numbers = int64_t(p.geometry.x.size / 2 + 1) * p.geometry.y.size;
-  Tensor spectra = empty(like, {planes, numbers, 2}, ScalarType::Float);
-  p.spectra = static_cast<Complex*>(spectra.data_ptr());
-  return spectra;
-}
-
-void correlate_by_transforms(const ConvParams& p, bool backward, const Tensor& weight,
-                             const void* bias, int device, cudaStream_t stream) {
-  check_fft(why_too_old(device));
-  FftSpectraParams transform;
-  const Plan transform_plan = plan_fft_spectra(p, transform);
-  check_fft(transform_plan.refusal);
-  FftCorrelateParams params;
-  const Plan plan = plan_fft_correlate(p, backward, params);
-  check_fft(plan.refusal);
-  const Tensor spectra = empty_spectra(weight, p.channels, transform);
-  transform.taps.data = weight.data_ptr();
-  fft_spectra(transform, transform_plan.shape, stream);
-  params.spectra = transform.spectra;
-  params.bias = bias;
-  fft_correlate(p.storage, params, plan.shape, stream);
-}
-
-// False where the forward pass may have been served and only shared memory is missing.
-bool weight_gradient_by_transforms(const ConvParams& p, int device, const Tensor& grad_weight,
-                                   const Tensor& grad_bias, cudaStream_t stream) {
-  check_fft(why_too_old(device));
-  FftWeightGradientParams params;
-  const Plan plan = plan_fft_weight_gradient(
-      p, device_attribute(cudaDevAttrMultiProcessorCount, device),
-      device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device), params);
-  if (plan.refusal == kSpectraDoNotFit) return false;
-  check_fft(plan.refusal);
-  const Tensor sums = empty_spectra(grad_weight, params.groups * p.channels, params);
-  const Tensor bias_sums = empty(grad_weight, {params.groups, p.channels}, ScalarType::Float);
-  params.bias_sums = static_cast<float*>(bias_sums.data_ptr());
-  FftTapGradientParams last;
-  const Plan last_plan = plan_fft_tap_gradient(p, params, last);
-  check_fft(last_plan.refusal);
-  last.taps.data = grad_weight.data_ptr();
-  last.grad_bias = grad_bias.data_ptr();
-  fft_weight_gradient(p.storage, params, plan.shape, stream);
-  fft_tap_gradient(last, last_plan.shape, stream);
-  return true;
+// Whether the register-blocked kernels in float32 may serve a call.
+bool served_in_float(const ConvParams& p) {
+  return p.storage == Storage::float32 && p.stride_h == 1 && p.stride_w == 1;
 }
 
 void correlate(Form form, const ConvParams& p, bool backward, const Tensor& weight,
@@ -124,23 +65,31 @@ void correlate(Form form, const ConvParams& p, bool backward, const Tensor& weig
   const void* const bias_data = bias.has_value() ? dense_bias.data_ptr() : nullptr;
   const int device = weight.get_device_index();
   const DeviceGuard guard(device);
+  check_device_serves(device);
   const cudaStream_t stream = current_stream(device);
-  if (form == Form::fft)
-    return correlate_by_transforms(p, backward, dense, bias_data, device, stream);
+  Runner runner(p.storage, weight, stream);
+  if (form == Form::fft) {
+    check_fft(why_device_cannot(device, true));
+    const char* refusal = run_fft_correlate(p, backward, dense.data_ptr(), bias_data, runner);
+    return check_fft(refusal == nullptr ? "" : refusal);
+  }
   if (form != Form::direct) {
-    const char* refusal = why_no_tensor_cores(p, device);
-    if (refusal == nullptr) {
-      CorrelateParams params;
-      const Plan plan = plan_correlate(correlation_of(p, backward), params);
-      if (plan.refusal == nullptr) {
-        params.weight = dense.data_ptr();
-        params.bias = bias_data;
-        return toeplitz_correlate(p.storage, params, plan.shape, stream);
-      }
-      refusal = plan.refusal;
+    std::string refusal = why_no_tensor_cores(p, device);
+    if (refusal.empty()) {
+      const char* why = run_tensor_core_correlate(p, backward, dense.data_ptr(), bias_data, runner);
+      if (why == nullptr) return;
+      refusal = why;
     }
     check_form(form, refusal);
-    if (correlate_in_float(p, backward, dense, bias_data, stream)) return;
+    Tensor taps = dense;  // held until the launch
+    const auto in_order = [&](bool channels_in_lanes) {
+      if (channels_in_lanes)
+        taps = torch::stable::contiguous(torch::stable::transpose(dense, 0, 3));
+      return static_cast<const float*>(taps.data_ptr());
+    };
+    if (served_in_float(p) &&
+        run_float_correlate(p, backward, in_order, bias_data, runner) == nullptr)
+      return;
   }
   if (backward)
     direct_backward_input(p, dense.data_ptr(), stream);
@@ -201,42 +150,35 @@ std::tuple<Tensor, Tensor> depthwise_conv2d_backward_weight(const Tensor& grad_o
   p.output = view_of(grad_output);
   const int device = input.get_device_index();
   const DeviceGuard guard(device);
+  check_device_serves(device);
   const cudaStream_t stream = current_stream(device);
-  if (kForm == Form::fft && grad_output.numel() > 0 &&
-      weight_gradient_by_transforms(p, device, grad_weight, grad_bias, stream))
-    return {grad_weight, grad_bias};
-  if (kForm != Form::direct && grad_output.numel() > 0) {
-    const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, device);
-    const auto partials = [&](int64_t groups) {
-      return empty(input, {groups, p.channels, p.kernel_h * p.kernel_w + 1}, ScalarType::Float);
-    };
-    const char* refusal = why_no_tensor_cores(p, device);
-    if (refusal == nullptr) {
-      WeightGradientParams params;
-      const Plan plan = plan_weight_gradient(p, multiprocessors, params);
-      if (plan.refusal == nullptr) {
-        const Tensor sums = partials(params.groups);
-        params.partials = static_cast<float*>(sums.data_ptr());
-        toeplitz_weight_gradient(p.storage, params, plan.shape, grad_weight.data_ptr(),
-                                 grad_bias.data_ptr(), stream);
-        return {grad_weight, grad_bias};
-      }
-      refusal = plan.refusal;
+  Runner runner(p.storage, input, stream);
+  void *const weight_data = grad_weight.data_ptr(), *const bias_data = grad_bias.data_ptr();
+  const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, device);
+  const bool any = grad_output.numel() > 0;
+  if (kForm == Form::fft && any) {
+    check_fft(why_device_cannot(device, true));
+    const int most_shared = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    const char* refusal =
+        run_fft_weight_gradient(p, multiprocessors, most_shared, weight_data, bias_data, runner);
+    if (refusal == nullptr) return {grad_weight, grad_bias};
+    // The forward pass may have been served, and only shared memory is missing.
+    if (refusal != kSpectraDoNotFit) check_fft(refusal);
+  }
+  if (kForm != Form::direct && any) {
+    std::string refusal = why_no_tensor_cores(p, device);
+    if (refusal.empty()) {
+      const char* why =
+          run_tensor_core_weight_gradient(p, multiprocessors, weight_data, bias_data, runner);
+      if (why == nullptr) return {grad_weight, grad_bias};
+      refusal = why;
     }
     check_form(kForm, refusal);
-    FloatWeightGradientParams params;
-    if (p.storage == Storage::float32 && p.stride_h == 1 && p.stride_w == 1) {
-      const Plan plan = plan_float_weight_gradient(p, multiprocessors, params);
-      if (plan.refusal == nullptr) {
-        const Tensor sums = partials(params.groups);
-        params.partials = static_cast<float*>(sums.data_ptr());
-        float_weight_gradient(params, plan.shape, grad_weight.data_ptr(), grad_bias.data_ptr(),
-                              stream);
-        return {grad_weight, grad_bias};
-      }
-    }
+    if (served_in_float(p) &&
+        run_float_weight_gradient(p, multiprocessors, weight_data, bias_data, runner) == nullptr)
+      return {grad_weight, grad_bias};
   }
-  direct_backward_weight(p, grad_weight.data_ptr(), grad_bias.data_ptr(), stream);
+  direct_backward_weight(p, weight_data, bias_data, stream);
   return {grad_weight, grad_bias};
 }
 

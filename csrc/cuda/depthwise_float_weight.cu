@@ -8,8 +8,8 @@ namespace {
 
 __global__ void __launch_bounds__(FloatWeightGradient::kThreads)
     float_weight_gradient_kernel(const __grid_constant__ FloatWeightGradientParams p) {
-  __shared__ float shared[FloatWeightGradient::kWarps * FloatWeightGradient::kSums];
-  FloatWeightGradientBlock(p, shared).run();
+  extern __shared__ __align__(16) char shared[];
+  FloatWeightGradientBlock(p, reinterpret_cast<float*>(shared)).run();
 }
 
 __global__ void float_sum_partials_kernel(const __grid_constant__ FloatWeightGradientParams p,
@@ -20,10 +20,13 @@ __global__ void float_sum_partials_kernel(const __grid_constant__ FloatWeightGra
 }  // namespace
 
 void float_weight_gradient(const FloatWeightGradientParams& p, const LaunchShape& shape,
-                           void* grad_weight, void* grad_bias, cudaStream_t stream) {
+                           cudaStream_t stream) {
   launch("float_weight_gradient", float_weight_gradient_kernel, shape, stream, p);
-  launch("float_sum_partials", float_sum_partials_kernel, plan_sum_partials(p), stream, p,
-         grad_weight, grad_bias);
+}
+
+void float_sum_partials(const FloatWeightGradientParams& p, const LaunchShape& shape,
+                        void* grad_weight, void* grad_bias, cudaStream_t stream) {
+  launch("float_sum_partials", float_sum_partials_kernel, shape, stream, p, grad_weight, grad_bias);
 }
 
 }  // namespace lka::cuda

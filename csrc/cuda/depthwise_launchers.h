@@ -1,10 +1,10 @@
 // What the .cu files offer to the operators: launches on raw pointers, one pair of files for a
-// kernel. Weights are contiguous; the current device is that of the pointers.
+// kernel, one launch each. Weights are contiguous; the current device is that of the pointers.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
-#include "depthwise_plan.h"
+#include "dense_plan.h"
 
 namespace lka::cuda {
 
@@ -17,19 +17,31 @@ void direct_backward_weight(const ConvParams& p, void* grad_weight, void* grad_b
 void toeplitz_correlate(Storage storage, const CorrelateParams& p, const LaunchShape& shape,
                         cudaStream_t stream);
 
+// The same of small maps, planned by plan_dense_correlate.
+void dense_correlate(Storage storage, const DenseCorrelateParams& p, const LaunchShape& shape,
+                     cudaStream_t stream);
+
 // Forward and backward-input in float32, planned by plan_float_correlate.
 void float_correlate(const FloatCorrelateParams& p, const LaunchShape& shape, cudaStream_t stream);
 
-// Backward-weight for the tensor cores, planned by plan_weight_gradient: partial sums, or those and
-// then their sum.
-void toeplitz_weight_partials(Storage storage, const WeightGradientParams& p,
-                              const LaunchShape& shape, cudaStream_t stream);
+// Backward-weight for the tensor cores: partial sums, planned by plan_weight_gradient, and their
+// sum, planned by plan_sum_partials.
 void toeplitz_weight_gradient(Storage storage, const WeightGradientParams& p,
-                              const LaunchShape& shape, void* grad_weight, void* grad_bias,
-                              cudaStream_t stream);
+                              const LaunchShape& shape, cudaStream_t stream);
+void toeplitz_sum_partials(Storage storage, const WeightGradientParams& p, const LaunchShape& shape,
+                           void* grad_weight, void* grad_bias, cudaStream_t stream);
+
+// The same of small maps, planned by plan_dense_weight_gradient.
+void dense_weight_gradient(Storage storage, const DenseWeightGradientParams& p,
+                           const LaunchShape& shape, cudaStream_t stream);
+void dense_sum_partials(Storage storage, const DenseWeightGradientParams& p,
+                        const LaunchShape& shape, void* grad_weight, void* grad_bias,
+                        cudaStream_t stream);
 
 // The same in float32, planned by plan_float_weight_gradient.
 void float_weight_gradient(const FloatWeightGradientParams& p, const LaunchShape& shape,
-                           void* grad_weight, void* grad_bias, cudaStream_t stream);
+                           cudaStream_t stream);
+void float_sum_partials(const FloatWeightGradientParams& p, const LaunchShape& shape,
+                        void* grad_weight, void* grad_bias, cudaStream_t stream);
 
 }  // namespace lka::cuda

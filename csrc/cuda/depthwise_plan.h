@@ -266,7 +266,8 @@ inline Plan plan_float_weight_gradient(const ConvParams& call, int multiprocesso
   p.units_of_group = ceil_div(p.units, groups);
   p.groups = int32_t(ceil_div(p.units, p.units_of_group));
   if (blocks * p.groups > kMostBlocks) return {{}, "more than 2^31 blocks"};
-  return {{blocks * p.groups, Kernel::kThreads, 0}};
+  constexpr int64_t kShared = Kernel::kWarps * Kernel::kSums * int64_t(sizeof(float));
+  return {{blocks * p.groups, Kernel::kThreads, kShared}};
 }
 
 // Weight gradients: what does not depend on the partial sums. `multiprocessors` of the device only

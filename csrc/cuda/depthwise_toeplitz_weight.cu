@@ -29,7 +29,7 @@ __global__ void sum_partials_kernel(const __grid_constant__ WeightGradientParams
 
 }  // namespace
 
-void toeplitz_weight_partials(Storage storage, const WeightGradientParams& p,
+void toeplitz_weight_gradient(Storage storage, const WeightGradientParams& p,
                               const LaunchShape& shape, cudaStream_t stream) {
   const bool brain = storage == Storage::bfloat16;
   launch(brain ? "toeplitz_weight_gradient<bfloat16>" : "toeplitz_weight_gradient<float16>",
@@ -37,14 +37,12 @@ void toeplitz_weight_partials(Storage storage, const WeightGradientParams& p,
          p);
 }
 
-void toeplitz_weight_gradient(Storage storage, const WeightGradientParams& p,
-                              const LaunchShape& shape, void* grad_weight, void* grad_bias,
-                              cudaStream_t stream) {
-  toeplitz_weight_partials(storage, p, shape, stream);
+void toeplitz_sum_partials(Storage storage, const WeightGradientParams& p, const LaunchShape& shape,
+                           void* grad_weight, void* grad_bias, cudaStream_t stream) {
   const bool brain = storage == Storage::bfloat16;
   launch(brain ? "sum_partials<bfloat16>" : "sum_partials<float16>",
-         brain ? sum_partials_kernel<BFloat16> : sum_partials_kernel<Float16>, plan_sum_partials(p),
-         stream, p, grad_weight, grad_bias);
+         brain ? sum_partials_kernel<BFloat16> : sum_partials_kernel<Float16>, shape, stream, p,
+         grad_weight, grad_bias);
 }
 
 }  // namespace lka::cuda

@@ -1,8 +1,10 @@
 // The CUDA operators of the fused adapter: tensors to params, memory for results and partial sums.
 #include "../adapter_options.h"
-#include "adapter_launchers.h"
+#include "adapter_order.h"
+#include "device_code.h"
 #include "launch.h"
 #include "operators.h"
+#include "runner.h"
 
 namespace lka::cuda {
 namespace {
@@ -83,11 +85,12 @@ AdapterCall describe(const Tensor& x, const AdapterWeights& w, const std::option
   return call;
 }
 
-void check_served(const char* refusal, int device) {
-  if (refusal == nullptr && device_attribute(cudaDevAttrComputeCapabilityMajor, device) < 8)
-    refusal = "the device is older than compute capability 8.0";
-  STD_TORCH_CHECK(refusal == nullptr,
-                  "the cuda backend cannot serve this adapter: ", refusal ? refusal : "");
+void check_served(const std::string& refusal) {
+  STD_TORCH_CHECK(refusal.empty(), "the cuda backend cannot serve this adapter: ", refusal);
+}
+
+int multiprocessors_of(int device) {
+  return device_attribute(cudaDevAttrMultiProcessorCount, device);
 }
 
 }  // namespace
@@ -108,11 +111,8 @@ std::tuple<Tensor, Tensor, Tensor> large_kernel_adapter_forward(
   };
   Tensor y = torch::stable::empty_like(x), z = rank_tensor(), c = rank_tensor();
   if (x.numel() == 0) return {y, z, c};
-  Tensor a = z;
-  if (call.activate_before && call.activation != Activation::none) a = rank_tensor();
   call.y = tokens_of(y);
   call.z = z.data_ptr();
-  call.a = a.data_ptr();
   call.c = c.data_ptr();
   if (residual.has_value()) {
     check_like(*residual, x, sizes_of(x), "residual");
@@ -120,10 +120,10 @@ std::tuple<Tensor, Tensor, Tensor> large_kernel_adapter_forward(
   }
   const int device = x.get_device_index();
   const DeviceGuard guard(device);
-  const AdapterForward plan =
-      plan_adapter_forward(call, device_attribute(cudaDevAttrMultiProcessorCount, device));
-  check_served(plan.refusal, device);
-  adapter_forward(call.storage, plan, current_stream(device));
+  check_served(why_device_cannot(device, true));
+  Runner runner(call.storage, x, current_stream(device));
+  const char* refusal = run_adapter_forward(call, multiprocessors_of(device), runner);
+  check_served(refusal == nullptr ? "" : refusal);
   return {y, z, c};
 }
 
@@ -171,50 +171,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> large_kernel_
   if (call.need_grad_x) call.grad_x = tokens_of(grads[0]);
   call.z = dense_z.data_ptr();
   call.c = dense_c.data_ptr();
-  Tensor grad_c, grad_z;
-  const bool need_z = call.need_grad_x || call.need_down;
-  if (need_z || call.need_conv) {
-    grad_c = torch::stable::empty_like(dense_c);
-    call.grad_c = grad_c.data_ptr();
-  }
-  if (need_z) {
-    grad_z = torch::stable::empty_like(dense_z);
-    call.grad_z = grad_z.data_ptr();
-  }
-  Tensor a;
-  if (sums_taps_apart(call)) {
-    a = torch::stable::empty_like(dense_z);
-    call.a = a.data_ptr();
-  }
-  const int device = x.get_device_index();
-  const DeviceGuard guard(device);
-  AdapterBackward plan =
-      plan_adapter_backward(call, device_attribute(cudaDevAttrMultiProcessorCount, device));
-  check_served(plan.refusal, device);
-  Tensor partials[3];
-  const auto allocate = [&](int i, bool needed, int64_t groups, int64_t rows, int64_t columns) {
-    if (!needed) return static_cast<float*>(nullptr);
-    partials[i] = empty(x, {groups, rows, columns + 1}, ScalarType::Float);
-    return static_cast<float*>(partials[i].data_ptr());
-  };
-  AdapterParams &up = plan.of_up(), &down = plan.of_down();
-  up.up_partials = allocate(0, call.need_up, up.groups, call.channels, call.rank);
-  plan.convolve.params.conv_partials = plan.taps.params.partials =
-      allocate(1, call.need_conv, tap_groups(plan), call.rank, call.kernel_h * call.kernel_w);
-  down.down_partials = allocate(2, call.need_down, down.groups, call.rank, call.channels);
-  Tensor e;
-  if (up.of_up) {
-    e = torch::stable::empty_like(dense_c);
-    plan.up.params.e = up.e = e.data_ptr();
-  }
-  const cudaStream_t stream = current_stream(device);
-  adapter_backward(call.storage, plan, stream);
   void* pointers[6];
   for (int i = 0; i < 6; ++i)
     pointers[i] = output_mask[size_t(i + 1)] ? grads[i + 1].data_ptr() : nullptr;
-  AdapterSums sums;
-  const LaunchShape shape = plan_adapter_sums(call, plan, pointers, sums);
-  adapter_sums(call.storage, sums, shape, stream);
+  const int device = x.get_device_index();
+  const DeviceGuard guard(device);
+  check_served(why_device_cannot(device, true));
+  Runner runner(call.storage, x, current_stream(device));
+  const char* refusal = run_adapter_backward(call, multiprocessors_of(device), pointers, runner);
+  check_served(refusal == nullptr ? "" : refusal);
   return results();
 }
 

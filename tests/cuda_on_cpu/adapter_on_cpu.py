@@ -13,8 +13,8 @@ from lka_kernels.checks import ACTIVATIONS
 PREFIX_MODES = ("center_tap", "skip", "zero")
 _ADDRESS = 1024  # of tensors without memory
 LAUNCHES = {
-    False: ("down", "correlate", "up"),
-    True: ("up", "up_weight", "correlate", "convolve", "taps", "down", "down_weight"),
+    False: ("down", "correlate", "dense", "up"),
+    True: ("up", "up_weight", "correlate", "dense", "convolve", "taps", "down", "down_weight"),
 }
 
 
@@ -104,10 +104,8 @@ def forward(x, weights, residual, seed, *options, multiprocessors: int = 4):
     call = describe(x, weights, seed, *options)
     y = _junk(x)
     z = torch.full((x.shape[0], call.rank, x.shape[1]), torch.nan, dtype=x.dtype)
-    c, a = z.clone(), z.clone()
-    if not call.activate_before or options[5] == "none":
-        a = z
-    call.set(y=y, residual=residual, z=z, a=a, c=c)
+    c = z.clone()
+    call.set(y=y, residual=residual, z=z, c=c)
     _run("adapter_forward", ctypes.byref(call), multiprocessors)
     return y, z, c
 
@@ -124,10 +122,7 @@ def backward(
     like = [t.contiguous() for t in (*like, weights[4][:, 0])]
     grads = [_junk(t) if asked else None for t, asked in zip(like, mask[1:], strict=True)]
     grad_x = _junk(x) if mask[0] else None
-    grad_c = _junk(c) if any(mask[:5]) else None
-    grad_z = _junk(z) if any(mask[:3]) else None
-    a = _junk(z)
-    call.set(grad_output=grad_output, grad_x=grad_x, z=z, c=c, grad_c=grad_c, grad_z=grad_z, a=a)
+    call.set(grad_output=grad_output, grad_x=grad_x, z=z, c=c)
     pointers = (ctypes.c_void_p * 6)(*(None if t is None else t.data_ptr() for t in grads))
     _run("adapter_backward", ctypes.byref(call), multiprocessors, ctypes.byref(pointers))
     return [grad_x, *grads]

@@ -1,21 +1,30 @@
 // Planned launches run by fibers: what functions that Python calls have in common.
 #pragma once
 
+#include <cmath>
+#include <deque>
 #include <string>
+#include <vector>
 
-#include "cuda/depthwise_plan.h"
+#include "cuda/adapter_order.h"
+#include "cuda/depthwise_order.h"
+#include "cuda/device/sum_partials.cuh"
 #include "cuda_on_cpu.h"
 
+namespace on_fibers {
+
+namespace cuda = lka::cuda;
+using cuda_on_cpu::Range;
+using lka::Storage;
+
+inline int64_t size_of(Storage storage) { return storage == Storage::float32 ? 4 : 2; }
+
 // From the first to the last element of a map.
-inline cuda_on_cpu::Range range_of(const char* name, const lka::MapView& view, int64_t batch,
-                                   int64_t channels, size_t element_size, bool writable) {
+inline Range range_of(const char* name, const lka::MapView& view, int64_t batch, int64_t channels,
+                      int64_t element_size, bool writable) {
   const int64_t last = (batch - 1) * view.stride_b + (channels - 1) * view.stride_c +
                        (view.height - 1) * view.stride_h + (view.width - 1) * view.stride_w;
-  return {name, view.data, size_t(last + 1) * element_size, writable};
-}
-
-inline cuda_on_cpu::Launch launch_of(const lka::cuda::Plan& plan) {
-  return {plan.shape.blocks, plan.shape.threads, size_t(plan.shape.shared_bytes)};
+  return {name, view.data, size_t((last + 1) * element_size), writable};
 }
 
 inline const char* keep(const std::string& text) {
@@ -24,14 +33,151 @@ inline const char* keep(const std::string& text) {
   return kept.c_str();
 }
 
-inline const char* refused(const lka::cuda::Plan& plan) {
-  return keep(std::string("refused: ") + plan.refusal);
-}
+// Runs what the orders of launches ask for, one launch after the other: fibers instead of a GPU,
+// and the checker knows all memory that a call has. The first mistake ends the call.
+class Runner {
+ public:
+  explicit Runner(Storage storage) : storage_(storage) {}
+
+  void add(const char* name, const void* data, int64_t bytes, bool writable) {
+    if (data != nullptr) ranges_.push_back({name, data, size_t(bytes), writable});
+  }
+  void add(const Range& range) { ranges_.push_back(range); }
+
+  float* floats(int64_t count) { return reinterpret_cast<float*>(make("partial sums", 4 * count)); }
+  void* rank_tensor(const cuda::AdapterCall& call) {
+    return make("rank-r tensor", call.batch * call.rank * call.tokens * size_of(storage_));
+  }
+
+  void toeplitz_correlate(const cuda::CorrelateParams& p, const cuda::LaunchShape& shape) {
+    run("toeplitz_correlate", shape, [&](char* shared) {
+      in_16_bits([&](auto s) { cuda::ToeplitzCorrelateBlock<decltype(s)>(p, shared).run(); });
+    });
+  }
+  void toeplitz_weight_gradient(const cuda::WeightGradientParams& p,
+                                const cuda::LaunchShape& shape) {
+    run("toeplitz_weight_gradient", shape, [&](char* shared) {
+      in_16_bits([&](auto s) { cuda::WeightGradientBlock<decltype(s)>(p, shared).run(); });
+    });
+  }
+  void dense_correlate(const cuda::DenseCorrelateParams& p, const cuda::LaunchShape& shape) {
+    run("dense_correlate", shape, [&](char* shared) {
+      in_16_bits([&](auto s) {
+        using S = decltype(s);
+        if (p.row_tiles == 4) return cuda::DenseCorrelateBlock<S, 4>(p, shared).run();
+        if (p.row_tiles == 2) return cuda::DenseCorrelateBlock<S, 2>(p, shared).run();
+        cuda::DenseCorrelateBlock<S, 1>(p, shared).run();
+      });
+    });
+  }
+  void dense_weight_gradient(const cuda::DenseWeightGradientParams& p,
+                             const cuda::LaunchShape& shape) {
+    run("dense_weight_gradient", shape, [&](char* shared) {
+      in_16_bits([&](auto s) {
+        using S = decltype(s);
+        if (p.tiles == 8) return cuda::DenseWeightGradientBlock<S, 8>(p, shared).run();
+        cuda::DenseWeightGradientBlock<S, 14>(p, shared).run();
+      });
+    });
+  }
+  void float_correlate(const cuda::FloatCorrelateParams& p, const cuda::LaunchShape& shape) {
+    run("float_correlate", shape, [&](char*) { cuda::FloatCorrelateThread(p).run(); });
+  }
+  void float_weight_gradient(const cuda::FloatWeightGradientParams& p,
+                             const cuda::LaunchShape& shape) {
+    run("float_weight_gradient", shape, [&](char* shared) {
+      cuda::FloatWeightGradientBlock(p, reinterpret_cast<float*>(shared)).run();
+    });
+  }
+  template <class Params>
+  void sum_partials(const Params& p, const cuda::LaunchShape& shape, void* weight, void* bias) {
+    run("sum_partials", shape,
+        [&](char*) { in_any([&](auto s) { cuda::sum_partials<decltype(s)>(p, weight, bias); }); });
+  }
+  void fft_spectra(const cuda::FftSpectraParams& p, const cuda::LaunchShape& shape) {
+    run("fft_spectra", shape, [&](char* shared) { cuda::FftSpectraBlock(p, shared).run(); });
+  }
+  void fft_correlate(const cuda::FftCorrelateParams& p, const cuda::LaunchShape& shape) {
+    run("fft_correlate", shape, [&](char* shared) {
+      in_any([&](auto s) { cuda::FftCorrelateBlock<decltype(s)>(p, shared).run(); });
+    });
+  }
+  void fft_weight_gradient(const cuda::FftWeightGradientParams& p, const cuda::LaunchShape& shape) {
+    run("fft_weight_gradient", shape, [&](char* shared) {
+      in_any([&](auto s) { cuda::FftWeightGradientBlock<decltype(s)>(p, shared).run(); });
+    });
+  }
+  void fft_tap_gradient(const cuda::FftTapGradientParams& p, const cuda::LaunchShape& shape) {
+    run("fft_tap_gradient", shape,
+        [&](char* shared) { cuda::FftTapGradientBlock(p, shared).run(); });
+  }
+#define LKA_RUN(NAME, BLOCK)                                                \
+  void NAME(const cuda::AdapterParams& p, const cuda::LaunchShape& shape) { \
+    run(#NAME, shape, [&](char* shared) {                                   \
+      in_any([&](auto s) { cuda::BLOCK<decltype(s)>(p, shared).run(); });   \
+    });                                                                     \
+  }
+  LKA_RUN(adapter_down, AdapterDownBlock)
+  LKA_RUN(adapter_up, AdapterUpBlock)
+  LKA_RUN(adapter_up_backward, AdapterUpBackwardBlock)
+  LKA_RUN(adapter_convolve_backward, AdapterConvolveBackwardBlock)
+  LKA_RUN(adapter_down_backward, AdapterDownBackwardBlock)
+  LKA_RUN(adapter_weight_gradient, AdapterWeightGradientBlock)
+#undef LKA_RUN
+  void adapter_sums(const cuda::AdapterSums& p, const cuda::LaunchShape& shape) {
+    run("adapter_sums", shape, [&](char* shared) {
+      in_any([&](auto s) {
+        cuda::sum_adapter_partials<decltype(s)>(p, reinterpret_cast<float*>(shared));
+      });
+    });
+  }
+
+  // What went wrong, or an empty text; `refusal` is what an order returned.
+  const char* said(const char* refusal) const {
+    return keep(refusal == nullptr ? said_ : std::string("refused: ") + refusal);
+  }
+
+ private:
+  // Every element of it is NaN in every type.
+  char* make(const char* name, int64_t bytes) {
+    memory_.emplace_back(size_t(bytes + 15) / 16 * 16, char(0xff));
+    add(name, memory_.back().data(), bytes, true);
+    return memory_.back().data();
+  }
+  void run(const char* name, const cuda::LaunchShape& shape,
+           const std::function<void(char*)>& kernel) {
+    if (!said_.empty()) return;
+    said_ = cuda_on_cpu::run({shape.blocks, shape.threads, size_t(shape.shared_bytes)},
+                             ranges_.data(), int(ranges_.size()), kernel);
+    if (!said_.empty()) said_ = std::string(name) + ": " + said_;
+  }
+  template <class F>
+  void in_16_bits(F f) const {
+    if (storage_ == Storage::bfloat16)
+      f(cuda::BFloat16());
+    else
+      f(cuda::Float16());
+  }
+  template <class F>
+  void in_any(F f) const {
+    if (storage_ == Storage::float32)
+      f(cuda::Float32());
+    else
+      in_16_bits(f);
+  }
+
+  Storage storage_;
+  std::vector<Range> ranges_;
+  std::deque<std::vector<char>> memory_;
+  std::string said_;
+};
 
 // Blocks, threads and shared memory of a block; or why the call is refused.
-inline const char* describe(const lka::cuda::Plan& plan, int64_t* shape) {
+inline const char* describe(const cuda::Plan& plan, int64_t* shape) {
   shape[0] = plan.shape.blocks;
   shape[1] = plan.shape.threads;
   shape[2] = plan.shape.shared_bytes;
   return plan.refusal == nullptr ? "" : plan.refusal;
 }
+
+}  // namespace on_fibers

@@ -90,7 +90,7 @@ def params(input: Tensor, output: Tensor, kernel, padding, dilation) -> ConvPara
 
 
 def _function(name: str):
-    function = getattr(library("kernels.cpp", "fft_kernels.cpp"), name)
+    function = getattr(library("kernels.cpp"), name)
     function.restype = ctypes.c_char_p
     return function
 
@@ -126,6 +126,24 @@ def weight_gradient(
     _raise_for(function(ctypes.byref(call), multiprocessors, *pointers))
 
 
+def run_correlate(
+    form: str, call: ConvParams, backward: bool, weight: Tensor, bias: Tensor | None
+) -> None:
+    """As ``correlate``: "toeplitz", "dense", or "tensor_core", which the operators take."""
+    flag = ctypes.c_bool(backward)
+    arguments = (ctypes.byref(call), flag, _pointer(weight), _pointer(bias))
+    _raise_for(_function(f"{form}_correlate")(*arguments))
+
+
+def run_weight_gradient(
+    form: str, call: ConvParams, grad_weight: Tensor, grad_bias: Tensor, multiprocessors: int = 4
+) -> None:
+    """As ``weight_gradient``, in a form of ``run_correlate``."""
+    pointers = (_pointer(grad_weight), _pointer(grad_bias))
+    function = _function(f"{form}_weight_gradient")
+    _raise_for(function(ctypes.byref(call), multiprocessors, *pointers))
+
+
 def fft_correlate(call: ConvParams, backward: bool, weight: Tensor, bias: Tensor | None) -> None:
     """As ``correlate``, by Fourier transforms."""
     flag = ctypes.c_bool(backward)
@@ -144,8 +162,17 @@ def fft_weight_gradient(
 def plan(
     call: ConvParams, direction: str, multiprocessors: int, function: str = "plan"
 ) -> dict[str, int]:
-    """What is launched for a call, with or without memory behind it; or that of "fft_plan"."""
+    """What is launched for a call, with or without memory behind it.
+
+    ``function`` is "plan" of the row-Toeplitz form, "dense_plan" or "fft_plan".
+    """
     shape = (ctypes.c_int64 * 3)()
     arguments = (ctypes.byref(call), direction.encode(), multiprocessors, shape)
     _raise_for(_function(function)(*arguments))
     return dict(zip(("blocks", "threads", "shared"), shape, strict=True))
+
+
+def why_device_cannot(capability: int, compiled: int, tensor_cores: bool) -> str:
+    """``lka::cuda::why_device_cannot`` of versions 10 · major + minor."""
+    function = _function("why_device_cannot")
+    return function(capability, compiled, ctypes.c_bool(tensor_cores)).decode()

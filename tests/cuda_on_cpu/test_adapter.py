@@ -233,7 +233,7 @@ def test_networks_are_served(name, dtype):
     for backward in (False, True):
         for found in plan_of(NETWORKS[name], dtype, backward).values():
             assert found["shared"] <= 99 * 1024
-            assert found["threads"] in (128, 256)
+            assert found["threads"] in (128, 224, 256)
             assert found["blocks"] >= 128
 
 
@@ -241,15 +241,26 @@ def test_tensor_cores_convolve_where_it_pays():
     """In 16-bit types and launches of their own; what prefix tokens meet is left to the others."""
     small, large = NETWORKS["ViT-L"], NETWORKS["large rank and kernel"]
     token = dataclasses.replace(large, prefix=1)
+    wide = dataclasses.replace(large, grid=(56, 56), dim=192)
     for case, dtype, launches in (
         (small, torch.bfloat16, [set(), set()]),
-        (large, torch.bfloat16, [{"correlate"}, {"correlate", "taps"}]),
-        (token, torch.bfloat16, [{"correlate"}, {"correlate"}]),
+        (large, torch.bfloat16, [{"dense"}, {"dense", "taps"}]),
+        (token, torch.bfloat16, [{"dense"}, {"dense"}]),
+        (wide, torch.bfloat16, [{"correlate"}, {"correlate", "taps"}]),
         (large, torch.float32, [set(), set()]),
     ):
         for backward in (False, True):
             found = plan_of(case, dtype, backward)
-            assert found.keys() & {"correlate", "taps"} == launches[backward]
+            assert found.keys() & {"correlate", "dense", "taps"} == launches[backward]
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_dense_form_convolves(dtype, prefix):
+    case = AdapterCase(20, 16, 16, (7, 7), (13, 13), prefix, residual=True)
+    for backward in (False, True):
+        assert "dense" in plan_of(case, dtype, backward)
+    check(case, dtype)
 
 
 def test_weights_of_large_ranks_are_summed_apart():

@@ -41,14 +41,14 @@ class Call(NamedTuple):
     kernel: tuple[int, int]
     channels_last: bool = False
     dilation: int = 1
-    fft: bool = False
+    form: str = "toeplitz"
 
     @property
     def name(self) -> str:
         batch, channels, height, width = self.shape
         layout = "channels_last" if self.channels_last else "contiguous"
         kernel = f"k{self.kernel[0]}x{self.kernel[1]} d{self.dilation}"
-        direction = f"fft {self.direction}" if self.fft else self.direction
+        direction = self.direction if self.form == "toeplitz" else f"{self.form} {self.direction}"
         return f"{direction} {batch}x{channels}@{height}x{width} {kernel} {layout}"
 
     def plan(self) -> dict[str, int]:
@@ -56,7 +56,9 @@ class Call(NamedTuple):
         maps = torch.empty(self.shape, dtype=torch.bfloat16, device="meta", memory_format=layout)
         padding = [self.dilation * (k - 1) // 2 for k in self.kernel]
         call = on_cpu.params(maps, maps, self.kernel, padding, (self.dilation, self.dilation))
-        return on_cpu.plan(call, self.direction, 132, "fft_plan" if self.fft else "plan")
+        call.input.data = call.output.data = 1024
+        plan = "plan" if self.form == "toeplitz" else f"{self.form}_plan"
+        return on_cpu.plan(call, self.direction, 132, plan)
 
 
 CALLS = [
@@ -79,7 +81,19 @@ CALLS = [
 ]
 
 CALLS += [
-    Call(direction, *arguments, fft=True)
+    Call(direction, *arguments, form="dense")
+    for direction in ("forward", "backward_weight")
+    for arguments in (
+        ((64, 1536, 7, 7), (7, 7)),
+        ((64, 512, 14, 14), (27, 27)),
+        ((1, 512, 14, 14), (27, 27)),
+        ((64, 384, 16, 16), (31, 31)),
+    )
+]
+CALLS += [Call("forward", (64, 256, 28, 28), (29, 29), form="dense")]
+
+CALLS += [
+    Call(direction, *arguments, form="fft")
     for direction in ("forward", "backward_weight")
     for arguments in (
         ((64, 512, 14, 14), (27, 27)),
@@ -173,7 +187,9 @@ _PROJECTIONS = tuple(
 
 
 def multiplies(name: str) -> bool:
-    return name.startswith(("correlate_kernel", "weight_gradient_kernel", *_PROJECTIONS))
+    depthwise = ("correlate_kernel", "weight_gradient_kernel")
+    dense = tuple(f"dense_{kernel}" for kernel in depthwise)
+    return name.startswith((*depthwise, *dense, *_PROJECTIONS))
 
 
 def main() -> None:

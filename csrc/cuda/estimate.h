@@ -1,0 +1,241 @@
+// What launches of transforms and of the adapter have to do, as depthwise_estimate.h.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "adapter_plan.h"
+#include "depthwise_estimate.h"
+#include "fft_plan.h"
+
+namespace lka::cuda {
+
+namespace detail {
+
+// A plane's transform of `size_y` × `size_x` real numbers: instructions of a lane for one of the
+// size_y · (size_x / 2 + 1) complex numbers, forward or inverse, with its half of the product.
+// 172 for both at 128² and 151 at 32², counted in the compiled passes; they grow by the number of
+// factors.
+inline double lane_instructions(const FftGeometry& g) {
+  return 50 + 2.6 * std::log2(double(g.y.size) * g.x.size);
+}
+inline double numbers(const FftGeometry& g) { return double(g.x.size / 2 + 1) * g.y.size; }
+
+// `transforms` of planes: instructions, and six accesses of shared memory for a number.
+inline void add_transforms(Work& work, const FftGeometry& g, double transforms) {
+  work.instructions += transforms * numbers(g) * lane_instructions(g) / 32;
+  work.shared += transforms * numbers(g) * 6 * 8 * 1.25;  // bank conflicts, on an average
+}
+
+}  // namespace detail
+
+inline Work work_of(const FftSpectraParams& p, const LaunchShape& shape, double element) {
+  Work work;
+  work.blocks = double(shape.blocks);
+  detail::add_transforms(work, p.geometry, p.channels);
+  work.memory = element * p.channels * p.taps.y.full * p.taps.x.full;
+  detail::add_partials(work, 8 * p.channels * detail::numbers(p.geometry));
+  return work;
+}
+
+// The spectra of the weights are read from the cache for every image.
+inline Work work_of(const FftCorrelateParams& p, const LaunchShape& shape, double element) {
+  Work work;
+  work.blocks = double(shape.blocks);
+  const double planes = double(p.batch) * p.channels;
+  detail::add_transforms(work, p.geometry, 2 * planes);
+  work.memory = element * (detail::elements(p.source, p.batch, p.channels) +
+                           detail::elements(p.result, p.batch, p.channels));
+  const double spectra = 8 * detail::numbers(p.geometry);
+  work.cache = work.memory + planes * spectra;
+  if (p.channels * spectra > detail::kStaysInCache) work.memory += planes * spectra;
+  return work;
+}
+
+// Sums of spectra are read and written for every step but the first.
+inline Work work_of(const FftWeightGradientParams& p, const LaunchShape& shape, double element) {
+  Work work;
+  work.blocks = double(shape.blocks);
+  const double planes = double(p.batch) * p.channels;
+  detail::add_transforms(work, p.geometry, 2 * planes);
+  work.memory = element * (detail::elements(p.input, p.batch, p.channels) +
+                           detail::elements(p.grad_output, p.batch, p.channels));
+  const double spectra = 8 * detail::numbers(p.geometry) * p.channels;
+  const double sums = (2.0 * p.steps - p.groups) * spectra;
+  work.cache = work.memory + sums;
+  work.instructions += 4 * double(p.steps) * spectra / 8 / 32;
+  if (p.groups * spectra > detail::kStaysInCache) work.memory += sums;
+  return work;
+}
+
+inline Work work_of(const FftTapGradientParams& p, const LaunchShape& shape, double element) {
+  Work work;
+  work.blocks = double(shape.blocks);
+  detail::add_transforms(work, p.geometry, p.channels);
+  const double sums = 8 * detail::numbers(p.geometry) * p.channels * p.groups;
+  work.memory = element * p.channels * (p.taps.y.full * p.taps.x.full + 1.0);
+  detail::add_partials(work, sums);
+  work.instructions += sums / 8 / 32 * 6;
+  return work;
+}
+
+namespace detail {
+
+struct AdapterWork {
+  const AdapterCall& call;
+  double element, tokens, x, rank;  // bytes of an element; tokens; bytes of x, of a rank-r tensor
+
+  explicit AdapterWork(const AdapterCall& c)
+      : call(c),
+        element(double(AdapterSizes(c.storage).element)),
+        tokens(double(c.batch * c.tokens)),
+        x(element * tokens * double(c.channels)),
+        rank(element * tokens * double(c.rank)) {}
+
+  // A product of every token's channels with the projection's weights, or of its gradient.
+  void project(Work& work, const AdapterParams& p) const {
+    const double products = tokens * double(call.channels) * p.rank_rows / 2048;
+    if (call.storage == Storage::float32) {
+      work.instructions += products * 2048 / 32 * 1.5;
+    } else {
+      work.products += products;
+      work.instructions += products * 1.6;
+    }
+    work.shared += products * 2 * 256;
+  }
+  // `per_element` instructions of a lane for one element of x, beside the products'.
+  void step(Work& work, double per_element) const {
+    work.instructions += tokens * double(call.channels) * per_element / 32;
+  }
+  // Every block reads the weights of a projection.
+  void weights(Work& work, double blocks) const {
+    const double bytes = element * double(call.rank * call.channels);
+    work.memory += bytes;
+    work.cache += blocks * bytes;
+  }
+  // The convolution by multiply-adds, or the gradient of its taps.
+  void convolve(Work& work) const {
+    const auto taps = [&](int64_t size, int64_t kernel) {
+      return double(
+          taps_that_touch(size, size, kernel, call.dilation * (kernel - 1) / 2, call.dilation)
+              .count);
+    };
+    const double of_rank =
+        double(call.rank) * taps(call.height, call.kernel_h) * taps(call.width, call.kernel_w);
+    work.instructions += tokens * of_rank * 1.7 / 32;
+    work.memory += element * of_rank;
+  }
+};
+
+inline void add_correlation(std::vector<Work>& all, const AdapterCorrelation& plan) {
+  if (plan.rows.shape.blocks > 0) all.push_back(work_of(plan.rows.params, plan.rows.shape));
+  if (plan.dense.shape.blocks > 0) all.push_back(work_of(plan.dense.params, plan.dense.shape));
+}
+
+}  // namespace detail
+
+// In the order of the launches; those without blocks are left out.
+inline std::vector<Work> work_of(const AdapterCall& call, const AdapterForward& plan) {
+  const detail::AdapterWork of(call);
+  std::vector<Work> all;
+  Work down;
+  down.blocks = double(plan.down.shape.blocks);
+  down.memory = of.x;
+  down.cache = of.x + of.rank;
+  if (plan.down.params.before != Activation::none) down.cache += of.rank;
+  of.weights(down, down.blocks);
+  of.step(down, 2);
+  of.project(down, plan.down.params);
+  all.push_back(down);
+  detail::add_correlation(all, plan.correlate);
+  Work up;
+  const AdapterParams& p = plan.up.params;
+  up.blocks = double(plan.up.shape.blocks);
+  up.memory = of.x * (call.residual.data == nullptr ? 1 : 2);
+  const double halo =
+      p.convolved ? 1 : double(p.convolution.staged_rows) / std::max<int32_t>(1, p.tiling.rows);
+  up.cache = up.memory + of.rank * p.splits * (halo + 1);
+  of.weights(up, up.blocks / p.splits);
+  of.step(up, 10.6);
+  of.project(up, p);
+  if (!p.convolved)
+    for (int i = 0; i < p.splits; ++i) of.convolve(up);
+  all.push_back(up);
+  return all;
+}
+
+inline std::vector<Work> work_of(const AdapterCall& call, AdapterBackward& plan) {
+  const detail::AdapterWork of(call);
+  std::vector<Work> all;
+  const double partial = 4.0 * double(call.channels) * double(call.rank + 1);
+  double partials = 0;
+  const auto gradient = [&](const AdapterLaunch& launch) {
+    if (launch.shape.blocks == 0) return;
+    Work work;
+    work.blocks = double(launch.shape.blocks);
+    work.memory = of.x;
+    work.cache = of.x + of.rank * std::ceil(double(call.channels) / launch.params.block_c) +
+                 launch.params.groups * partial;
+    of.step(work, 2);
+    of.project(work, launch.params);
+    all.push_back(work);
+  };
+  const auto sums = [&](Work& work, const AdapterParams& p) {
+    // A tile adds to the block's partial sums: read and written.
+    const double bytes = p.groups * partial, times = 2.0 * p.tiles_of_group - 1;
+    (bytes <= detail::kStaysInCache ? work.cache : work.memory) += times * bytes;
+    of.project(work, p);
+  };
+  if (plan.up.shape.blocks > 0) {
+    Work up;
+    up.blocks = double(plan.up.shape.blocks);
+    up.memory = of.x;
+    up.cache = of.x + 2 * of.rank;
+    of.weights(up, double(call.batch) * plan.up.params.tiling.tiles);
+    of.step(up, 6);
+    of.project(up, plan.up.params);
+    if (call.need_up && plan.up_weight.shape.blocks == 0) sums(up, plan.up.params);
+    if (call.need_up) partials += plan.of_up().groups * partial;
+    all.push_back(up);
+  }
+  gradient(plan.up_weight);
+  detail::add_correlation(all, plan.correlate);
+  if (plan.convolve.shape.blocks > 0) {
+    Work convolve;
+    convolve.blocks = double(plan.convolve.shape.blocks);
+    convolve.cache = 4 * of.rank;
+    if (!plan.convolve.params.convolved) of.convolve(convolve);
+    if (call.need_conv && plan.taps.shape.blocks == 0) of.convolve(convolve);
+    all.push_back(convolve);
+  }
+  if (plan.taps.shape.blocks > 0) all.push_back(work_of(plan.taps.params, plan.taps.shape));
+  if (call.need_conv)
+    partials += 4.0 * double(tap_groups(plan) * call.rank * (call.kernel_h * call.kernel_w + 1));
+  if (plan.down.shape.blocks > 0) {
+    Work down;
+    down.blocks = double(plan.down.shape.blocks);
+    // x, grad_x, and grad_output where x was its own residual.
+    down.memory =
+        of.x * (1 + (call.need_grad_x ? 1 : 0) + (call.need_grad_x && call.residual_is_x ? 1 : 0));
+    if (plan.down_weight.shape.blocks > 0) down.memory -= of.x;  // x is read there
+    down.cache = down.memory + of.rank;
+    of.weights(down, double(call.batch) * plan.down.params.tiling.tiles);
+    of.step(down, 14);
+    of.project(down, plan.down.params);
+    if (call.need_down && plan.down_weight.shape.blocks == 0) sums(down, plan.down.params);
+    if (call.need_down) partials += plan.of_down().groups * partial;
+    all.push_back(down);
+  }
+  gradient(plan.down_weight);
+  Work last;
+  last.blocks = std::ceil(double(call.channels * call.rank) / 16);
+  last.memory = of.element * double(2 * call.channels * call.rank + call.channels +
+                                    call.rank * (call.kernel_h * call.kernel_w + 2));
+  detail::add_partials(last, partials);
+  last.instructions = partials / 4 / 32 * 4;
+  all.push_back(last);
+  return all;
+}
+
+}  // namespace lka::cuda
