@@ -351,13 +351,14 @@ class DenseTiles(NamedTuple):
 
 
 class WeightGemmTiles(NamedTuple):
-    """Of ``backward_weight_gemm_kernel``."""
+    """Of ``backward_weight_gemm_kernel``; ``clocks`` are estimated for a row of one channel."""
 
     rows: int
     bx: int
     window: int
     block_k: int
     num_warps: int
+    clocks: float
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -543,12 +544,43 @@ def correlation_form(call: Correlation, dtype: torch.dtype, contiguous: bool) ->
     return form if clocks < direct_clocks(call) else "direct"
 
 
+def move_tiles(channels: int, positions: int) -> tuple[int, int]:
+    """Channels and positions of a program that moves maps between channels_last and planes.
+
+    64 channels or positions are a line of the cache in 16-bit types; 32 elements a thread.
+    """
+    block_c = min(64, next_power_of_2(channels))
+    return block_c, min(4096 // block_c, next_power_of_2(positions))
+
+
+# An H100's memory copies 3.0 TB/s.
+_MEMORY_BYTES_PER_CLOCK = 1750
+
+
+def _move_clocks(elements: int, itemsize: int, num_sms: int) -> float:
+    """Clocks of all multiprocessors for a launch that reads and writes ``elements``."""
+    return num_sms * (_LAUNCH_CLOCKS + 2 * elements * itemsize / _MEMORY_BYTES_PER_CLOCK)
+
+
+def correlation_moves(call: Correlation, source_moves: bool, result_moves: bool) -> bool:
+    """Whether to move channels_last maps to planes for the tensor cores, and the result back.
+
+    ``call`` is that on planes. The direct form needs no move, and multiplies on the FMA units.
+    """
+    clocks = min(dense_tiles(call).clocks, patch_tiles(call).clocks)
+    images = call.batch * call.channels
+    for moves, (height, width) in ((source_moves, call.size), (result_moves, call.out_size)):
+        if moves:
+            clocks += _move_clocks(images * height * width, call.itemsize, call.num_sms)
+    return clocks < direct_clocks(call)
+
+
 @functools.lru_cache(maxsize=1024)
 def weight_gemm_tiles(
     taps: tuple[int, int], dilation: int, vector: int, slack: int, out_width: int, itemsize: int
 ) -> WeightGemmTiles | None:
     """Tiles of backward-weight as a matrix product; None where the kernel is too wide for it."""
-    best, least = None, None
+    best = None
     for rows, bx, block_k in itertools.product((1, 2, 4, 8, 16), (8, 16, 32, 64), (32, 64)):
         # One more column for the ones that sum the bias's gradient.
         extent = bx + (taps[1] - 1) * dilation + slack + 1
@@ -572,9 +604,8 @@ def weight_gemm_tiles(
             + (80 + 18 * loads) * 32 * num_warps / _LANES_PER_CLOCK
         )
         clocks = each * ceil_div(taps[0], rows) * ceil_div(out_width, bx) / block_k
-        if least is None or clocks < least:
-            least = clocks
-            best = WeightGemmTiles(rows, bx, window, block_k, num_warps)
+        if best is None or clocks < best.clocks:
+            best = WeightGemmTiles(rows, bx, window, block_k, num_warps, clocks)
     return best
 
 
@@ -600,6 +631,34 @@ def weight_dense_fits(sizes: tuple[int, int, int, int]) -> bool:
     """
     height, width, out_height, out_width = sizes
     return height * width < WEIGHT_DENSE_BLOCK and out_height * out_width <= WEIGHT_DENSE_BLOCK
+
+
+# Counted in the machine code for compute capability 9.0: instructions of a lane for a multiply-add
+# of the direct form of backward-weight, and clocks for an image of one channel of the dense one.
+_TO_MULTIPLY_WEIGHT = 5
+_WEIGHT_DENSE_CLOCKS = 30
+
+
+def weight_moves(
+    call: Correlation, tiles_of_rows: WeightGemmTiles | None, moves: tuple[bool, bool]
+) -> bool:
+    """Whether backward-weight moves channels_last maps, as ``correlation_moves`` has it.
+
+    ``moves``: whether the input and the gradient of the output have to.
+    """
+    images = call.batch * call.channels
+    if weight_dense_fits((*call.size, *call.out_size)):
+        clocks = images * _WEIGHT_DENSE_CLOCKS
+    elif tiles_of_rows is not None:
+        clocks = images * call.size[0] * tiles_of_rows.clocks
+    else:
+        return False
+    for does, (height, width) in zip(moves, (call.size, call.out_size), strict=True):
+        if does:
+            clocks += _move_clocks(images * height * width, call.itemsize, call.num_sms)
+    outputs = images * call.out_size[0] * call.out_size[1]
+    products = outputs * call.taps[0] * call.taps[1]
+    return clocks < products * _TO_MULTIPLY_WEIGHT / _LANES_PER_CLOCK
 
 
 def plane_tiles(channels: int, positions: int, channels_last: bool) -> tuple[int, int]:
