@@ -175,6 +175,8 @@ _RESIDENT = 4
 _RESIDENT_ONE_LAUNCH = 2
 # What 8.6 and 8.9 give a program is 99 KiB; what is copied ahead leaves some for exchanges.
 _MOST_STAGED_BYTES = 80 * 1024
+# z of a program's tokens and of all that they meet, which is to stay in the first-level cache.
+_MOST_SCRATCH_BYTES = 16 * 1024
 
 
 class _Part(NamedTuple):
@@ -269,6 +271,8 @@ def one_launch_tiles(
         block_w = max(16, min(most_w, next_power_of_2(window)))
         num_stages = max(2, min(6, _MOST_STAGED_BYTES // ((block_w + 16) * block_c * size)))
         programs = batch * ceil_div(tokens, block_t)
+        if programs > _RESIDENT_ONE_LAUNCH * num_sms or window * r * size > _MOST_SCRATCH_BYTES:
+            continue
         busy_sms = min(programs, num_sms)
         chunks = ceil_div(window, block_w)
         down = _overlapped(
@@ -296,7 +300,7 @@ def one_launch_tiles(
                 block_t, block_w, block_c, block_up, blocks_of_c, 8, num_stages, clocks
             )
     two = two_launch_clocks(batch * tokens, dim, r, taps, dtype, num_sms)
-    return best if best.clocks < two else None
+    return best if best is not None and best.clocks < two else None
 
 
 class Correlation(NamedTuple):

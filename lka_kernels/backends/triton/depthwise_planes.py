@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lka_kernels import tiles
-from lka_kernels.backends.triton.depthwise_geometry import channels_in_lanes
+from lka_kernels.backends.triton.depthwise_geometry import INT32_END, channels_in_lanes
 from lka_kernels.backends.triton.depthwise_planes_kernel import move_planes_kernel
 from lka_kernels.backends.triton.launch import Launch
 
@@ -33,7 +33,12 @@ def move(source: Tensor, result: Tensor) -> list[Launch]:
             move_planes_kernel,
             programs,
             (source, result, channels, width, height * width, stride_b, stride_y, stride_x),
-            {"TO_PLANES": to_planes, "BLOCK_P": block_p, "BLOCK_C": block_c},
+            {
+                "TO_PLANES": to_planes,
+                "BLOCK_P": block_p,
+                "BLOCK_C": block_c,
+                "WIDE": height * width + block_p >= INT32_END,
+            },
             4,
             3,
         )

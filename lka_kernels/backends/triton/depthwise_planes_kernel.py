@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from lka_kernels.backends.triton.indexing import program_index
+
 
 @triton.jit
 def move_planes_kernel(
@@ -17,13 +19,14 @@ def move_planes_kernel(
     TO_PLANES: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """Copy (B, C, N) from ``source`` to ``result``, N = H·W positions.
 
     One of the two, the result with TO_PLANES, is contiguous; of the other the channels are, and the
     strides are those of its images, rows and columns.
     """
-    pid = tl.program_id(0)
+    pid = program_index(WIDE)
     blocks_c = tl.cdiv(C, BLOCK_C)
     blocks_p = tl.cdiv(N, BLOCK_P)
     c = pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
