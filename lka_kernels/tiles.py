@@ -23,7 +23,7 @@ class AdapterTiles(NamedTuple):
         block_t: tokens of a program.
         block_c: channels of the width at a time.
         block_r: channels of the rank, a power of two not below r.
-        pad: whether the rank must be padded to twice its block for the tensor cores.
+        pad: whether the rank must be padded to twice its block for a product.
         convolve_in_up: whether the up-projection's program convolves its own tokens.
         weights_apart: whether the gradients of the projections' weights have launches of their own.
         blocks_of_c: blocks of channels that one program of the up-projection writes.
@@ -81,9 +81,9 @@ def adapter_tiles(
 ) -> AdapterTiles:
     """Tiles for ``num_tokens`` tokens of ``dim`` channels; ``taps`` are those that can touch."""
     # 8 is the narrowest column block of the matrix instructions. Their sums have at least 16
-    # terms in 16-bit types, 8 in float32.
+    # terms; in float32 Triton 3.6 compiles none of fewer either, though 3.8 does.
     block_r = max(8, next_power_of_2(r))
-    pad = dtype != torch.float32 and block_r < 16
+    pad = block_r < 16
     table = _ADAPTER_FLOAT32 if dtype == torch.float32 else _ADAPTER_16_BIT
     block_t, block_c, num_warps, num_stages = table[max(16, block_r)]
     if block_t == 128 and num_tokens >= 4 * 256 * num_sms:
@@ -91,16 +91,22 @@ def adapter_tiles(
         block_t, num_warps, num_stages = 256, 8, 2
     while block_t > 32 and num_tokens < block_t * num_sms:
         block_t //= 2  # few tokens: rather use every multiprocessor
+        num_stages = min(6, num_stages + 2)  # and have as many loads under way as before
     blocks = -(-dim // block_c)
     programs = -(-num_tokens // block_t)
-    # With still fewer programs than multiprocessors, each convolves the same tokens again for a
-    # part of the channels: the rank-r tensor is in the cache, and the convolution is short.
-    splits = max(1, min(blocks, num_sms // max(1, programs)))
+    # A block of channels waits for its residual, which only other programs on the multiprocessor
+    # hide: with few, several convolve the same tokens, each for a part of the channels. The
+    # rank-r tensor is in the cache, and the convolution is short.
+    splits = max(1, min(blocks, 4 * num_sms // max(1, programs)))
     # A tap, channel and token takes about 5 instructions of the 128 that a multiprocessor makes in
     # a cycle; a channel of x, y and the residual takes 6 bytes of the 13 that an H100's memory
     # gives each of them: below about 8 taps a channel the convolution hides behind memory.
     # Sums of more than 16 channels would leave the projection too few registers.
-    convolve_in_up = block_r <= 16 and taps[0] * taps[1] * r * splits <= 8 * dim
+    affordable = 8 * dim // max(1, taps[0] * taps[1] * r)
+    needed = max(1, min(splits, num_sms // max(1, programs)))
+    convolve_in_up = block_r <= 16 and affordable >= needed
+    if convolve_in_up:
+        splits = min(splits, affordable)
     # Written and read once, float32 partial sums for every tile cost 8·r bytes a channel; to read
     # the tile once more costs its own bytes.
     weights_apart = 8 * r > dtype.itemsize * block_t
@@ -132,6 +138,169 @@ _TO_BUILD_PATCH = 12
 _TO_BUILD_DENSE = 16
 _TO_STEP = 60
 _TO_MULTIPLY = 4
+
+
+class OneLaunchTiles(NamedTuple):
+    """What the adapter's forward in one launch is built with.
+
+    Attributes:
+        block_t: tokens of a program.
+        block_w: tokens, of these and what they can meet, whose z is computed at a time.
+        block_c: channels of x at a time.
+        block_up, blocks_of_c: channels of y at a time, and how often.
+        num_warps, num_stages: of the kernel.
+        clocks: of a multiprocessor of an H100, estimated, with the launch.
+    """
+
+    block_t: int
+    block_w: int
+    block_c: int
+    block_up: int
+    blocks_of_c: int
+    num_warps: int
+    num_stages: int
+    clocks: float
+
+
+# In clocks of an H100 at 1.7 GHz. What a launch adds on the device, to start and to wait for the
+# one before, is 2 µs, as in docs/kernel-notes.md. The time of the host comes on top where it is not
+# ahead of the device. A load waits for memory as long as _LATENCY, for the first-level cache
+# _NEAR_LATENCY; all multiprocessors together read the second-level cache at 5.5 TB/s.
+_LAUNCH_CLOCKS = 3400
+_LATENCY = 800
+_NEAR_LATENCY = 100
+_CHIP_BYTES_PER_CLOCK = 3200
+# Programs that share a multiprocessor and hide what each waits for.
+_RESIDENT = 4
+_RESIDENT_ONE_LAUNCH = 2
+# What 8.6 and 8.9 give a program is 99 KiB; what is copied ahead leaves some for exchanges.
+_MOST_STAGED_BYTES = 80 * 1024
+# z of a program's tokens and of all that they meet, which is to stay in the first-level cache.
+_MOST_SCRATCH_BYTES = 16 * 1024
+
+
+class _Part(NamedTuple):
+    """Clocks of a part of a program: until it is done alone, and how long it keeps others away."""
+
+    alone: float
+    busy: float
+
+    def __add__(self, other: _Part) -> _Part:
+        return _Part(self.alone + other.alone, self.busy + other.busy)
+
+
+def _stream(num_bytes: int, in_flight: int, busy_sms: int) -> _Part:
+    """``num_bytes`` read or written, of which ``in_flight`` are waited for at a time."""
+    rate = min(_BYTES_PER_CLOCK, _CHIP_BYTES_PER_CLOCK / busy_sms)
+    return _Part(_LATENCY + num_bytes / min(rate, in_flight / _LATENCY), num_bytes / rate)
+
+
+def _project(tokens: int, dim: int, block_r: int, dtype: torch.dtype) -> _Part:
+    """tokens × dim × block_r multiply-adds."""
+    rate = _LANES_PER_CLOCK if dtype == torch.float32 else _PRODUCTS_PER_CLOCK
+    clocks = tokens * dim * block_r / rate
+    return _Part(clocks, clocks)
+
+
+def _convolve(tokens: int, r: int, taps: tuple[int, int], latency: int) -> _Part:
+    """5 instructions a tap; all loads of a kernel row are under way together."""
+    busy = 5 * tokens * r * taps[0] * taps[1] / _LANES_PER_CLOCK
+    return _Part(taps[0] * latency + busy, busy)
+
+
+def _launch_clocks(programs: int, num_sms: int, resident: int, part: _Part) -> float:
+    """Clocks of a launch whose programs are all ``part``."""
+    each = ceil_div(programs, num_sms)
+    return _LAUNCH_CLOCKS + max(ceil_div(each, resident) * part.alone, each * part.busy)
+
+
+def _overlapped(first: _Part, second: _Part) -> _Part:
+    return _Part(max(first.alone, second.alone), max(first.busy, second.busy))
+
+
+def two_launch_clocks(
+    num_tokens: int, dim: int, r: int, taps: tuple[int, int], dtype: torch.dtype, num_sms: int
+) -> float:
+    """Clocks of the adapter's forward in ``down`` and ``up``, or with a launch that convolves."""
+    t = adapter_tiles(num_tokens, dim, r, taps, dtype, num_sms)
+    tile = t.block_t * t.block_c * dtype.itemsize
+    programs = ceil_div(num_tokens, t.block_t)
+    busy_sms = min(programs, num_sms)
+    down = _overlapped(
+        _stream(t.block_t * dim * dtype.itemsize, (t.num_stages - 1) * tile, busy_sms),
+        _project(t.block_t, dim, t.block_r, dtype),
+    )
+    up_programs = programs * ceil_div(dim, t.blocks_of_c * t.block_c)
+    # The residual is read and y written, and one block of channels waits for the one before.
+    block = _stream(2 * tile, 2 * tile, min(up_programs, num_sms))
+    block = _Part(t.blocks_of_c * block.alone, t.blocks_of_c * block.busy)
+    channels = r if t.convolve_in_up else min(r, 8)
+    convolve = _Part(_LATENCY, 0) + _convolve(t.block_t, channels, taps, 2 * _NEAR_LATENCY)
+    up = block + convolve if t.convolve_in_up else block + _Part(_LATENCY, 0)
+    clocks = _launch_clocks(programs, num_sms, _RESIDENT, down)
+    if not t.convolve_in_up:
+        clocks += _launch_clocks(programs * ceil_div(r, 8), num_sms, _RESIDENT, convolve)
+    return clocks + _launch_clocks(up_programs, num_sms, _RESIDENT, up)
+
+
+@functools.lru_cache(maxsize=1024)
+def one_launch_tiles(
+    batch: int,
+    tokens: int,
+    dim: int,
+    r: int,
+    taps: tuple[int, int],
+    reach: int,
+    dtype: torch.dtype,
+    num_sms: int,
+) -> OneLaunchTiles | None:
+    """Tiles of the adapter's forward in one launch, or None where two are estimated to be faster.
+
+    A program also reads x of the ``reach`` tokens that its own meet before and behind them, mostly
+    from the second-level cache: it pays where that takes less than a launch.
+    """
+    block_r = max(8, next_power_of_2(r))
+    if block_r > 16 or batch * tokens == 0:
+        return None
+    size = dtype.itemsize
+    best = None
+    for block_t in (16, 32, 64):
+        window = min(tokens, block_t + reach)
+        # float32 runs on the FMA units, whose operands are all in registers.
+        most_w, block_c = (64, 32) if dtype == torch.float32 else (128, 64)
+        block_w = max(16, min(most_w, next_power_of_2(window)))
+        num_stages = max(2, min(6, _MOST_STAGED_BYTES // ((block_w + 16) * block_c * size)))
+        programs = batch * ceil_div(tokens, block_t)
+        if programs > _RESIDENT_ONE_LAUNCH * num_sms or window * r * size > _MOST_SCRATCH_BYTES:
+            continue
+        busy_sms = min(programs, num_sms)
+        chunks = ceil_div(window, block_w)
+        down = _overlapped(
+            _stream(
+                window * dim * size,
+                (num_stages - 1) * min(block_w, window) * block_c * size,
+                busy_sms,
+            )
+            + _Part((chunks - 1) * _LATENCY, 0),
+            _project(chunks * block_w, dim, block_r, dtype),
+        )
+        # 32 sums of a lane of eight warps, and as many elements of the residual under way; in
+        # float32 half of that, as operands are in registers.
+        most_up = (4096 if dtype == torch.float32 else 8192) // block_t
+        block_up = min(max(64, next_power_of_2(dim)), most_up)
+        blocks_of_c = ceil_div(dim, block_up)
+        at_once = 2 * block_t * block_up * size
+        block = _stream(at_once, at_once, busy_sms)
+        up = _Part(blocks_of_c * block.alone, blocks_of_c * block.busy)
+        # Once through the first-level cache, between down and the convolution.
+        part = down + _Part(4 * _NEAR_LATENCY, 0) + _convolve(block_t, r, taps, _NEAR_LATENCY) + up
+        clocks = _launch_clocks(programs, num_sms, _RESIDENT_ONE_LAUNCH, part)
+        if best is None or clocks < best.clocks:
+            best = OneLaunchTiles(
+                block_t, block_w, block_c, block_up, blocks_of_c, 8, num_stages, clocks
+            )
+    two = two_launch_clocks(batch * tokens, dim, r, taps, dtype, num_sms)
+    return best if best is not None and best.clocks < two else None
 
 
 class Correlation(NamedTuple):
@@ -186,13 +355,14 @@ class DenseTiles(NamedTuple):
 
 
 class WeightGemmTiles(NamedTuple):
-    """Of ``backward_weight_gemm_kernel``."""
+    """Of ``backward_weight_gemm_kernel``; ``clocks`` are estimated for a row of one channel."""
 
     rows: int
     bx: int
     window: int
     block_k: int
     num_warps: int
+    clocks: float
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -378,12 +548,43 @@ def correlation_form(call: Correlation, dtype: torch.dtype, contiguous: bool) ->
     return form if clocks < direct_clocks(call) else "direct"
 
 
+def move_tiles(channels: int, positions: int) -> tuple[int, int]:
+    """Channels and positions of a program that moves maps between channels_last and planes.
+
+    64 channels or positions are a line of the cache in 16-bit types; 32 elements a thread.
+    """
+    block_c = min(64, next_power_of_2(channels))
+    return block_c, min(4096 // block_c, next_power_of_2(positions))
+
+
+# An H100's memory copies 3.0 TB/s.
+_MEMORY_BYTES_PER_CLOCK = 1750
+
+
+def _move_clocks(elements: int, itemsize: int, num_sms: int) -> float:
+    """Clocks of all multiprocessors for a launch that reads and writes ``elements``."""
+    return num_sms * (_LAUNCH_CLOCKS + 2 * elements * itemsize / _MEMORY_BYTES_PER_CLOCK)
+
+
+def correlation_moves(call: Correlation, source_moves: bool, result_moves: bool) -> bool:
+    """Whether to move channels_last maps to planes for the tensor cores, and the result back.
+
+    ``call`` is that on planes. The direct form needs no move, and multiplies on the FMA units.
+    """
+    clocks = min(dense_tiles(call).clocks, patch_tiles(call).clocks)
+    images = call.batch * call.channels
+    for moves, (height, width) in ((source_moves, call.size), (result_moves, call.out_size)):
+        if moves:
+            clocks += _move_clocks(images * height * width, call.itemsize, call.num_sms)
+    return clocks < direct_clocks(call)
+
+
 @functools.lru_cache(maxsize=1024)
 def weight_gemm_tiles(
     taps: tuple[int, int], dilation: int, vector: int, slack: int, out_width: int, itemsize: int
 ) -> WeightGemmTiles | None:
     """Tiles of backward-weight as a matrix product; None where the kernel is too wide for it."""
-    best, least = None, None
+    best = None
     for rows, bx, block_k in itertools.product((1, 2, 4, 8, 16), (8, 16, 32, 64), (32, 64)):
         # One more column for the ones that sum the bias's gradient.
         extent = bx + (taps[1] - 1) * dilation + slack + 1
@@ -407,9 +608,8 @@ def weight_gemm_tiles(
             + (80 + 18 * loads) * 32 * num_warps / _LANES_PER_CLOCK
         )
         clocks = each * ceil_div(taps[0], rows) * ceil_div(out_width, bx) / block_k
-        if least is None or clocks < least:
-            least = clocks
-            best = WeightGemmTiles(rows, bx, window, block_k, num_warps)
+        if best is None or clocks < best.clocks:
+            best = WeightGemmTiles(rows, bx, window, block_k, num_warps, clocks)
     return best
 
 
@@ -435,6 +635,34 @@ def weight_dense_fits(sizes: tuple[int, int, int, int]) -> bool:
     """
     height, width, out_height, out_width = sizes
     return height * width < WEIGHT_DENSE_BLOCK and out_height * out_width <= WEIGHT_DENSE_BLOCK
+
+
+# Counted in the machine code for compute capability 9.0: instructions of a lane for a multiply-add
+# of the direct form of backward-weight, and clocks for an image of one channel of the dense one.
+_TO_MULTIPLY_WEIGHT = 5
+_WEIGHT_DENSE_CLOCKS = 30
+
+
+def weight_moves(
+    call: Correlation, tiles_of_rows: WeightGemmTiles | None, moves: tuple[bool, bool]
+) -> bool:
+    """Whether backward-weight moves channels_last maps, as ``correlation_moves`` has it.
+
+    ``moves``: whether the input and the gradient of the output have to.
+    """
+    images = call.batch * call.channels
+    if weight_dense_fits((*call.size, *call.out_size)):
+        clocks = images * _WEIGHT_DENSE_CLOCKS
+    elif tiles_of_rows is not None:
+        clocks = images * call.size[0] * tiles_of_rows.clocks
+    else:
+        return False
+    for does, (height, width) in zip(moves, (call.size, call.out_size), strict=True):
+        if does:
+            clocks += _move_clocks(images * height * width, call.itemsize, call.num_sms)
+    outputs = images * call.out_size[0] * call.out_size[1]
+    products = outputs * call.taps[0] * call.taps[1]
+    return clocks < products * _TO_MULTIPLY_WEIGHT / _LANES_PER_CLOCK
 
 
 def plane_tiles(channels: int, positions: int, channels_last: bool) -> tuple[int, int]:

@@ -25,14 +25,37 @@ def names(dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def in_two_launches(monkeypatch):
+    """The forward of calls so small takes one launch by itself."""
+    monkeypatch.setattr(tiles, "one_launch_tiles", lambda *a: None)
+
+
+def in_one_launch(monkeypatch, **changes):
+    """Also where two are estimated to be faster, with ``changes`` of the tiles."""
+    choose = tiles.one_launch_tiles
+
+    def forced(batch, tokens, dim, r, *others):
+        chosen = choose(batch, tokens, dim, r, *others)
+        if chosen is None:
+            # Tiles of a few tokens of as few channels serve any call.
+            chosen = tiles.OneLaunchTiles(16, 32, 32, 32, tiles.ceil_div(dim, 32), 8, 2, 0.0)
+        return chosen._replace(**changes)
+
+    monkeypatch.setattr(tiles, "one_launch_tiles", forced)
+
+
+@pytest.mark.parametrize("launches", [1, 2])
 @pytest.mark.parametrize("case", DEFINED, ids=str)
-def test_equals_the_specification(case):
+def test_equals_the_specification(case, launches, monkeypatch):
+    (in_one_launch if launches == 1 else in_two_launches)(monkeypatch)
     check_backend(case, torch.float32, "triton", DEVICE)
 
 
+@pytest.mark.parametrize("launches", [1, 2])
 @pytest.mark.parametrize("case", DEFINED[:6], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=names)
-def test_equals_the_specification_in_16_bits(case, dtype):
+def test_equals_the_specification_in_16_bits(case, dtype, launches, monkeypatch):
+    (in_one_launch if launches == 1 else in_two_launches)(monkeypatch)
     check_backend(case, dtype, "triton", DEVICE)
 
 
@@ -78,7 +101,66 @@ def test_every_path(path, dtype, case, monkeypatch):
         return choose(*arguments)._replace(**PATHS[path])
 
     monkeypatch.setattr(tiles, "adapter_tiles", forced)
+    in_two_launches(monkeypatch)
     check_backend(case, dtype, "triton", DEVICE)
+
+
+# More than one tile of tokens, window of tokens and block of channels.
+LARGER = [
+    AdapterCase(2, 40, 12, (5, 8), (5, 3), prefix=1, dropout=0.3, residual=True, scale=0.5),
+    AdapterCase(2, 37, 7, (6, 9), (3, 4), position="both", dilation=2, layout="channels_first"),
+    AdapterCase(2, 34, 16, (7, 7), (3, 3), prefix=19, prefix_mode="skip", position="post"),
+    AdapterCase(1, 33, 5, (6, 6), (6, 2), prefix=2, prefix_mode="zero", layout="sliced"),
+]
+
+
+@pytest.mark.parametrize("block_w", [16, 64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("case", LARGER, ids=str)
+def test_several_tiles_in_one_launch(case, dtype, block_w, monkeypatch):
+    in_one_launch(monkeypatch, block_t=16, block_w=block_w, block_c=16, block_up=32, blocks_of_c=2)
+    check_backend(case, dtype, "triton", DEVICE)
+
+
+@pytest.mark.parametrize("case", LARGER, ids=str)
+def test_one_launch_keeps_what_two_keep(case, monkeypatch):
+    """y, z and c, which backward reads; on a GPU the products' tiles differ, and their rounding."""
+    x, weights, residual, options = _operator_arguments(dataclasses.replace(case, residual=True))
+    results = []
+    for force in (in_one_launch, in_two_launches):
+        with monkeypatch.context() as patch:
+            force(patch)
+            results.append(ops.ADAPTER["triton"].forward(x, *weights, residual, *options))
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+
+
+def test_one_launch_only_where_it_pays():
+    def chosen(batch, tokens, dim, r, kernel, dtype=torch.bfloat16, num_sms=132):
+        taps, reach = (kernel, kernel), kernel // 2 * 30
+        return tiles.one_launch_tiles(batch, tokens, dim, r, taps, reach, dtype, num_sms)
+
+    assert chosen(1, 197, 384, 8, 7) is not None
+    assert chosen(1, 197, 1024, 8, 7) is not None
+    assert chosen(64, 197, 1024, 8, 7) is None  # every multiprocessor is busy
+    assert chosen(1, 785, 1024, 8, 27) is None  # each program would read most of the image
+    assert chosen(1, 197, 384, 32, 7) is None  # larger ranks have launches of their own
+    assert chosen(0, 197, 384, 8, 7) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 49, 197, 784])
+@pytest.mark.parametrize("dim", [1, 96, 1536])
+@pytest.mark.parametrize("r", [1, 8, 16])
+def test_tiles_of_one_launch_cover_the_call(dtype, tokens, dim, r):
+    t = tiles.one_launch_tiles(1, tokens, dim, r, (3, 3), 60, dtype, 132)
+    if t is None:
+        return
+    assert t.block_up * t.blocks_of_c >= dim
+    assert min(t.block_t, t.block_w, t.block_c, t.block_up) >= 16
+    # Stages of x and down_weight, within what 8.6 gives a program.
+    staged = t.num_stages * (t.block_w + 16) * t.block_c * dtype.itemsize
+    assert staged <= 80 * 1024
 
 
 def test_large_rank():

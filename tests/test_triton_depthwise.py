@@ -322,3 +322,85 @@ def test_weight_gradients_of_small_maps_are_dense():
 
 def test_a_kernel_too_wide_for_matrix_products_takes_the_direct_form():
     assert tiles.weight_gemm_tiles((3, 91), 9, 8, 0, 56, 2) is None
+
+
+def names_of(launches) -> list[str]:
+    return [launch.kernel.__name__.removesuffix("_kernel") for launch in launches]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [name for name, call in CALLS.items() if call[4] != "contiguous"])
+@pytest.mark.parametrize("form", ["gemm", "auto"])
+def test_channels_last_as_planes(name, dtype, form, monkeypatch):
+    """Also maps that go from one layout to the other, as gradients may."""
+    monkeypatch.setattr(tiles, "correlation_moves", lambda *a: True)
+    monkeypatch.setattr(tiles, "weight_moves", lambda *a: True)
+    a = Arguments(name, dtype)
+    for channels_last in (True, False):
+        output = plans().forward(a.input, a.weight, a.bias, *a.geometry, channels_last, form)
+        grad_input = plans().backward_input(
+            a.grad_output, a.weight, list(a.input.shape[2:]), *a.geometry, channels_last, form
+        )
+        layout = ops.memory_format(channels_last)
+        assert output.is_contiguous(memory_format=layout)
+        assert grad_input.is_contiguous(memory_format=layout)
+        grad_output = a.grad_output.contiguous(memory_format=layout)
+        grads = plans().backward_weight(grad_output, a.input, list(a.kernel), *a.geometry, form)
+        a.check(output=output, grad_input=grad_input, grad_weight=grads[0], grad_bias=grads[1])
+
+
+def test_channels_last_moves_only_where_it_pays():
+    def forward(batch, channels, side, k, dtype=torch.bfloat16, form="auto"):
+        shape = (batch, channels, side, side)
+        x = torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
+        weight = torch.empty(channels, 1, k, k, dtype=dtype, device="meta")
+        geometry = ((1, 1), (k // 2,) * 4, (1, 1))
+        first = plans().plan_forward(x, weight, None, *geometry, True, form)[0]
+        return names_of(first), names_of(
+            plans().plan_backward_weight(x, x, [k, k], *geometry, form)[0]
+        )
+
+    moved = ["move_planes", "correlate_patch", "move_planes"]
+    moved_too = ["move_planes", "move_planes", "backward_weight_rows", "sum_partials"]
+    in_place = ["correlate_direct"], ["backward_weight_direct", "sum_partials"]
+    assert forward(64, 128, 56, 31) == (moved, moved_too)
+    assert forward(64, 128, 56, 31, form="direct") == in_place
+    assert forward(64, 128, 56, 31, dtype=torch.float32) == in_place
+    assert forward(64, 64, 56, 3) == in_place
+    assert forward(1, 768, 14, 7) == in_place
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 7), (8, 16)])
+@pytest.mark.parametrize("channels", [2, 5, 70])
+def test_planes_and_back(size, channels):
+    from lka_kernels.backends.triton.depthwise_planes import as_planes, move
+
+    x = torch.randn(3, *size, 2 * channels, device=DEVICE).permute(0, 3, 1, 2)[:, :channels]
+    planes = as_planes(x)
+    plans().run(move(x, planes), x.device)
+    back = torch.full_like(x, float("nan"))
+    plans().run(move(planes, back) if planes is not x else [], x.device)
+    assert torch.equal(planes, x)
+    assert planes is x or torch.equal(back, x)
+
+
+@pytest.mark.parametrize("form", ["direct", "gemm"])
+def test_the_summed_pair_is_one_pass(form):
+    """A large and a small kernel on one input, docs/adapters.md: no launch for the small one."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 2, 6, 8, generator=generator).to(DEVICE)
+    large = torch.randn(2, 1, 11, 9, generator=generator).to(DEVICE)
+    small = torch.randn(2, 1, 3, 5, generator=generator).to(DEVICE)
+    leaves = [t.requires_grad_() for t in (x, large, small)]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    truth = sum(F.conv2d(wide[0], w, padding="same", groups=2) for w in wide[1:])
+    method = {"direct": "direct", "gemm": "implicit_gemm"}[form]
+    with use_backend("triton"):
+        y = depthwise_conv2d(x, large + F.pad(small, (2, 2, 4, 4)), padding="same", method=method)
+        grads = torch.autograd.grad(y, leaves, torch.ones_like(y))
+    truths = torch.autograd.grad(truth, wide, torch.ones_like(truth))
+    for found, expected in zip((y, *grads), (truth, *truths), strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    geometry = ((1, 1), (5, 4, 5, 4), (1, 1))
+    arguments = (x.detach(), large.detach(), None, *geometry, False, form)
+    assert len(plans().plan_forward(*arguments)[0]) == 1

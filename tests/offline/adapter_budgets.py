@@ -9,7 +9,7 @@ from triton_budgets import Kernels, main
 def multiplies(name: str) -> bool:
     """The kernels that multiply matrices; in float32 they use the FMA units."""
     return "float32" not in name and any(
-        part in name for part in (" down", " up", " weight_backward")
+        part in name for part in (" down", " up", " weight_backward", " forward")
     )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+from unittest import mock
 
 import torch
 
+from lka_kernels import tiles
 from lka_kernels.backends.triton import adapter
 from lka_kernels.backends.triton.launch import Launch
 
@@ -46,6 +48,11 @@ def launches(
     return forward, backward
 
 
+def in_two_launches():
+    """A context in which forward takes two launches, though one were estimated to be faster."""
+    return mock.patch.object(tiles, "one_launch_tiles", return_value=None)
+
+
 @functools.cache
 def to_compile() -> dict[str, Launch]:
     """Launches by a name that says what they are for."""
@@ -61,6 +68,9 @@ def to_compile() -> dict[str, Launch]:
         # Large ranks: the convolution and the weights' gradients have launches of their own.
         "r64 k31 14x14": (whole, (64, (14, 14), 1024, 64, (31, 31)), {}),
         "r256 k13 14x14": (whole, (64, (14, 14), 768, 256, (13, 13)), {}),
+        # One image: forward in one launch.
+        "r8 k7 14x14+1 one image": (whole, (1, (14, 14), 1024, 8, (7, 7)), {"prefix": 1}),
+        "r8 k7 7x7 four images": ((torch.float32,), (4, (7, 7), 768, 8, (7, 7)), {}),
         # Every optional part the other way round.
         "r5 k3 skip": (
             half,
@@ -91,7 +101,11 @@ def to_compile() -> dict[str, Launch]:
     found = {}
     for case, (dtypes, arguments, options) in cases.items():
         for dtype in dtypes:
-            forward, backward = launches(*arguments, dtype, **options)
+            with in_two_launches():
+                forward, backward = launches(*arguments, dtype, **options)
+            alone, _ = launches(*arguments, dtype, **options)
+            if len(alone) == 1:
+                forward += alone
             for launch in forward + backward:
                 name = launch.kernel.__name__.removesuffix("_kernel")
                 key = f"{case} {str(dtype).removeprefix('torch.')} {name}"

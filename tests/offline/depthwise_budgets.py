@@ -86,15 +86,20 @@ CALLS = [
 
 
 def to_compile() -> dict[str, Launch]:
-    """The first launch of every call, and a sum of partial sums with taps that do not touch."""
+    """The first launch of every call, moves, and partial sums with taps that do not touch."""
     found = {call.name: call.launches()[0] for call in CALLS}
+    by_rows = Call("forward", "gemm", (64, 192, 56, 56), (7, 7), channels_last=True).launches()
+    odd = Call("backward_input", "gemm", (64, 1536, 7, 7), (7, 7), "float16", channels_last=True)
+    found["move_planes from channels_last 56x56"] = by_rows[0]
+    found["move_planes to channels_last 56x56"] = by_rows[-1]
+    found["move_planes from channels_last 7x7"] = odd.launches()[0]
     clipped = Call("backward_weight", "dense", (64, 1024, 7, 7), (31, 31))
     return {**found, f"sum_partials of {clipped.name}": clipped.launches()[1]}
 
 
 def multiplies(name: str) -> bool:
     """All forms but the direct one are matrix products."""
-    return " direct " not in name and "sum_partials" not in name
+    return not any(part in name for part in (" direct ", "sum_partials", "move_planes"))
 
 
 def compiled_for(index: int) -> tuple[int, ...]:

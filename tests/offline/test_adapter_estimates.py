@@ -4,10 +4,11 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from adapter_launches import launches
+from adapter_launches import in_two_launches, launches
 
-from benchmarks import roofline
+from benchmarks import roofline, shapes
 from lka_kernels.backends.triton.estimate import traffic
+from lka_kernels.backends.triton.estimate_work import products
 
 # Swin-L's and ConvNeXt-L's stages, ViT-L with its class token; batch 64, bfloat16, r 8, K 7.
 SHAPES = [
@@ -34,6 +35,42 @@ def test_adapter_moves_hardly_more_than_the_fewest_bytes(grid, dim, prefix, resi
     assert traffic(backward).launches == 4  # three and the ordered sum
 
 
-def test_one_image_takes_two_launches():
+def test_one_image_takes_one_launch():
     forward, _ = launches(1, (14, 14), 1024, 8, (7, 7), torch.bfloat16, prefix=1)
+    assert len(forward) == 1
+    with in_two_launches():
+        forward, _ = launches(1, (14, 14), 1024, 8, (7, 7), torch.bfloat16, prefix=1)
     assert len(forward) == 2
+
+
+# Every shape that is measured on a GPU, batches of 1 to 128, with a residual of its own.
+BENCHMARKED = shapes.selected(shapes.ADAPTER, "full", "cuda")
+
+
+@pytest.mark.parametrize("shape", BENCHMARKED, ids=lambda shape: shape.name)
+def test_every_benchmark_against_its_floor(shape):
+    grid, kernel = (shape.side, shape.side), (shape.kernel, shape.kernel)
+    arguments = (shape.batch, grid, shape.dim, shape.rank, kernel)
+    options = {"prefix": shape.prefix, "separate_residual": True, "element_size": 2}
+    fewest = roofline.adapter("forward", *arguments, **options)
+    both = roofline.adapter("forward+backward", *arguments, **options)
+    forward, backward = launches(*arguments, torch.bfloat16, prefix=shape.prefix)
+    moved, moved_back = traffic(forward), traffic(backward)
+    assert moved.launches <= 3  # a long convolution has its own
+    assert moved_back.launches <= 6  # and so have the projections' weights for large ranks
+    rank_tensor = 2 * shape.batch * (shape.prefix + shape.side**2) * shape.rank
+    # z, a and c are written, a read, and c where the convolution has a launch of its own.
+    assert fewest.bytes <= moved.memory <= fewest.bytes + 5.01 * rank_tensor
+    fewest_back = both.bytes - fewest.bytes
+    assert moved_back.memory >= fewest_back
+    if shape.rank <= 8:
+        assert moved.memory <= 1.15 * fewest.bytes
+        assert moved_back.memory <= 1.25 * fewest_back
+    # No multiply-add is left out; the tensor cores make as many for a rank of 4 as for 16.
+    made, needed = sum(products(forward)), fewest.flops / 2
+    made_back, needed_back = sum(products(backward)), (both.flops - fewest.flops) / 2
+    assert made >= needed
+    assert made_back >= needed_back
+    if shape.batch == 64 and shape.rank >= 8:
+        assert made <= 5 * needed
+        assert made_back <= 6.5 * needed_back

@@ -14,6 +14,7 @@ from torch import Tensor
 from lka_kernels import philox, tiles
 from lka_kernels.backends.reference import center_tap_index
 from lka_kernels.backends.triton import adapter_kernels as kernels
+from lka_kernels.backends.triton.adapter_one_launch_kernel import forward_kernel
 from lka_kernels.backends.triton.launch import Launch, dot_precision
 from lka_kernels.backends.triton.partial_sums import PartialSums
 from lka_kernels.backends.triton.run import run
@@ -37,6 +38,8 @@ class _Call(NamedTuple):
     precision: str
     r: int
     tiles: tiles.AdapterTiles
+    reach: tuple  # tokens before and behind one that the convolution of this one meets
+    one_launch: tiles.OneLaunchTiles | None
 
     @property
     def matrices(self) -> dict:
@@ -76,14 +79,12 @@ def _describe(
     top, left = (same_padding(k, dilation)[0] for k in (kernel_height, kernel_width))
     rows = touching_taps(height, height, kernel_height, 1, top, dilation)
     columns = touching_taps(width, width, kernel_width, 1, left, dilation)
-    chosen = tiles.adapter_tiles(
-        batch * num_tokens,
-        dim,
-        r,
-        (rows[1] - rows[0], columns[1] - columns[0]),
-        x.dtype,
-        tiles.multiprocessors(x.device),
-    )
+    taps = (rows[1] - rows[0], columns[1] - columns[0])
+    num_sms = tiles.multiprocessors(x.device)
+    chosen = tiles.adapter_tiles(batch * num_tokens, dim, r, taps, x.dtype, num_sms)
+    before = (top - rows[0] * dilation) * width + left - columns[0] * dilation
+    after = ((rows[1] - 1) * dilation - top) * width + (columns[1] - 1) * dilation - left
+    reach = (max(0, before), max(0, after))
     center = (
         center_tap_index(conv_weight.shape[2:], dilation) if prefix_mode == "center_tap" else None
     )
@@ -115,6 +116,10 @@ def _describe(
         precision=dot_precision(x.dtype, torch.backends.cuda.matmul),
         r=r,
         tiles=chosen,
+        reach=reach,
+        one_launch=tiles.one_launch_tiles(
+            batch, num_tokens, dim, r, taps, sum(reach), x.dtype, num_sms
+        ),
     )
 
 
@@ -145,6 +150,9 @@ def plan_forward(
     y = torch.empty_like(x)
     z = x.new_empty((batch, r, num_tokens))
     c = torch.empty_like(z)
+    if call.one_launch is not None:
+        weights = (down_weight, down_bias, conv_weight, conv_bias, up_weight, up_bias)
+        return [_forward_in_one_launch(call, x, weights, residual, scale, y, z, c)], (y, z, c)
     a = None if call.pre == "none" else torch.empty_like(z)
     source = z if a is None else a
     programs = tiles.ceil_div(call.tokens[0], t.block_t)
@@ -209,6 +217,68 @@ def plan_forward(
         )
     )
     return launches, (y, z, c)
+
+
+def _forward_in_one_launch(
+    call: _Call,
+    x: Tensor,
+    weights: tuple[Tensor | None, ...],
+    residual: Tensor | None,
+    scale: float,
+    y: Tensor,
+    z: Tensor,
+    c: Tensor,
+) -> Launch:
+    down_weight, down_bias, conv_weight, conv_bias, up_weight, up_bias = weights
+    t = call.one_launch
+    batch, num_tokens, dim = x.shape
+    programs = batch * tiles.ceil_div(num_tokens, t.block_t)
+    # What of z and its surroundings a program keeps to itself.
+    scratch = z.new_empty((programs, call.r, sum(call.reach) + t.block_t))
+    return Launch(
+        forward_kernel,
+        programs,
+        (
+            x,
+            down_weight,
+            down_bias,
+            z,
+            scratch,
+            conv_weight,
+            conv_bias,
+            c,
+            up_weight,
+            up_bias,
+            residual,
+            y,
+            *call.dropout,
+            scale,
+            *call.reach,
+            num_tokens,
+            dim,
+            *call.grid,
+            *call.geometry,
+            *x.stride(),
+            *y.stride(),
+            *((0, 0, 0) if residual is None else residual.stride()),
+        ),
+        {
+            "R": call.r,
+            **call.kernel,
+            "PRE": call.pre,
+            "POST": call.post,
+            "PAD": call.tiles.pad,
+            "BLOCKS_OF_C": t.blocks_of_c,
+            "BLOCK_T": t.block_t,
+            "BLOCK_W": t.block_w,
+            "BLOCK_C": t.block_c,
+            "BLOCK_UP": t.block_up,
+            "BLOCK_R": call.tiles.block_r,
+            "PRECISION": call.precision,
+        },
+        t.num_warps,
+        t.num_stages,
+    )
 
 
 def plan_backward(

@@ -31,9 +31,8 @@ from lka_kernels.backends.triton.dropout import dropout_factors
 def _tokens_for_dot(e, dtype: tl.constexpr, PAD: tl.constexpr):
     """Transpose [R, tokens] in float32; with PAD, zeros follow every channel: [tokens, 2·R].
 
-    The tensor cores take no fewer than 16 terms of a sum in 16-bit types. To ``dtype`` it goes
-    last: on compute capability 10.0 Triton 3.8 fails to compile a product whose operand is itself
-    a reshaped tensor.
+    A product takes no fewer than 16 terms of a sum. To ``dtype`` it goes last: on compute
+    capability 10.0 Triton 3.8 fails to compile a product whose operand is itself a reshaped tensor.
     """
     if PAD:
         e = tl.join(e, tl.zeros_like(e))
@@ -57,17 +56,53 @@ def _channels_for_dot(R: tl.constexpr, BLOCK_R: tl.constexpr, PAD: tl.constexpr)
 
 
 @triton.jit
-def _image_offsets(m, T, stride_b, stride_t):
+def image_offsets(m, T, stride_b, stride_t):
     """Offsets, in int64, of the first channel of tokens m."""
     b = m // T
     return b.to(tl.int64) * stride_b + (m - b * T).to(tl.int64) * stride_t
 
 
 @triton.jit
-def _rank_offsets(m, r, T, R):
+def rank_offsets(m, r, T, R):
     """Offsets [channels, tokens] into a tensor (B, R, T)."""
     b = m // T
     return (b.to(tl.int64) * R * T + (m - b * T))[None, :] + r.to(tl.int64)[:, None] * T
+
+
+@triton.jit
+def project_down(
+    rows,
+    weight,
+    bias,
+    is_token,
+    C,
+    stride_xc,
+    R: tl.constexpr,
+    EVICTION: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """z [channels, tokens] = weight·xᵀ + bias, from pointers to the first channel of each token."""
+    r = tl.arange(0, BLOCK_R)
+    sums = tl.zeros([is_token.shape[0], BLOCK_R], tl.float32)
+    for c0 in range(0, C, BLOCK_C):
+        c = c0 + tl.arange(0, BLOCK_C)
+        x_tile = tl.load(
+            rows[:, None] + c.to(tl.int64)[None, :] * stride_xc,
+            mask=is_token[:, None] & (c < C)[None, :],
+            other=0.0,
+            eviction_policy=EVICTION,
+        )
+        w_tile = tl.load(
+            weight + r[None, :] * C + c[:, None],
+            mask=(r < R)[None, :] & (c < C)[:, None],
+            other=0.0,
+        )
+        sums = tl.dot(x_tile, w_tile, sums, input_precision=PRECISION)
+    if bias is not None:
+        sums += tl.load(bias + r, mask=r < R, other=0.0).to(tl.float32)[None, :]
+    return tl.trans(sums)
 
 
 @triton.jit
@@ -93,26 +128,11 @@ def down_kernel(
     """z = x·weightᵀ + bias and a = act(z); ``a`` is None where the activation comes later."""
     m = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     r = tl.arange(0, BLOCK_R)
-    rows = x + _image_offsets(m, T, stride_xb, stride_xt)[:, None]
-    sums = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
-    for c0 in range(0, C, BLOCK_C):
-        c = c0 + tl.arange(0, BLOCK_C)
-        x_tile = tl.load(
-            rows + c.to(tl.int64)[None, :] * stride_xc,
-            mask=(m < M)[:, None] & (c < C)[None, :],
-            other=0.0,
-            eviction_policy="evict_first",
-        )
-        w_tile = tl.load(
-            weight + r[None, :] * C + c[:, None],
-            mask=(r < R)[None, :] & (c < C)[:, None],
-            other=0.0,
-        )
-        sums = tl.dot(x_tile, w_tile, sums, input_precision=PRECISION)
-    if bias is not None:
-        sums += tl.load(bias + r, mask=r < R, other=0.0).to(tl.float32)[None, :]
-    result = tl.trans(sums)
-    to = _rank_offsets(m, r, T, R)
+    rows = x + image_offsets(m, T, stride_xb, stride_xt)
+    result = project_down(
+        rows, weight, bias, m < M, C, stride_xc, R, "evict_first", BLOCK_C, BLOCK_R, PRECISION
+    )
+    to = rank_offsets(m, r, T, R)
     valid = (r < R)[:, None] & (m < M)[None, :]
     tl.store(z + to, result.to(z.dtype.element_ty), mask=valid)
     if a is not None:
@@ -125,10 +145,10 @@ def down_kernel(
 def _convolve(
     source,
     weight,
-    m,
+    offsets,
+    t,
+    is_token,
     r,
-    M,
-    T,
     P,
     H,
     W,
@@ -150,19 +170,19 @@ def _convolve(
 ):
     """Sums [channels, tokens] over the taps; with FLIP of the transposed convolution.
 
-    PREFIX is None without prefix tokens; CENTER is the tap, ky·KW + kx, that they meet in mode
-    "center_tap", or -1 for none. WHOLE_ROW: UNROLL taps are all that can touch.
+    Channels r of tokens t of their image lie at ``offsets`` [channels, tokens] of the source, and
+    neighbouring tokens side by side. PREFIX is None without prefix tokens; CENTER is the tap,
+    ky·KW + kx, that they meet in mode "center_tap", or -1 for none. WHOLE_ROW: UNROLL taps are all
+    that can touch.
     """
-    t = m % T
     n = t - P
     iy = n // W
     ix = n - iy * W
-    on_grid = (m < M) & (n >= 0)
-    offsets = _rank_offsets(m, r, T, R)
+    on_grid = is_token & (n >= 0)
     valid_r = r < R
     taps = weight + r * (KH * KW)
     step = -D if FLIP else D
-    sums = tl.zeros([r.shape[0], m.shape[0]], tl.float32)
+    sums = tl.zeros([r.shape[0], t.shape[0]], tl.float32)
     for ky in range(KY0, KY1):
         dy = ky * D - TOP
         if FLIP:
@@ -189,7 +209,7 @@ def _convolve(
                 sums += value.to(tl.float32) * tap[:, None]
     if PREFIX is not None:
         own = tl.load(
-            source + offsets, mask=((m < M) & (n < 0))[None, :] & valid_r[:, None], other=0.0
+            source + offsets, mask=(is_token & (n < 0))[None, :] & valid_r[:, None], other=0.0
         ).to(tl.float32)
         if PREFIX == "skip":
             sums += own
@@ -199,14 +219,14 @@ def _convolve(
 
 
 @triton.jit
-def _convolve_with_bias(
+def convolve_with_bias(
     source,
     weight,
     bias,
-    m,
+    offsets,
+    t,
+    is_token,
     r,
-    M,
-    T,
     P,
     H,
     W,
@@ -226,13 +246,13 @@ def _convolve_with_bias(
     CENTER: tl.constexpr,
 ):
     sums = _convolve(
-        source, weight, m, r, M, T, P, H, W, R, TOP, LEFT, D, KY0, KY1, KX0, KX1,
+        source, weight, offsets, t, is_token, r, P, H, W, R, TOP, LEFT, D, KY0, KY1, KX0, KX1,
         KH, KW, UNROLL, WHOLE_ROW, PREFIX, CENTER, False,
     )  # fmt: skip
     if bias is not None:
         b = tl.load(bias + r, mask=r < R, other=0.0).to(tl.float32)[:, None]
         if PREFIX == "skip":
-            b = tl.where((m % T >= P)[None, :], b, 0.0)
+            b = tl.where((t >= P)[None, :], b, 0.0)
         sums += b
     return sums
 
@@ -269,12 +289,87 @@ def convolve_kernel(
     blocks_r = tl.cdiv(R, BLOCK_R)
     m = tl.program_id(0) // blocks_r * BLOCK_T + tl.arange(0, BLOCK_T)
     r = tl.program_id(0) % blocks_r * BLOCK_R + tl.arange(0, BLOCK_R)
-    sums = _convolve_with_bias(
-        source, weight, bias, m, r, M, T, P, H, W, R, TOP, LEFT, D, KY0, KY1, KX0, KX1,
-        KH, KW, UNROLL, WHOLE_ROW, PREFIX, CENTER,
+    offsets = rank_offsets(m, r, T, R)
+    sums = convolve_with_bias(
+        source, weight, bias, offsets, m % T, m < M, r, P, H, W, R, TOP, LEFT, D,
+        KY0, KY1, KX0, KX1, KH, KW, UNROLL, WHOLE_ROW, PREFIX, CENTER,
     )  # fmt: skip
     valid = (r < R)[:, None] & (m < M)[None, :]
-    tl.store(c + _rank_offsets(m, r, T, R), sums.to(c.dtype.element_ty), mask=valid)
+    tl.store(c + offsets, sums.to(c.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def project_up(
+    sums,
+    m,
+    is_token,
+    first_channel,
+    weight,
+    bias,
+    residual,
+    y,
+    seed,
+    threshold,
+    keep_factor,
+    scale,
+    T,
+    C,
+    P,
+    stride_yb,
+    stride_yt,
+    stride_yc,
+    stride_resb,
+    stride_rest,
+    stride_resc,
+    R: tl.constexpr,
+    PREFIX: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PAD: tl.constexpr,
+    BLOCKS_OF_C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Write BLOCKS_OF_C blocks of channels of y for c = ``sums`` [channels, tokens].
+
+    STAGES of the loop over them, or None for those of the kernel.
+    """
+    r = tl.arange(0, BLOCK_R)
+    valid = (r < R)[:, None] & is_token[None, :]
+    e = activate(sums, ACTIVATION)
+    if seed is not None:
+        e *= dropout_factors(seed, m.to(tl.int64), threshold, keep_factor, R, BLOCK_R)
+    # Channels beyond R may hold anything but must not be NaN times zero.
+    operand = _tokens_for_dot(tl.where(valid, e, 0.0), weight.dtype.element_ty, PAD)
+    k, is_channel = _channels_for_dot(R, BLOCK_R, PAD)
+    to = y + image_offsets(m, T, stride_yb, stride_yt)[:, None]
+    if residual is not None:
+        rest = residual + image_offsets(m, T, stride_resb, stride_rest)[:, None]
+    for i in tl.range(0, BLOCKS_OF_C, num_stages=STAGES):
+        channel = first_channel + i * BLOCK_C + tl.arange(0, BLOCK_C)
+        w_tile = tl.load(
+            weight + channel[None, :] * R + k[:, None],
+            mask=is_channel[:, None] & (channel < C)[None, :],
+            other=0.0,
+        )
+        result = tl.dot(operand, w_tile, input_precision=PRECISION)
+        if bias is not None:
+            b = tl.load(bias + channel, mask=channel < C, other=0.0)
+            result += b.to(tl.float32)[None, :]
+        result *= scale
+        if PREFIX == "zero":
+            result = tl.where((m % T >= P)[:, None], result, 0.0)
+        mask = is_token[:, None] & (channel < C)[None, :]
+        if residual is not None:
+            at = rest + channel.to(tl.int64)[None, :] * stride_resc
+            rest_tile = tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
+            result += rest_tile.to(tl.float32)
+        tl.store(
+            to + channel.to(tl.int64)[None, :] * stride_yc,
+            result.to(y.dtype.element_ty),
+            mask=mask,
+        )
 
 
 @triton.jit
@@ -335,52 +430,24 @@ def up_kernel(
     split = tl.program_id(0) % splits
     m = tl.program_id(0) // splits * BLOCK_T + tl.arange(0, BLOCK_T)
     r = tl.arange(0, BLOCK_R)
-    rank_offsets = _rank_offsets(m, r, T, R)
+    offsets = rank_offsets(m, r, T, R)
     valid = (r < R)[:, None] & (m < M)[None, :]
     if CONVOLVE:
-        sums = _convolve_with_bias(
-            source, conv_weight, conv_bias, m, r, M, T, P, H, W, R, TOP, LEFT, D,
+        sums = convolve_with_bias(
+            source, conv_weight, conv_bias, offsets, m % T, m < M, r, P, H, W, R, TOP, LEFT, D,
             KY0, KY1, KX0, KX1, KH, KW, UNROLL, WHOLE_ROW, PREFIX, CENTER,
         )  # fmt: skip
         rounded = sums.to(c.dtype.element_ty)
         if split == 0:
-            tl.store(c + rank_offsets, rounded, mask=valid)
+            tl.store(c + offsets, rounded, mask=valid)
         sums = rounded.to(tl.float32)  # backward sees c as it is stored
     else:
-        sums = tl.load(c + rank_offsets, mask=valid, other=0.0).to(tl.float32)
-    e = activate(sums, ACTIVATION)
-    if seed is not None:
-        e *= dropout_factors(seed, m.to(tl.int64), threshold, keep_factor, R, BLOCK_R)
-    # Channels beyond R may hold anything but must not be NaN times zero.
-    operand = _tokens_for_dot(tl.where(valid, e, 0.0), weight.dtype.element_ty, PAD)
-    k, is_channel = _channels_for_dot(R, BLOCK_R, PAD)
-    to = y + _image_offsets(m, T, stride_yb, stride_yt)[:, None]
-    if residual is not None:
-        rest = residual + _image_offsets(m, T, stride_resb, stride_rest)[:, None]
-    for i in range(BLOCKS_OF_C):
-        channel = split * width + i * BLOCK_C + tl.arange(0, BLOCK_C)
-        w_tile = tl.load(
-            weight + channel[None, :] * R + k[:, None],
-            mask=is_channel[:, None] & (channel < C)[None, :],
-            other=0.0,
-        )
-        result = tl.dot(operand, w_tile, input_precision=PRECISION)
-        if bias is not None:
-            b = tl.load(bias + channel, mask=channel < C, other=0.0)
-            result += b.to(tl.float32)[None, :]
-        result *= scale
-        if PREFIX == "zero":
-            result = tl.where((m % T >= P)[:, None], result, 0.0)
-        mask = (m < M)[:, None] & (channel < C)[None, :]
-        if residual is not None:
-            at = rest + channel.to(tl.int64)[None, :] * stride_resc
-            rest_tile = tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
-            result += rest_tile.to(tl.float32)
-        tl.store(
-            to + channel.to(tl.int64)[None, :] * stride_yc,
-            result.to(y.dtype.element_ty),
-            mask=mask,
-        )
+        sums = tl.load(c + offsets, mask=valid, other=0.0).to(tl.float32)
+    project_up(
+        sums, m, m < M, split * width, weight, bias, residual, y, seed, threshold, keep_factor,
+        scale, T, C, P, stride_yb, stride_yt, stride_yc, stride_resb, stride_rest, stride_resc,
+        R, PREFIX, ACTIVATION, PAD, BLOCKS_OF_C, BLOCK_C, BLOCK_R, PRECISION, None,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -418,17 +485,17 @@ def up_backward_kernel(
     pid = tl.program_id(0)
     m = pid * BLOCK_T + tl.arange(0, BLOCK_T)
     r = tl.arange(0, BLOCK_R)
-    rank_offsets = _rank_offsets(m, r, T, R)
+    offsets = rank_offsets(m, r, T, R)
     valid = (r < R)[:, None] & (m < M)[None, :]
     if weight_partials is not None:
-        e = activate(tl.load(c + rank_offsets, mask=valid, other=0.0).to(tl.float32), ACTIVATION)
+        e = activate(tl.load(c + offsets, mask=valid, other=0.0).to(tl.float32), ACTIVATION)
         if seed is not None:
             e *= dropout_factors(seed, m.to(tl.int64), threshold, keep_factor, R, BLOCK_R)
         operand = tl.trans(tl.where(valid, e, 0.0).to(weight.dtype.element_ty))
     has_grad = m < M
     if PREFIX == "zero":
         has_grad &= m % T >= P
-    rows = grad_y + _image_offsets(m, T, stride_gb, stride_gt)[:, None]
+    rows = grad_y + image_offsets(m, T, stride_gb, stride_gt)[:, None]
     grad_e = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
     for c0 in range(0, C, BLOCK_C):
         channel = c0 + tl.arange(0, BLOCK_C)
@@ -457,10 +524,10 @@ def up_backward_kernel(
         if seed is not None:
             result *= dropout_factors(seed, m.to(tl.int64), threshold, keep_factor, R, BLOCK_R)
         if ACTIVATION != "none":
-            conv_sums = tl.load(c + rank_offsets, mask=valid, other=0.0).to(tl.float32)
+            conv_sums = tl.load(c + offsets, mask=valid, other=0.0).to(tl.float32)
             result *= slope(conv_sums, ACTIVATION)
         result = tl.where(valid, result, 0.0).to(grad_c.dtype.element_ty)
-        tl.store(grad_c + rank_offsets, result, mask=valid)
+        tl.store(grad_c + offsets, result, mask=valid)
         if conv_bias_partials is not None:
             terms = result.to(tl.float32)
             if PREFIX == "skip":
@@ -514,14 +581,14 @@ def weight_backward_kernel(
         has_grad = m < end
         if PREFIX == "zero":
             has_grad &= m % T >= P
-        at = _image_offsets(m, T, stride_b, stride_t)[:, None]
+        at = image_offsets(m, T, stride_b, stride_t)[:, None]
         g = tl.load(
             rows + at + channel.to(tl.int64)[None, :] * stride_c,
             mask=has_grad[:, None] & (channel < C)[None, :],
             other=0.0,
         )
         valid = (r < R)[:, None] & (m < end)[None, :]
-        e = tl.load(columns + _rank_offsets(m, r, T, R), mask=valid, other=0.0)
+        e = tl.load(columns + rank_offsets(m, r, T, R), mask=valid, other=0.0)
         if ACTIVATION != "none" or seed is not None:
             e = activate(e.to(tl.float32), ACTIVATION)
             if seed is not None:
@@ -568,11 +635,11 @@ def _convolve_backward_input(
     blocks_r = tl.cdiv(R, BLOCK_R)
     m = index // blocks_r * BLOCK_T + tl.arange(0, BLOCK_T)
     r = index % blocks_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    offsets = rank_offsets(m, r, T, R)
     sums = _convolve(
-        grad_c, weight, m, r, M, T, P, H, W, R, TOP, LEFT, D, KY0, KY1, KX0, KX1,
+        grad_c, weight, offsets, m % T, m < M, r, P, H, W, R, TOP, LEFT, D, KY0, KY1, KX0, KX1,
         KH, KW, UNROLL, WHOLE_ROW, PREFIX, CENTER, True,
     )  # fmt: skip
-    offsets = _rank_offsets(m, r, T, R)
     valid = (r < R)[:, None] & (m < M)[None, :]
     if ACTIVATION != "none":
         values = tl.load(z + offsets, mask=valid, other=0.0).to(tl.float32)
@@ -735,14 +802,14 @@ def down_backward_kernel(
     m = pid * BLOCK_T + tl.arange(0, BLOCK_T)
     r = tl.arange(0, BLOCK_R)
     valid = (r < R)[:, None] & (m < M)[None, :]
-    g = tl.load(grad_z + _rank_offsets(m, r, T, R), mask=valid, other=0.0)
+    g = tl.load(grad_z + rank_offsets(m, r, T, R), mask=valid, other=0.0)
     if bias_partials is not None:
         own = bias_partials + pid.to(tl.int64) * R
         tl.store(own + r, tl.sum(g.to(tl.float32), axis=1), mask=r < R)
     g_of_token = tl.trans(g)
     operand = _tokens_for_dot(g.to(tl.float32), weight.dtype.element_ty, PAD)
     k, is_channel = _channels_for_dot(R, BLOCK_R, PAD)
-    x_rows = x + _image_offsets(m, T, stride_xb, stride_xt)[:, None]
+    x_rows = x + image_offsets(m, T, stride_xb, stride_xt)[:, None]
     for c0 in range(0, C, BLOCK_C):
         channel = c0 + tl.arange(0, BLOCK_C)
         mask = (m < M)[:, None] & (channel < C)[None, :]
@@ -765,9 +832,9 @@ def down_backward_kernel(
             )
             result = tl.dot(operand, w_tile, input_precision=PRECISION)
             if grad_y is not None:
-                at = grad_y + _image_offsets(m, T, stride_yb, stride_yt)[:, None]
+                at = grad_y + image_offsets(m, T, stride_yb, stride_yt)[:, None]
                 at += channel.to(tl.int64)[None, :] * stride_yc
                 result += tl.load(at, mask=mask, other=0.0).to(tl.float32)
-            to = grad_x + _image_offsets(m, T, stride_gb, stride_gt)[:, None]
+            to = grad_x + image_offsets(m, T, stride_gb, stride_gt)[:, None]
             to += channel.to(tl.int64)[None, :] * stride_gc
             tl.store(to, result.to(grad_x.dtype.element_ty), mask=mask)

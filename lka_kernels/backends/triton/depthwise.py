@@ -4,7 +4,8 @@
 running them: from tensors on the meta device too, which is how they are compiled without a GPU.
 Each takes the arguments of its operator and a form: "direct", "patch" and "dense" of forward and
 backward-input, "direct", "rows" and "dense" of backward-weight; "gemm" is the best of all but the
-direct one, and "auto" decides by sizes (``lka_kernels/tiles.py``).
+direct one, and "auto" decides by sizes (``lka_kernels/tiles.py``). Both move channels_last maps to
+planes for the tensor cores, "auto" in 16-bit types and where this pays.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from lka_kernels.backends.triton.depthwise_geometry import (
     taps_that_touch,
     vector_of,
 )
+from lka_kernels.backends.triton.depthwise_planes import as_planes, move
 from lka_kernels.backends.triton.depthwise_weight import plan_backward_weight
 from lka_kernels.backends.triton.launch import Launch
 from lka_kernels.backends.triton.run import run
@@ -265,6 +267,23 @@ def _plan_correlate(call: _Correlate, form: str) -> list[Launch]:
     return [_CORRELATE[form](call, sizes)]
 
 
+def _plan(source, weight, bias, result, *geometry, reverse: bool, form: str) -> list[Launch]:
+    """Launches, with those that move channels_last maps to planes where this pays."""
+    call = _describe(source, weight, bias, result, *geometry, reverse)
+    moves = channels_in_lanes(source), channels_in_lanes(result)
+    sixteen_bit = source.dtype != torch.float32
+    if moves[0] and result.numel() and (form == "gemm" or (form == "auto" and sixteen_bit)):
+        planes = as_planes(source), as_planes(result)
+        on_planes = _describe(planes[0], weight, bias, planes[1], *geometry, reverse)
+        if form == "gemm" or tiles.correlation_moves(on_planes.sizes(), *moves):
+            return [
+                *move(source, planes[0]),
+                *_plan_correlate(on_planes, "gemm"),
+                *move(planes[1], result),
+            ]
+    return _plan_correlate(call, form)
+
+
 def plan_forward(
     input: Tensor,
     weight: Tensor,
@@ -284,8 +303,8 @@ def plan_forward(
         memory_format=ops.memory_format(channels_last),
     )
     top, left = padding[:2]
-    call = _describe(input, weight, bias, output, top, left, dilation, reverse=False)
-    return _plan_correlate(call, form), output
+    geometry = (top, left, dilation)
+    return _plan(input, weight, bias, output, *geometry, reverse=False, form=form), output
 
 
 def plan_backward_input(
@@ -307,8 +326,10 @@ def plan_backward_input(
     )
     # The input at y meets tap ky on its way to the output at y + top - ky·DY.
     top, left = (dilation[i] * (weight.shape[2 + i] - 1) - padding[i] for i in (0, 1))
-    call = _describe(grad_output, weight, None, grad_input, top, left, dilation, reverse=True)
-    return _plan_correlate(call, form), grad_input
+    geometry = (top, left, dilation)
+    return _plan(
+        grad_output, weight, None, grad_input, *geometry, reverse=True, form=form
+    ), grad_input
 
 
 def forward(input: Tensor, *arguments) -> Tensor:

@@ -20,6 +20,7 @@ from lka_kernels.backends.triton.depthwise_geometry import (
     taps_that_touch,
     vector_of,
 )
+from lka_kernels.backends.triton.depthwise_planes import as_planes, move
 from lka_kernels.backends.triton.launch import Launch
 from lka_kernels.backends.triton.partial_sums import PartialSums
 
@@ -42,6 +43,31 @@ class _Call(NamedTuple):
     def sizes(self) -> tuple[int, ...]:
         """H, W, OH, OW."""
         return (*self.input.shape[2:], *self.grad_output.shape[2:])
+
+    @property
+    def correlation(self) -> tiles.Correlation:
+        """The sizes as those of forward."""
+        batch, channels = self.input.shape[:2]
+        vector = vector_of(self.input)
+        return tiles.Correlation(
+            batch=batch,
+            channels=channels,
+            size=self.sizes[:2],
+            out_size=self.sizes[2:],
+            taps=self.taps,
+            dilation=self.dilation,
+            vector=vector,
+            slack=-self.columns.before % vector,
+            itemsize=self.input.element_size(),
+            num_sms=tiles.multiprocessors(self.input.device),
+        )
+
+    @property
+    def tiles_of_rows(self) -> tiles.WeightGemmTiles | None:
+        sizes = self.correlation
+        return tiles.weight_gemm_tiles(
+            self.taps, self.dilation[1], sizes.vector, sizes.slack, self.sizes[3], sizes.itemsize
+        )
 
     def described_taps(self) -> tuple[int, ...]:
         """KH, KW, first_tap, full_width, full_taps of a kernel."""
@@ -111,9 +137,7 @@ def _plan_rows(call: _Call) -> Launch | None:
     height, width, out_height, out_width = call.sizes
     vector, out_vector = vector_of(call.input), vector_of(call.grad_output)
     slack = -call.columns.before % vector
-    t = tiles.weight_gemm_tiles(
-        call.taps, call.dilation[1], vector, slack, out_width, call.input.element_size()
-    )
+    t = call.tiles_of_rows
     # The kernel divides row numbers by the rows of an image, at most this many, as one product.
     span = height + out_height
     most_images = (2**32 // span - 64) // span
@@ -197,6 +221,21 @@ def _plan_dense(call: _Call) -> Launch | None:
     )
 
 
+def _moved(call: _Call, form: str) -> tuple[_Call, list[Launch]]:
+    """The call on planes and the launches that move channels_last maps there, where this pays."""
+    moves = channels_in_lanes(call.input), channels_in_lanes(call.grad_output)
+    sixteen_bit = call.input.dtype != torch.float32
+    if not any(moves) or not (form == "gemm" or (form == "auto" and sixteen_bit)):
+        return call, []
+    planes = call._replace(input=as_planes(call.input), grad_output=as_planes(call.grad_output))
+    if form != "gemm" and not tiles.weight_moves(planes.correlation, planes.tiles_of_rows, moves):
+        return call, []
+    return planes, [
+        *move(call.input, planes.input),
+        *move(call.grad_output, planes.grad_output),
+    ]
+
+
 def _plan_partials(call: _Call, form: str) -> Launch:
     if form == "auto":
         contiguous = call.input.stride(3) == 1 and call.grad_output.stride(3) == 1
@@ -236,6 +275,7 @@ def plan_backward_weight(
         for i in (0, 1)
     )
     call = _Call(grad_output, input, rows, columns, tuple(kernel_size), tuple(dilation))
+    call, moves = _moved(call, form)
     launch = _plan_partials(call, form)
     partials = launch.arguments[2]
     weights = grad_weight.numel()
@@ -243,4 +283,4 @@ def plan_backward_weight(
     sums.add(partials[:, :weights], grad_weight)
     sums.add(partials[:, weights:], grad_bias)
     sums.keep_taps((rows.first, columns.first), call.taps, kernel_size)
-    return [launch, *sums.launches()], (grad_weight, grad_bias)
+    return [*moves, launch, *sums.launches()], (grad_weight, grad_bias)

@@ -19,7 +19,7 @@ class Traffic(NamedTuple):
 
     Attributes:
         memory: bytes that cross between the chip and its memory.
-        cache: bytes of partial sums that are written and read again within the cache.
+        cache: bytes of partial sums and scratch that are written and read within the cache.
         launches: how many there are; transforms may be several each and are not among them.
     """
 
@@ -46,8 +46,8 @@ def traffic(steps: list[Launch | Transform]) -> Traffic:
     """Count every tensor argument once for each launch that has it.
 
     This is exact where programs share no input, and supposes that what they do share (weights, the
-    halo of the convolution) is read from memory once. Float32 workspaces of partial sums count as
-    cache traffic if all of them fit ``CACHED_BYTES``.
+    halo of the convolution) is read from memory once. Float32 workspaces of partial sums, and the
+    scratch of programs, count as cache traffic if all of them fit ``CACHED_BYTES``.
     """
     launches = [step for step in steps if isinstance(step, Launch)]
     partial = 0
@@ -60,6 +60,8 @@ def traffic(steps: list[Launch | Transform]) -> Traffic:
             size = _bytes(argument)
             if "partials" in name:
                 partial += size
+            elif name == "scratch":  # written and read by the same program
+                partial += 2 * size
             else:
                 memory += size
     if partial / 2 <= CACHED_BYTES:  # each workspace is written once and read once
