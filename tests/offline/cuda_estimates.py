@@ -3,9 +3,9 @@
     python tests/offline/cuda_estimates.py            # tables of all shapes
     python tests/offline/cuda_estimates.py --notes    # those of docs/kernel-notes.md
 
-``csrc/cuda/estimate.h`` counts, from the parameters of each planned launch, bytes of memory, of the
-second-level cache and of shared memory, matrix products and instructions, and divides by what an
-H100 does of each. A launch takes at least the longest of the five times, and at most, where nothing
+``depthwise_estimate.h`` and ``estimate.h`` in csrc/cuda count, from the parameters of each planned
+launch, bytes of memory, of the second-level cache and of shared memory, matrix products and
+instructions, and divide by what an H100 does of each. A launch takes at least the longest of the five times, and at most, where nothing
 overlaps, their sum. Launches of a call are added, and to each the time from the end of one kernel
 to the beginning of the next.
 """
