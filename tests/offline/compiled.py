@@ -73,12 +73,21 @@ def signature(launch) -> tuple[dict, dict, dict]:
     return types, constants, attributes
 
 
-def compile_launch(launch, capability: int) -> Compiled:
-    """Compile for compute capability ``capability`` (90 for 9.0)."""
+def _compile(launch, capability: int):
     types, constants, attributes = signature(launch)
     source = ASTSource(launch.kernel, types, constants, attributes)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def intermediate(launch, capability: int) -> str:
+    """Triton's last form of a kernel before LLVM's, as text."""
+    return _compile(launch, capability).asm["ttgir"]
+
+
+def compile_launch(launch, capability: int) -> Compiled:
+    """Compile for compute capability ``capability`` (90 for 9.0)."""
+    kernel = _compile(launch, capability)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
