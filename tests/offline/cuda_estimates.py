@@ -5,9 +5,9 @@
 
 ``depthwise_estimate.h`` and ``estimate.h`` in csrc/cuda count, from the parameters of each planned
 launch, bytes of memory, of the second-level cache and of shared memory, matrix products and
-instructions, and divide by what an H100 does of each. A launch takes at least the longest of the five times, and at most, where nothing
-overlaps, their sum. Launches of a call are added, and to each the time from the end of one kernel
-to the beginning of the next.
+instructions, and divide by what an H100 does of each. A launch takes at least the longest of the
+five times, and at most, where nothing overlaps, their sum. Launches of a call are added, and to
+each the time from the end of one kernel to the beginning of the next.
 """
 
 from __future__ import annotations
