@@ -7,7 +7,8 @@ their gradients are channel-major, (B, r, T): a tap of the convolution then read
 tokens from neighbouring addresses.
 
 Forward: ``down`` reads x once; ``up`` convolves (or reads what ``convolve`` has left), and writes y
-once. Backward: ``up_backward`` reads grad_y once, ``convolve_backward`` works on r channels,
+once; few tokens take one launch (``adapter_one_launch_kernel``). Backward: ``up_backward`` reads
+grad_y once, ``convolve_backward`` works on r channels,
 ``down_backward`` reads x once and writes grad_x. Each leaves partial sums of weight gradients, one
 row for every program (for large ranks, ``weight_backward`` does), which ``partial_sums.py`` adds in
 a fixed order.
