@@ -7,6 +7,7 @@ the operators.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -101,7 +102,7 @@ class use_backend:
     def __init__(self, name: str):
         one_of("backend", name, (*BACKENDS, "auto"))
         if name != "auto":
-            status = available_backends()[name]
+            status = _STATUS[name]()
             if status != "ready":
                 raise RuntimeError(f"backend {name!r} cannot run: {status}")
         self._name = name
@@ -121,13 +122,11 @@ class use_backend:
 
 
 def available_backends() -> dict[str, str]:
-    """Backend name -> "ready" or the reason why it is not."""
-    return {
-        "cpu": _extension.STATUS,
-        "triton": triton_backend.status(),
-        "cuda": _cuda_status(),
-        "torch": "ready",
-    }
+    """Backend name -> "ready" or the reason why it is not.
+
+    Asks the current CUDA device, if there is one, and so begins to use it in this process.
+    """
+    return {name: status() for name, status in _STATUS.items()}
 
 
 def _cuda_status() -> str:
@@ -141,6 +140,27 @@ def _cuda_status() -> str:
     if not torch.cuda.is_available():
         return "CUDA kernels are built, but torch finds no CUDA device"
     return _extension.why_cuda_device_cannot(torch.cuda.current_device(), False) or "ready"
+
+
+def _reported(status: Callable[[], str]) -> Callable[[], str]:
+    """``status``, and the reason instead of an error: as where a process was forked after CUDA."""
+
+    def ask() -> str:
+        try:
+            return status()
+        except RuntimeError as error:
+            return f"CUDA cannot be used in this process: {error}"
+
+    return ask
+
+
+# Each on its own: the CPU's and torch's do not touch CUDA.
+_STATUS: dict[str, Callable[[], str]] = {
+    "cpu": lambda: _extension.STATUS,
+    "triton": _reported(lambda: triton_backend.status()),
+    "cuda": _reported(lambda: _cuda_status()),
+    "torch": lambda: "ready",
+}
 
 
 def _device_refuses(backend: str, tensor: Tensor, tensor_cores: bool) -> str | None:

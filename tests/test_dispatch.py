@@ -161,6 +161,21 @@ def test_a_backend_that_cannot_run_says_why(name):
     assert dispatch._Requested.backend == "auto"
 
 
+def test_only_the_backend_asked_for_is_asked(monkeypatch):
+    """A forked process that may not touch CUDA can still ask for the CPU and for plain PyTorch."""
+
+    def fail():
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+
+    monkeypatch.setattr(dispatch, "_cuda_status", fail)
+    monkeypatch.setattr(dispatch.triton_backend, "status", fail)
+    with use_backend("torch"):
+        pass
+    assert "forked subprocess" in available_backends()["cuda"]
+    with pytest.raises(RuntimeError, match=r"cannot run: .*forked subprocess"):
+        use_backend("triton")
+
+
 def test_an_unknown_backend_is_refused():
     with pytest.raises(ValueError, match=r"backend must be one of 'cpu', 'triton'.*got 'cudnn'"):
         use_backend("cudnn")

@@ -76,6 +76,16 @@ class Arguments:
             )
 
 
+@pytest.fixture(autouse=True)
+def exact_products():
+    """On a GPU, torch's default for convolutions in float32 is TF32."""
+    switch = torch.backends.cudnn.conv
+    before = switch.fp32_precision
+    switch.fp32_precision = "ieee"
+    yield
+    switch.fp32_precision = before
+
+
 def plans():
     from lka_kernels.backends.triton import depthwise
 
@@ -368,6 +378,43 @@ def test_channels_last_moves_only_where_it_pays():
     assert forward(64, 128, 56, 31, dtype=torch.float32) == in_place
     assert forward(64, 64, 56, 3) == in_place
     assert forward(1, 768, 14, 7) == in_place
+
+
+def test_nothing_is_allocated_to_decide_that_nothing_moves():
+    x = torch.randn(1, 768, 14, 14).to(torch.float16).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(768, 1, 7, 7).to(torch.float16)
+    geometry = ((1, 1), (3, 3, 3, 3), (1, 1))
+    allocated = []
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            result = function(*arguments, **(keywords or {}))
+            if function is torch.ops.aten.empty.memory_format and result.device.type != "meta":
+                allocated.append(tuple(result.shape))
+            return result
+
+    with Count():
+        launches, _ = plans().plan_forward(x.to(DEVICE), weight.to(DEVICE), None, *geometry, True)
+    assert names_of(launches) == ["correlate_direct"]
+    assert allocated.count(tuple(x.shape)) == 1  # the result
+
+
+def test_an_expanded_gradient_does_not_keep_the_weight_gradient_from_moving():
+    shape = (64, 128, 56, 56)
+    x = torch.empty(shape, dtype=torch.bfloat16, device="meta", memory_format=torch.channels_last)
+    grad = torch.empty((), dtype=torch.bfloat16, device="meta").expand(shape)
+    launches, _ = plans().plan_backward_weight(grad, x, [31, 31], (1, 1), (15,) * 4, (1, 1))
+    assert names_of(launches) == ["move_planes", "backward_weight_rows", "sum_partials"]
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_products_of_float32_follow_the_switch_of_convolutions(precision):
+    torch.backends.cudnn.conv.fp32_precision = precision
+    x = torch.empty(2, 3, 16, 16, device="meta")
+    weight = torch.empty(3, 1, 7, 7, device="meta")
+    geometry = ((1, 1), (3, 3, 3, 3), (1, 1))
+    (launch,), _ = plans().plan_forward(x, weight, None, *geometry, False, "patch")
+    assert launch.constants["PRECISION"] == precision
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 7), (8, 16)])

@@ -133,7 +133,9 @@ inline Plan plan_dense_weight_gradient(const ConvParams& call, int multiprocesso
   p.product_tiles =
       int32_t(std::min<int64_t>(p.warps_of_channel, std::max<int64_t>(1, planes / rows)));
   p.channel_bytes = int32_t(ceil_div(std::max(planes, rows * p.product_tiles), 16) * 16);
-  p.block_channels = int32_t(std::clamp<int64_t>(8 / p.warps_of_channel, 1, call.channels));
+  if (p.channel_bytes > kMostShared) return refuse("the maps do not fit shared memory");
+  p.block_channels = int32_t(std::clamp<int64_t>(
+      std::min<int64_t>(8 / p.warps_of_channel, kDenseShared / p.channel_bytes), 1, call.channels));
   p.channel_groups = int32_t(ceil_div(call.channels, p.block_channels));
   p.steps = int32_t(ceil_div(call.batch, p.images));
   const int32_t parts = p.grad_parts * p.input_parts;

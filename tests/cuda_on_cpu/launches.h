@@ -147,6 +147,12 @@ class Runner {
   void run(const char* name, const cuda::LaunchShape& shape,
            const std::function<void(char*)>& kernel) {
     if (!said_.empty()) return;
+    // What every device has; the weight gradient of transforms is planned for the device's own.
+    if (shape.shared_bytes > cuda::kMostShared && std::string(name) != "fft_weight_gradient") {
+      said_ = std::string(name) + ": " + std::to_string(shape.shared_bytes) +
+              " bytes of shared memory a block";
+      return;
+    }
     said_ = cuda_on_cpu::run({shape.blocks, shape.threads, size_t(shape.shared_bytes)},
                              ranges_.data(), int(ranges_.size()), kernel);
     if (!said_.empty()) said_ = std::string(name) + ": " + said_;

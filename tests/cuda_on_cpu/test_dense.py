@@ -24,6 +24,8 @@ MORE = [
     Case(3, 2, 6, 9, (3, 4), (0, 0, 0, 0)),
     Case(3, 2, 6, 9, (3, 4), (5, 3, 1, 7), (2, 1)),
     Case(2, 2, 9, 11, (3, 3), (-2, -3, -1, -4)),
+    Case(64, 16, 10, 10, (7, 7), (0, 0, 0, 0)),  # outputs of a warp, far fewer than the input's
+    Case(64, 9, 9, 9, (7, 7), (0, 0, 0, 0)),
 ]
 SMALL = [
     c for c in [*CASES, *MORE]

@@ -273,9 +273,11 @@ def _plan(source, weight, bias, result, *geometry, reverse: bool, form: str) -> 
     moves = channels_in_lanes(source), channels_in_lanes(result)
     sixteen_bit = source.dtype != torch.float32
     if moves[0] and result.numel() and (form == "gemm" or (form == "auto" and sixteen_bit)):
-        planes = as_planes(source), as_planes(result)
-        on_planes = _describe(planes[0], weight, bias, planes[1], *geometry, reverse)
-        if form == "gemm" or tiles.correlation_moves(on_planes.sizes(), *moves):
+        sizes = call._replace(source=as_planes(source, "meta")).sizes()
+        sizes = sizes._replace(num_sms=tiles.multiprocessors(source.device))
+        if form == "gemm" or tiles.correlation_moves(sizes, *moves):
+            planes = as_planes(source), as_planes(result)
+            on_planes = _describe(planes[0], weight, bias, planes[1], *geometry, reverse)
             return [
                 *move(source, planes[0]),
                 *_plan_correlate(on_planes, "gemm"),

@@ -11,11 +11,14 @@ from lka_kernels.backends.triton.depthwise_planes_kernel import move_planes_kern
 from lka_kernels.backends.triton.launch import Launch
 
 
-def as_planes(t: Tensor) -> Tensor:
-    """``t``, or a tensor of its shape whose planes are contiguous where those of ``t`` are not."""
+def as_planes(t: Tensor, device: torch.device | str | None = None) -> Tensor:
+    """``t``, or a tensor of its shape whose planes are contiguous where those of ``t`` are not.
+
+    On the device "meta" it takes no memory: enough to decide by.
+    """
     if not channels_in_lanes(t):
         return t
-    return torch.empty(t.shape, dtype=t.dtype, device=t.device)
+    return torch.empty(t.shape, dtype=t.dtype, device=device or t.device)
 
 
 def move(source: Tensor, result: Tensor) -> list[Launch]:

@@ -227,13 +227,18 @@ def _moved(call: _Call, form: str) -> tuple[_Call, list[Launch]]:
     sixteen_bit = call.input.dtype != torch.float32
     if not any(moves) or not (form == "gemm" or (form == "auto" and sixteen_bit)):
         return call, []
-    planes = call._replace(input=as_planes(call.input), grad_output=as_planes(call.grad_output))
-    if form != "gemm" and not tiles.weight_moves(planes.correlation, planes.tiles_of_rows, moves):
-        return call, []
-    return planes, [
-        *move(call.input, planes.input),
-        *move(call.grad_output, planes.grad_output),
-    ]
+    if form != "gemm":
+        sizes = call._replace(input=as_planes(call.input, "meta"))
+        correlation = sizes.correlation._replace(num_sms=tiles.multiprocessors(call.input.device))
+        if not tiles.weight_moves(correlation, sizes.tiles_of_rows, moves):
+            return call, []
+    # An expanded gradient, as that of a sum, has neither channels nor columns side by side.
+    input, grad_output = (
+        t if channels_in_lanes(t) or t.stride(3) == 1 else t.contiguous()
+        for t in (call.input, call.grad_output)
+    )
+    planes = call._replace(input=as_planes(input), grad_output=as_planes(grad_output))
+    return planes, [*move(input, planes.input), *move(grad_output, planes.grad_output)]
 
 
 def _plan_partials(call: _Call, form: str) -> Launch:
