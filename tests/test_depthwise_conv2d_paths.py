@@ -273,6 +273,17 @@ def test_bits_of_strided_maps_do_not_depend_on_threads(batch, kernel, dtype):
     same_bits_with_any_threads(last, weight, stride=2, padding=kernel // 2)
 
 
+@pytest.mark.usefixtures("compiled_cpu")
+@pytest.mark.parametrize("size", [(24, 2), (33, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_bits_of_long_sums_do_not_depend_on_threads(size, dtype):
+    """Sums of so many terms that they are cut into runs, and other tiles for other threads."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 3, *size, generator=generator).to(dtype)
+    weight = torch.randn(3, 1, 31, 27, generator=generator).to(dtype)
+    same_bits_with_any_threads(x, weight, padding=(15, 13), method="direct")
+
+
 def same_bits_with_any_threads(x, weight, **geometry):
     results = []
     before = torch.get_num_threads()

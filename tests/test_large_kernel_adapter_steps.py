@@ -34,6 +34,12 @@ FEW_IMAGES = [
     AdapterCase(3, 130, 12, (20, 19), (3, 3), dilation=3, prefix=3, prefix_mode="zero"),
     AdapterCase(1, 80, 6, (25, 24), (4, 5), position="post", prefix_mode="skip", prefix=100),
 ]
+# Sums of so many terms that they are cut into runs, on maps that threads share by rows.
+LONG_SUMS = [
+    AdapterCase(2, 3, 5, (20, 3), (31, 27), prefix=130),
+    AdapterCase(1, 7, 4, (17, 5), (18, 27), prefix=97),
+    AdapterCase(2, 200, 16, (21, 4), (27, 7)),
+]
 
 
 def kernels_of(case: AdapterCase, dtype=torch.float32) -> list[str]:
@@ -71,7 +77,9 @@ def test_equals_the_specification(case, dtype):
     check_backend(case, dtype, "cpu")
 
 
-@pytest.mark.parametrize("case", [TRANSFORMED[1], TRANSFORMED[4], *FEW_IMAGES[:3]], ids=str)
+@pytest.mark.parametrize(
+    "case", [TRANSFORMED[1], TRANSFORMED[4], *FEW_IMAGES[:3], *LONG_SUMS], ids=str
+)
 def test_same_bits_with_any_number_of_threads(case):
     tensors = case.tensors(torch.float32)
     grad_output = torch.randn(tensors["x"].shape)

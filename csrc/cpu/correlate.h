@@ -188,8 +188,13 @@ void correlate_tiles(const Correlation<T, V, Taps>& correlation, int64_t i_begin
   const int64_t rows_per_run = sizeof(Output) < sizeof(T)
                                    ? INT64_MAX / 2
                                    : kTermsPerRun / int32_t(c.x.taps > 0 ? c.x.taps : 1) + 1;
+  // Runs end at the same rows of taps for all tiles, and where there are several the bias is added
+  // to the sum of the first: no output depends on how a map is cut into tiles, nor on how it is
+  // cut among threads.
+  const bool one_run = c.y.taps <= rows_per_run;
   const bool short_rows = c.x.taps <= kShortRow;
-  const Vec<T, V> start = c.bias ? load_aligned<V>(c.bias) : Vec<T, V>{};
+  const Vec<T, V> bias = c.bias ? load_aligned<V>(c.bias) : Vec<T, V>{};
+  const Vec<T, V> start = one_run ? bias : Vec<T, V>{};
   for (int64_t j = j_begin; j < j_end; j += kColumns) {
     const TapRange columns = live_taps(c.x, j, kColumns);
     const int64_t num_columns = columns.end - columns.begin;
@@ -201,11 +206,12 @@ void correlate_tiles(const Correlation<T, V, Taps>& correlation, int64_t i_begin
          i += kRows, source += kRows * c.y.out_step, out += kRows * c.out_row) {
       const TapRange rows = live_taps(c.y, i, kRows);
       for (int64_t run = rows.begin;;) {
-        const int64_t run_end = run + rows_per_run < rows.end ? run + rows_per_run : rows.end;
+        const int64_t last = (run / rows_per_run + 1) * rows_per_run;
+        const int64_t run_end = last < rows.end ? last : rows.end;
         const bool first = run == rows.begin;
         Vec<T, V> sum[kRows][kColumns];
         for (int r = 0; r < kRows; ++r)
-          for (int t = 0; t < kColumns; ++t) sum[r][t] = first ? start : Vec<T, V>{};
+          for (int t = 0; t < kColumns; ++t) sum[r][t] = start;
         for (int64_t m = run; m < run_end; ++m) {
           if (c.ahead && !(short_rows && (m & 1))) c.ahead->step();
           const T* w = weight + m * c.weight_row;
@@ -250,6 +256,7 @@ void correlate_tiles(const Correlation<T, V, Taps>& correlation, int64_t i_begin
 #pragma GCC unroll 32
           for (int t = 0; t < kColumns; ++t, to += c.out_column) {
             keep_in_register(to);
+            if (first && !one_run) sum[r][t] += bias;
             if (add) sum[r][t] += load<T, V>(to);
             store<T, V>(to, sum[r][t]);
           }

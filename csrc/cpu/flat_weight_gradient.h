@@ -14,7 +14,7 @@
 //
 // With a stride, a vector has two rows of grad_output and 16 columns of the input. Both rows are
 // loaded once, and a permutation for each n puts their elements where the columns are that they
-// meet.
+// meet, with zeros between them: an infinity in the input meets these too.
 #pragma once
 
 #include "depthwise_plan.h"
