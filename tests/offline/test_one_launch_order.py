@@ -36,6 +36,8 @@ def test_a_barrier_stands_between_stores_and_loads(capability):
     stores = [i for i, line in enumerate(lines) if "tt.store" in line]
     assert sum(i < barrier for i in stores) == 2  # z, and what goes to the scratch
     assert sum(i > barrier for i in stores) == 2  # c and y
-    loops = [i for i, line in enumerate(lines) if "scf.for" in line and i > barrier]
-    assert loops  # over the taps, which read the scratch
-    assert any("tt.load" in line for line in lines[loops[0] :])
+    # The loop over the taps reads the scratch: what was read in front of the barrier would be old.
+    loop = next(i for i, line in enumerate(lines) if "scf.for" in line and i > barrier)
+    indentation = lines[loop][: len(lines[loop]) - len(lines[loop].lstrip())]
+    end = next(i for i in range(loop + 1, len(lines)) if lines[i].startswith(indentation + "}"))
+    assert any("tt.load" in line for line in lines[loop:end])
