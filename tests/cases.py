@@ -14,6 +14,7 @@ LAYOUTS = (
     "channels_last",
     "sliced",
     "cropped",
+    "cropped_channels_last",
     "rows_outermost",
     "transposed",
     "expanded",
@@ -114,6 +115,8 @@ def lay_out(shape, layout: str, dtype: torch.dtype, generator: torch.Generator) 
         return normal(b, c + 1, 2 * h + 1, 3 * w + 2)[:, 1:, 1::2, 2::3]
     if layout == "cropped":  # contiguous rows, apart from each other
         return normal(b, c, h + 1, w + 3)[:, :, 1:, 2:-1]
+    if layout == "cropped_channels_last":
+        return normal(b, h + 1, w + 3, c)[:, 1:, 2:-1].permute(0, 3, 1, 2)
     if layout == "rows_outermost":
         return normal(h, b, c, w).permute(1, 2, 0, 3)
     if layout == "transposed":

@@ -76,6 +76,33 @@ PAIRED = {
     ),
 }
 LAST = {"layout": "channels_last", "grad_layout": "channels_last"}
+PAIRED_IN_PLACE = {
+    # channels_last bfloat16 whose channels and columns fill whole tiles: read where they stand.
+    f"{taps} taps on {width} columns": Case(2, 32, 9, width, (taps, taps), padding="same", **LAST)
+    for width in (7, 14, 21)
+    for taps in (3, 5, 7)
+} | {
+    "the last tile overlaps": Case(2, 64, 5, 13, (7, 7), padding="same", **LAST),
+    "the last of three tiles overlaps": Case(1, 32, 5, 20, (5, 5), padding="same", **LAST),
+    "a column too many": Case(2, 32, 5, 22, (5, 5), padding="same", **LAST),
+    "a partial vector": Case(3, 61, 7, 7, (5, 5), padding="same", **LAST),
+    "one channel less": Case(1, 31, 6, 7, (3, 3), padding="same", **LAST),
+    "an even number of rows of taps": Case(2, 32, 8, 7, (4, 3), padding=(2, 1), **LAST),
+    "one row of taps": Case(2, 32, 8, 7, (1, 3), padding=(0, 1), **LAST),
+    "many rows of taps": Case(1, 32, 20, 14, (31, 5), padding="same", **LAST),
+    "no padding above": Case(2, 32, 9, 14, (5, 5), padding=(0, 2), **LAST),
+    "rows beyond the padding": Case(2, 32, 4, 7, (3, 3), padding=(7, 1), **LAST),
+    "one row of the source": Case(2, 32, 1, 7, (3, 3), padding="same", **LAST),
+    "a kernel clipped to 7 columns": Case(2, 32, 9, 14, (3, 7), padding="same", **LAST),
+    "more rows than are loaded ahead at a time": Case(
+        2, 160, 70, 28, (3, 3), padding="same", **LAST
+    ),
+    "rows apart": Case(2, 32, 12, 14, (3, 3), padding="same", layout="cropped_channels_last"),
+    "rows of the gradient apart": Case(
+        2, 61, 8, 7, (5, 5), padding="same", grad_layout="cropped_channels_last"
+    ),
+    "no bias": Case(2, 32, 7, 7, (5, 5), padding="same", **LAST, bias=False),
+}
 SPANNED = {
     # A tile as wide as the map leaves out the padding.
     f"{taps} taps on {width} columns": Case(2, 16, 9, width, (taps, taps), padding="same", **LAST)
@@ -191,6 +218,13 @@ def test_paired(case, dtype):
 
 
 @pytest.mark.usefixtures("compiled_cpu")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", PAIRED_IN_PLACE.values(), ids=PAIRED_IN_PLACE)
+def test_paired_in_place(case, dtype):
+    check_case(case, dtype, "direct")
+
+
+@pytest.mark.usefixtures("compiled_cpu")
 def test_an_infinity_reaches_one_row_more_at_most():
     """The missing half of a pair of kernel rows is zero, and zero times infinity is not."""
     x = torch.zeros(1, 16, 16, 9, dtype=torch.bfloat16).contiguous(
@@ -259,6 +293,19 @@ def test_bits_do_not_depend_on_threads(batch, channels, kernel, size, dtype):
     x = torch.randn(batch, channels, *size, generator=generator).to(dtype)
     weight = torch.randn(channels, 1, kernel, kernel, generator=generator).to(dtype)
     same_bits_with_any_threads(x, weight, padding=kernel // 2)
+
+
+@pytest.mark.usefixtures("compiled_cpu")
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("kernel", [3, 5, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bits_of_channels_last_maps_do_not_depend_on_threads(batch, kernel, dtype):
+    """Also of those that are read where they stand, in bands."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, 96, 13, 14, generator=generator).to(dtype)
+    weight = torch.randn(96, 1, kernel, kernel, generator=generator).to(dtype)
+    last = x.contiguous(memory_format=torch.channels_last)
+    same_bits_with_any_threads(last, weight, padding=kernel // 2)
 
 
 @pytest.mark.usefixtures("compiled_cpu")

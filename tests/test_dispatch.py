@@ -266,6 +266,32 @@ def test_bfloat16_rows_stand_in_pairs_where_the_processor_multiplies_them():
 
 
 @pytest.mark.usefixtures("compiled_cpu")
+@pytest.mark.parametrize(
+    ("channels", "width", "kernel", "name"),
+    [
+        (768, 7, (5, 5), "pairs_in_place"),
+        (96, 28, (31, 5), "pairs_in_place"),
+        (61, 20, (3, 3), "pairs_in_place"),
+        (48, 7, (5, 5), "pairs"),  # a third of the lanes would idle
+        (96, 22, (5, 5), "pairs"),  # the last tile but one would meet the padding
+        (96, 10, (3, 3), "pairs"),
+        (96, 14, (9, 9), "pairs"),
+    ],
+)
+def test_bfloat16_pairs_of_channels_last_rows_are_made_in_place(channels, width, kernel, name):
+    arguments = call(
+        input=torch.zeros(4, channels, 28, width, dtype=torch.bfloat16).contiguous(
+            memory_format=torch.channels_last
+        ),
+        weight=torch.zeros(channels, 1, *kernel, dtype=torch.bfloat16),
+    )
+    if _extension.instruction_set() != "avx512_bf16":
+        name = "blocks"
+    text = explain(**arguments, padding=(kernel[0] // 2, kernel[1] // 2))
+    assert f"sizes choose forward {name}, " in text
+
+
+@pytest.mark.usefixtures("compiled_cpu")
 def test_explain_of_an_empty_batch():
     text = explain(torch.zeros(0, 4, 9, 9), torch.zeros(4, 1, 3, 3), padding=1)
     assert "the result is empty" in text

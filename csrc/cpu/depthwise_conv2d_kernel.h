@@ -8,6 +8,7 @@
 #include "depthwise_plan.h"
 #include "in_place_conv2d_kernel.h"
 #include "pack.h"
+#include "paired_in_place_kernel.h"
 #include "paired_rows.h"
 #include "storage_dispatch.h"
 
@@ -80,6 +81,8 @@ void pack_weights_as(const ConvolvePlan& plan, int64_t begin, int64_t end) {
     int64_t channel[V];
     for (int l = 0; l < V; ++l) channel[l] = channel_of_lane(plan.lanes, pattern, l, plan.channels);
     if constexpr (Taps::kPaired) {
+      if (plan.in_place)
+        for (int l = 0; l < V; ++l) channel[l] = interleaved_channel(pattern, l, plan.channels);
       const Phase &y = plan.unpaired_y, &x = plan.phases_x[0];
       T* single = to + (plan.packed_taps - y.taps * x.taps) * V;
       pack_phase_weights<T, V, S>(plan, y, x, channel, single);
@@ -507,7 +510,10 @@ void pack_paired_weights(const ConvolvePlan& plan, int64_t begin, int64_t end) {
 
 template <int V>
 void convolve_paired(const ConvolvePlan& plan, int64_t begin, int64_t end, void* scratch) {
-  convolve_as<float, V, bfloat16_t, PairedTaps>(plan, begin, end, scratch);
+  if (plan.in_place)
+    convolve_paired_in_place(plan, begin, end);
+  else
+    convolve_as<float, V, bfloat16_t, PairedTaps>(plan, begin, end, scratch);
 }
 #endif
 

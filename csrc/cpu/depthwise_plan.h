@@ -48,6 +48,9 @@ constexpr int64_t kFewestPlanarRows = 4;
 // Positions of a flat plane: bits of a mask. With a stride, columns of both maps: two rows a
 // vector.
 constexpr int64_t kMostFlatPositions = 64, kMostSpreadColumns = 16;
+// Outputs side by side of the kernel that makes pairs of rows of maps where they stand. Maps of
+// networks are multiples of 7.
+constexpr int64_t kPairedColumns = 7;
 
 // Forward or backward-input. A task is one band of output rows of buffer.blocks blocks of planes;
 // of planar kernels, of one plane; of the dense form, of one block, and in place, of all blocks of

@@ -33,6 +33,10 @@ constexpr double kSupposedThreads = 4.0;
 // The time of direct sums of pairs of rows over that of single rows. Seen: 0.50 to 0.63.
 constexpr double kPairedCost = 0.55;
 
+// What a row of outputs reads of a vector of channels should not be far from the first-level cache,
+// where pairs of rows are read where they stand.
+constexpr int64_t kPairedRowsBytes = 64 * 1024;
+
 // Rows of one plane that a planar kernel has in hand: they should stay in the first-level cache.
 constexpr int64_t kPlanarBufferBytes = 24 * 1024;
 // Sums of weight gradients of the channels that it takes together.
@@ -218,6 +222,49 @@ void pair_rows(PlannedConvolution& planned) {
   plan.num_phases_y = int64_t(planned.phases_y.size());
   const KernelSet& set = kernels(plan.storage);
   planned.kernels = planned.kernels == &set.half ? &set.paired_half : &set.paired_full;
+}
+
+// The same of maps that are read where they stand.
+bool pairs_serve_in_place(const ConvParams& p, const Phase& y, const Phase& x,
+                          const MapView& source, const MapView& target) {
+  const bool same_width = target.width == source.width && x.origin == -(x.taps / 2);
+  if (!pairs_serve(p.storage, y) || !unit_steps(p) || source.stride_c != 1 ||
+      target.stride_c != 1 || !same_width || !(x.taps == 3 || x.taps == 5 || x.taps == 7))
+    return false;
+  // The padding of the last tile but one would have to be left out too.
+  const int64_t columns = target.width, over = columns % kPairedColumns;
+  if (columns < kPairedColumns || (over > 0 && over < x.taps / 2)) return false;
+  const int interleaved = 2 * kernels(p.storage).paired_full.lanes;
+  return y.taps * columns * interleaved * 2 <= kPairedRowsBytes &&
+         used_share(p.channels, interleaved) * used_share(columns, kPairedColumns) >= 0.9;
+}
+
+void plan_pairs_in_place(PlannedConvolution& planned, int num_threads) {
+  ConvolvePlan& plan = planned.plan;
+  const Phase y = planned.phases_y[0], x = planned.phases_x[0];
+  planned.kernels = &kernels(plan.storage).paired_full;
+  const int lanes = planned.kernels->lanes;
+  plan.in_place = plan.paired = true;
+  plan.lanes = channel_blocks(plan.batch, ceil_div(plan.channels, 2 * lanes) * 2 * lanes, lanes);
+  plan.unpaired_y = y;
+  const int64_t height = plan.target.height, pairs = (y.taps + 1) / 2;
+  planned.phases_y = {{0, 1, height, pairs, y.origin, 1, 2, 0, 1}};
+  plan.phases_y = planned.phases_y.data();
+  plan.packed_taps = (pairs + y.taps) * x.taps;
+  plan.scratch_elements = 0;
+  planned.packed_weight_elements = plan.lanes.num_patterns * plan.packed_taps * lanes;
+  plan.num_bands = 1;
+  if (num_threads > 1 && plan.batch < 2 * num_threads)
+    plan.num_bands = std::min(height, ceil_div(2 * num_threads, plan.batch));
+  plan.band = ceil_div(height, plan.num_bands);
+  plan.num_bands = ceil_div(height, plan.band);
+  const int64_t row_bytes = plan.channels * plan.target.width * 2;
+  // Equally high chunks, as each loads the next ahead.
+  const int64_t chunks = ceil_div(plan.band * row_bytes, kBufferBytes);
+  plan.chunk = ceil_div(plan.band, std::min(plan.band, chunks));
+  planned.num_tasks = plan.batch * plan.num_bands;
+  planned.multiply_adds_per_task =
+      double(plan.band * plan.target.width * plan.lanes.blocks_per_image) * double(pairs * x.taps);
 }
 
 // Whether maps are read where they stand: with a stride and few taps.
@@ -443,6 +490,11 @@ PlannedConvolution plan_convolution(const ConvParams& p, const MapView& source,
   if (in_place_serves(p, plan.lanes)) {
     plan_in_place(planned, num_threads);
     planned.kernel_name = "in_place";
+    return planned;
+  }
+  if (pairs_serve_in_place(p, first_y, first_x, source, target)) {
+    plan_pairs_in_place(planned, num_threads);
+    planned.kernel_name = "pairs_in_place";
     return planned;
   }
   plan.source_height = source.height;
