@@ -15,7 +15,6 @@
 
 namespace {
 
-#if defined(LKA_AVX512_BF16)
 constexpr int kPairLanes = 16, kInterleaved = 2 * kPairLanes;
 
 // The channel in a lane of packed weights.
@@ -24,6 +23,7 @@ inline int64_t interleaved_channel(int64_t pattern, int lane, int64_t channels) 
   return channel < channels ? channel : -1;
 }
 
+#if defined(LKA_AVX512_BF16)
 // kPairedColumns neighbouring outputs of a row for the channels of an interleaved vector. kLeft,
 // kRight: the tile begins and ends with the map, beyond which nothing is multiplied.
 template <int kTaps, bool kLeft, bool kRight>
