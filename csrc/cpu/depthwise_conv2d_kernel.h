@@ -8,8 +8,8 @@
 #include "depthwise_plan.h"
 #include "in_place_conv2d_kernel.h"
 #include "pack.h"
-#include "paired_in_place_kernel.h"
 #include "paired_rows.h"
+#include "row_tiles_kernel.h"
 #include "storage_dispatch.h"
 
 namespace {
@@ -81,7 +81,7 @@ void pack_weights_as(const ConvolvePlan& plan, int64_t begin, int64_t end) {
     int64_t channel[V];
     for (int l = 0; l < V; ++l) channel[l] = channel_of_lane(plan.lanes, pattern, l, plan.channels);
     if constexpr (Taps::kPaired) {
-      if (plan.in_place)
+      if (plan.row_tiles)
         for (int l = 0; l < V; ++l) channel[l] = interleaved_channel(pattern, l, plan.channels);
       const Phase &y = plan.unpaired_y, &x = plan.phases_x[0];
       T* single = to + (plan.packed_taps - y.taps * x.taps) * V;
@@ -487,6 +487,8 @@ void convolve(const ConvolvePlan& plan, int64_t begin, int64_t end, void* scratc
       convolve_dense_as<T, V, decltype(element)>(plan, begin, end, scratch);
     else if (plan.in_place)
       convolve_in_place_as<T, V, decltype(element)>(plan, begin, end);
+    else if (plan.row_tiles)
+      convolve_row_tiles<SingleRows<T, V, decltype(element)>>(plan, begin, end);
     else
       convolve_as<T, V, decltype(element)>(plan, begin, end, scratch);
   });
@@ -510,8 +512,8 @@ void pack_paired_weights(const ConvolvePlan& plan, int64_t begin, int64_t end) {
 
 template <int V>
 void convolve_paired(const ConvolvePlan& plan, int64_t begin, int64_t end, void* scratch) {
-  if (plan.in_place)
-    convolve_paired_in_place(plan, begin, end);
+  if (plan.row_tiles)
+    convolve_row_tiles<InterleavedRows>(plan, begin, end);
   else
     convolve_as<float, V, bfloat16_t, PairedTaps>(plan, begin, end, scratch);
 }

@@ -48,13 +48,12 @@ constexpr int64_t kFewestPlanarRows = 4;
 // Positions of a flat plane: bits of a mask. With a stride, columns of both maps: two rows a
 // vector.
 constexpr int64_t kMostFlatPositions = 64, kMostSpreadColumns = 16;
-// Outputs side by side of the kernel that makes pairs of rows of maps where they stand. Maps of
-// networks are multiples of 7.
-constexpr int64_t kPairedColumns = 7;
+// Neighbouring outputs of a row tile. Maps of networks are multiples of 7.
+constexpr int kTileColumns = 7;
 
 // Forward or backward-input. A task is one band of output rows of buffer.blocks blocks of planes;
 // of planar kernels, of one plane; of the dense form, of one block, and in place, of all blocks of
-// an image, both without source rows in a buffer.
+// an image, both without source rows in a buffer; by row tiles, of all blocks too.
 struct ConvolvePlan {
   Storage storage;
   int64_t batch, channels, kernel_h, kernel_w;
@@ -68,7 +67,7 @@ struct ConvolvePlan {
   bool paired = false;
   int64_t pair_shift = 0;
   int64_t source_height;
-  Phase unpaired_y;            // what the phases of pairs are made of
+  Phase unpaired_y;  // what the phases of pairs are made of, and of row tiles that of rows
   int64_t origin_y, origin_x;  // smallest origins: where the source buffer begins
   int64_t tap_rows;            // kernel rows of all phases
   int64_t span_y;              // source rows that one output of every phase reads
@@ -78,7 +77,8 @@ struct ConvolvePlan {
   int64_t groups_per_image;  // groups of buffer.blocks blocks; 0 where blocks go one by one
   FftConv fft;               // of the transform kernels
   bool dense = false;        // the kernel covers the map from every position
-  bool in_place = false;     // the source is read where it stands
+  bool in_place = false;     // the source is read where it stands, with a stride
+  bool row_tiles = false;    // the same with unit steps, by single rows or by pairs
   bool direct_store;         // kernels may write the target themselves
   const void* weight;        // (C, kH, kW) dense
   const void* bias;          // (C,) or null

@@ -33,9 +33,13 @@ constexpr double kSupposedThreads = 4.0;
 // The time of direct sums of pairs of rows over that of single rows. Seen: 0.50 to 0.63.
 constexpr double kPairedCost = 0.55;
 
-// What a row of outputs reads of a vector of channels should not be far from the first-level cache,
-// where pairs of rows are read where they stand.
+// Row tiles: the share of columns and channels, at least, that does not idle; what a row of outputs
+// reads of a vector of channels, which should not be far from the first-level cache; rows of taps
+// of which the sum need not be cut into runs; and of a chunk of rows.
+constexpr double kLeastTileShare = 0.9;
 constexpr int64_t kPairedRowsBytes = 64 * 1024;
+constexpr int64_t kMostSingleRows = 7;
+constexpr int64_t kTileChunkBytes = 64 * 1024;
 
 // Rows of one plane that a planar kernel has in hand: they should stay in the first-level cache.
 constexpr int64_t kPlanarBufferBytes = 24 * 1024;
@@ -102,6 +106,11 @@ Extent extent_of(const std::vector<Phase>& phases) {
 }
 
 int64_t arithmetic_bytes(Storage storage) { return storage == Storage::float64 ? 8 : 4; }
+
+int64_t storage_bytes(Storage storage) {
+  return storage == Storage::bfloat16 || storage == Storage::float16 ? 2
+                                                                     : arithmetic_bytes(storage);
+}
 
 // Blocks of lanes to unpack together and outputs to unpack for at a time: as many as fit the
 // buffer. `least` outputs come first, then blocks, then more outputs.
@@ -224,47 +233,58 @@ void pair_rows(PlannedConvolution& planned) {
   planned.kernels = planned.kernels == &set.half ? &set.paired_half : &set.paired_full;
 }
 
-// The same of maps that are read where they stand.
-bool pairs_serve_in_place(const ConvParams& p, const Phase& y, const Phase& x,
-                          const MapView& source, const MapView& target) {
-  const bool same_width = target.width == source.width && x.origin == -(x.taps / 2);
-  if (!pairs_serve(p.storage, y) || !unit_steps(p) || source.stride_c != 1 ||
-      target.stride_c != 1 || !same_width || !(x.taps == 3 || x.taps == 5 || x.taps == 7))
+// Whether row tiles serve a convolution with one phase of outputs, by `paired` rows or single ones,
+// and `lanes` of the latter.
+bool row_tiles_serve(const ConvParams& p, const Phase& y, const Phase& x, const MapView& source,
+                     const MapView& target, const LanePlan& lanes, bool paired) {
+  const int64_t columns = target.width;
+  if (!unit_steps(p) || y.taps == 0 || source.stride_c != 1 || target.stride_c != 1 ||
+      columns != source.width || x.origin != -(x.taps / 2) ||
+      !(x.taps == 3 || x.taps == 5 || x.taps == 7))
     return false;
-  // The padding of the last tile but one would have to be left out too.
-  const int64_t columns = target.width, over = columns % kPairedColumns;
-  if (columns < kPairedColumns || (over > 0 && over < x.taps / 2)) return false;
+  // One tile may meet the padding on both sides, of several the first and the last on one.
+  if (columns != kTileColumns && columns < kTileColumns + x.taps / 2) return false;
+  if (!paired)
+    return y.taps <= kMostSingleRows && !lanes.cross_images &&
+           used_share(columns, kTileColumns) >= kLeastTileShare;
   const int interleaved = 2 * kernels(p.storage).paired_full.lanes;
   return y.taps * columns * interleaved * 2 <= kPairedRowsBytes &&
-         used_share(p.channels, interleaved) * used_share(columns, kPairedColumns) >= 0.9;
+         used_share(p.channels, interleaved) * used_share(columns, kTileColumns) >= kLeastTileShare;
 }
 
-void plan_pairs_in_place(PlannedConvolution& planned, int num_threads) {
+void plan_row_tiles(PlannedConvolution& planned, int num_threads, bool paired) {
   ConvolvePlan& plan = planned.plan;
   const Phase y = planned.phases_y[0], x = planned.phases_x[0];
-  planned.kernels = &kernels(plan.storage).paired_full;
-  const int lanes = planned.kernels->lanes;
-  plan.in_place = plan.paired = true;
-  plan.lanes = channel_blocks(plan.batch, ceil_div(plan.channels, 2 * lanes) * 2 * lanes, lanes);
+  plan.row_tiles = true;
   plan.unpaired_y = y;
-  const int64_t height = plan.target.height, pairs = (y.taps + 1) / 2;
-  planned.phases_y = {{0, 1, height, pairs, y.origin, 1, 2, 0, 1}};
-  plan.phases_y = planned.phases_y.data();
-  plan.packed_taps = (pairs + y.taps) * x.taps;
+  plan.packed_taps = y.taps * x.taps;
+  int64_t terms = y.taps;
+  if (paired) {
+    plan.paired = true;
+    planned.kernels = &kernels(plan.storage).paired_full;
+    const int lanes = planned.kernels->lanes;
+    plan.lanes = channel_blocks(plan.batch, ceil_div(plan.channels, 2 * lanes) * 2 * lanes, lanes);
+    terms = (y.taps + 1) / 2;
+    planned.phases_y = {{0, 1, y.count, terms, y.origin, 1, 2, 0, 1}};
+    plan.phases_y = planned.phases_y.data();
+    plan.packed_taps += terms * x.taps;
+  }
   plan.scratch_elements = 0;
-  planned.packed_weight_elements = plan.lanes.num_patterns * plan.packed_taps * lanes;
+  planned.packed_weight_elements = plan.lanes.num_patterns * plan.packed_taps * plan.lanes.lanes;
+  const int64_t height = plan.target.height;
   plan.num_bands = 1;
   if (num_threads > 1 && plan.batch < 2 * num_threads)
     plan.num_bands = std::min(height, ceil_div(2 * num_threads, plan.batch));
   plan.band = ceil_div(height, plan.num_bands);
   plan.num_bands = ceil_div(height, plan.band);
-  const int64_t row_bytes = plan.channels * plan.target.width * 2;
-  // Equally high chunks, as each loads the next ahead.
-  const int64_t chunks = ceil_div(plan.band * row_bytes, kBufferBytes);
-  plan.chunk = ceil_div(plan.band, std::min(plan.band, chunks));
+  // Chunks are equally high, as each loads the next ahead, and not so low that all they do is to
+  // load weights.
+  const int64_t row_bytes = plan.channels * plan.target.width * storage_bytes(plan.storage);
+  const int64_t most = std::max((y.taps + 1) / 2, kTileChunkBytes / row_bytes);
+  plan.chunk = ceil_div(plan.band, ceil_div(plan.band, most));
   planned.num_tasks = plan.batch * plan.num_bands;
   planned.multiply_adds_per_task =
-      double(plan.band * plan.target.width * plan.lanes.blocks_per_image) * double(pairs * x.taps);
+      double(plan.band * plan.target.width * plan.lanes.blocks_per_image) * double(terms * x.taps);
 }
 
 // Whether maps are read where they stand: with a stride and few taps.
@@ -492,15 +512,16 @@ PlannedConvolution plan_convolution(const ConvParams& p, const MapView& source,
     planned.kernel_name = "in_place";
     return planned;
   }
-  if (pairs_serve_in_place(p, first_y, first_x, source, target)) {
-    plan_pairs_in_place(planned, num_threads);
-    planned.kernel_name = "pairs_in_place";
+  const bool paired =
+      planned.phases_y.size() * planned.phases_x.size() == 1 && pairs_serve(p.storage, first_y);
+  if (row_tiles_serve(p, first_y, first_x, source, target, plan.lanes, paired)) {
+    plan_row_tiles(planned, num_threads, paired);
+    planned.kernel_name = paired ? "pairs_in_place" : "in_place";
     return planned;
   }
   plan.source_height = source.height;
   planned.kernel_name = "blocks";
-  if (planned.phases_y.size() * planned.phases_x.size() == 1 && pairs_serve(p.storage, first_y))
-    pair_rows(planned);
+  if (paired) pair_rows(planned);
   const bool together = source.stride_c == 1 && !plan.lanes.cross_images;
 
   const Extent y = extent_of(planned.phases_y), x = extent_of(planned.phases_x);
