@@ -35,10 +35,15 @@ def save_adapters(model: nn.Module, path) -> None:
     Raises:
         ValueError: the model has no adapters.
         ImportError: safetensors is not installed.
-        OSError: the file cannot be written.
+        OSError: the file cannot be written; FileNotFoundError and IsADirectoryError among them.
     """
     safetensors = _safetensors()
     model = unwrapped(model)
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"path must be a file to write; {path} is a folder")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path must be in a folder that exists; got {path}")
     tensors = {k: v.detach().cpu().contiguous() for k, v in adapter_state_dict(model).items()}
     if any(m.training and not _trainable(m) for m in _batch_norms(model)):
         warnings.warn(
@@ -53,7 +58,7 @@ def save_adapters(model: nn.Module, path) -> None:
     }
     # Tied tensors would share memory, which safetensors refuses.
     data = safetensors.save({k: v.clone() for k, v in tensors.items()}, metadata)
-    _write_atomically(Path(path), data)
+    _write_atomically(path, data)
 
 
 def load_adapters(model: nn.Module, path) -> nn.Module:

@@ -188,6 +188,9 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+_TRANSFORMED = "it does not run inside torch.func transforms or forward-mode differentiation"
+
+
 def _cannot_run_depthwise(
     backend: str,
     input: Tensor,
@@ -219,7 +222,7 @@ def _cannot_run_depthwise(
     if (backend, method) in _STRIDE_1_ONLY and stride != (1, 1):
         return f"it serves stride 1; stride is {stride}"
     if transformed():
-        return "it does not run inside torch.func transforms or forward-mode differentiation"
+        return _TRANSFORMED
     return None
 
 
@@ -241,6 +244,8 @@ def _cannot_transform(input: Tensor, weight: Tensor) -> str | None:
         )
     if input.dtype not in FLOAT_DTYPES:
         return f"input is {input.dtype}"
+    if transformed():  # the operators' results would have no derivative, or a wrong one
+        return _TRANSFORMED
     return _not_strided(input, weight)
 
 
@@ -413,5 +418,5 @@ def cannot_run_adapter(backend: str, x: Tensor, activation: str, r: int) -> str 
     if activation not in ACTIVATIONS:
         return f"activation {activation!r}"
     if transformed():
-        return "it does not run inside torch.func transforms or forward-mode differentiation"
+        return _TRANSFORMED
     return None

@@ -252,6 +252,16 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask
 
 
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    """By its own name: not by that of the temporary file."""
+    model, _ = trained()
+    with pytest.raises(FileNotFoundError, match=r"that exists; got \S+/no/a\.safetensors$"):
+        save_adapters(model, tmp_path / "no" / "a.safetensors")
+    with pytest.raises(IsADirectoryError, match=rf"{tmp_path} is a folder"):
+        save_adapters(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_saving_a_model_without_adapters_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no adapters"):
         save_adapters(make("vit")[0], tmp_path / "a")

@@ -448,6 +448,27 @@ def test_forward_mode_derivative():
     torch.testing.assert_close(tangent, F.conv2d(input, weight, groups=3))
 
 
+@pytest.mark.parametrize("method", ["fft", "implicit_gemm"])
+def test_a_method_without_rules_for_transforms_says_so(method):
+    """Wrong derivatives or torch's word on its autograd.Function would be no answer."""
+    import torch.autograd.forward_ad as forward_ad
+
+    input, weight, bias = torch.randn(1, 3, 6, 6), torch.randn(3, 1, 3, 3), torch.randn(3)
+
+    def convolve(x):
+        return depthwise_conv2d(x, weight, bias, padding=1, method=method)
+
+    refused = pytest.raises(ValueError, match=f"method='{method}' cannot serve this call: ")
+    with refused:
+        torch.func.grad(lambda x: convolve(x).sum())(input)
+    with refused:
+        torch.func.jvp(convolve, (input,), (input,))
+    with refused:
+        torch.vmap(convolve)(input[None])
+    with refused, forward_ad.dual_level():
+        convolve(forward_ad.make_dual(input, input))
+
+
 # --- errors -----------------------------------------------------------------------------------
 
 

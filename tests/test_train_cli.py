@@ -64,6 +64,23 @@ def test_dashes_and_bare_flags():
     assert normalise(["--resume", "false"]) == ["--resume", "false"]
 
 
+def test_lists_of_words():
+    config, options = parse(["d", "--exclude", "*_mask*", "--lka.sites=mlp", "--exclude=[0-4]*"])
+    assert (config.data, config.exclude) == ("d", ["*_mask*", "[0-4]*"])
+    assert tuple(options.sites) == ("mlp",)
+    config, options = parse(["--exclude", '["a*", b]', "--lka.sites", "[attn, mlp]", "d"])
+    assert (config.data, config.exclude) == ("d", ["a*", "b"])
+    assert tuple(options.sites) == ("attn", "mlp")
+    assert parse(["d"])[0].exclude == []
+
+
+def test_words_replace_those_of_the_file(tmp_path):
+    """As every option does: a run that is continued with its own words has them once."""
+    (tmp_path / "config.yaml").write_text('data: d\nexclude: ["*_mask*"]\n')
+    arguments = ["--resume", f"--out={tmp_path}", "--exclude", "*_mask*"]
+    assert parse(arguments)[0].exclude == ["*_mask*"]
+
+
 def test_lka_options_mirror_the_configuration():
     import dataclasses
 

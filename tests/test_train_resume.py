@@ -242,6 +242,7 @@ def test_resume_without_a_run_says_so(tmp_path, capsys):
 
 def test_a_run_folder_has_one_user_at_a_time(data, tmp_path, capsys):
     with RunFolder(tmp_path / "run"):
+        assert not (tmp_path / "run" / ".lock").stat().st_mode & 0o111
         assert main(command_line(data, tmp_path / "run", epochs=1)) == 1
     assert "in use by another" in capsys.readouterr().err
     assert main(command_line(data, tmp_path / "run", epochs=1)) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,12 @@ from .folder import CONFIG_NAME
 
 _DESCRIPTION = "Trains a timm model on class folders of images, by default with a frozen backbone."
 _FLAGS = {f.name for f in dataclasses.fields(TrainConfig) if f.type == "bool"}
+_LISTS = {f.name for f in dataclasses.fields(TrainConfig) if f.type.startswith("list")} | {
+    f"{method.name}.{f.name}"
+    for method in METHODS.values()
+    for f in dataclasses.fields(method.options)
+    if f.type.startswith("tuple")
+}
 _YAML = "lka-train-yaml"
 _TRUE_OR_FALSE = {"true", "false", "yes", "no"}
 
@@ -41,8 +48,8 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, Any]:
     """Command-line arguments to the run's options and the method's options.
 
     Option names take dashes or underscores alike (``--batch-size``, ``--batch_size``); yes/no
-    options may stand without a value. ``--resume --out FOLDER`` alone takes all else from the
-    folder's ``config.yaml``.
+    options may stand without a value, lists as words. ``--resume --out FOLDER`` alone takes all
+    else from the folder's ``config.yaml``.
     """
     arguments = normalise(arguments)
     parser = make_parser()
@@ -89,20 +96,43 @@ def make_parser():
 
 
 def normalise(arguments: list[str]) -> list[str]:
-    """Dashes within option names become underscores; bare yes/no options get their value."""
+    """Arguments as the parser takes them.
+
+    Dashes within option names become underscores; bare yes/no options get their value; options
+    that are lists take plain words, ``--exclude "*_mask*" --exclude "0*"``, beside a list of YAML.
+    """
     result = []
-    for place, argument in enumerate(arguments):
+    lists: dict[str, list[str]] = {}
+    place = -1
+    while (place := place + 1) < len(arguments):
+        argument = arguments[place]
         if argument.startswith("--"):
             name, equals, value = argument[2:].partition("=")
             name = name.replace("-", "_")
-            following = arguments[place + 1].lower() if place + 1 < len(arguments) else ""
-            if not equals and name in _FLAGS and following not in _TRUE_OR_FALSE:
+            following = arguments[place + 1] if place + 1 < len(arguments) else "--"
+            if not equals and name in _FLAGS and following.lower() not in _TRUE_OR_FALSE:
                 equals, value = "=", "true"
             elif not equals and name.startswith("no_") and name[3:] in _FLAGS:
                 name, equals, value = name[3:], "=", "false"
+            if name in _LISTS and (equals or not following.startswith("--")):
+                if not equals:
+                    place += 1
+                    equals, value = "=", following
+                if not _is_list(value):
+                    lists.setdefault(name, []).append(value)
+                    continue
             argument = f"--{name}{equals}{value}"
         result.append(argument)
-    return result
+    return result + [f"--{name}={json.dumps(words)}" for name, words in lists.items()]
+
+
+def _is_list(text: str) -> bool:
+    import yaml
+
+    try:
+        return isinstance(yaml.safe_load(text), list)
+    except yaml.YAMLError:  # such as *_mask*, a reference to nothing
+        return False
 
 
 def _with_saved_config(arguments: list[str]) -> list[str]:

@@ -37,7 +37,7 @@ class RunFolder:
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT)
+            self._lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise disk_problem(error, path) or error from error
         try:
