@@ -243,13 +243,14 @@ bool row_tiles_serve(const ConvParams& p, const Phase& y, const Phase& x, const 
       !(x.taps == 3 || x.taps == 5 || x.taps == 7))
     return false;
   // One tile may meet the padding on both sides, of several the first and the last on one.
-  if (columns != kTileColumns && columns < kTileColumns + x.taps / 2) return false;
+  if (columns != kRowTileColumns && columns < kRowTileColumns + x.taps / 2) return false;
   if (!paired)
     return y.taps <= kMostSingleRows && !lanes.cross_images &&
-           used_share(columns, kTileColumns) >= kLeastTileShare;
+           used_share(columns, kRowTileColumns) >= kLeastTileShare;
   const int interleaved = 2 * kernels(p.storage).paired_full.lanes;
   return y.taps * columns * interleaved * 2 <= kPairedRowsBytes &&
-         used_share(p.channels, interleaved) * used_share(columns, kTileColumns) >= kLeastTileShare;
+         used_share(p.channels, interleaved) * used_share(columns, kRowTileColumns) >=
+             kLeastTileShare;
 }
 
 void plan_row_tiles(PlannedConvolution& planned, int num_threads, bool paired) {

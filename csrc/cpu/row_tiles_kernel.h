@@ -2,7 +2,7 @@
 // in a row. Other kernels unpack the source into a buffer first; here a vector of channels is used
 // for all taps of a row as soon as it is loaded, and loaded again for the next row of outputs.
 //
-// A tile is kTileColumns neighbouring outputs for one or two vectors of channels, whose sums and
+// A tile is kRowTileColumns neighbouring outputs for one or two vectors of channels, whose sums and
 // weights fill the registers. Chunks of rows are taken one tile of channels after the other, so
 // that their weights stay near, while the next chunk comes into the cache.
 #pragma once
@@ -14,7 +14,7 @@
 
 namespace {
 
-using lka::cpu::kTileColumns;
+using lka::cpu::kRowTileColumns;
 
 // Source rows one by one.
 template <class T, int V, class S>
@@ -93,15 +93,15 @@ struct InterleavedRows {
 };
 #endif
 
-// kTileColumns neighbouring outputs of a row. kLeft, kRight: the tile begins and ends with the map,
-// beyond which nothing is multiplied. kWhole: all channels of its vectors exist.
+// kRowTileColumns neighbouring outputs of a row. kLeft, kRight: the tile begins and ends with the
+// map, beyond which nothing is multiplied. kWhole: all channels of its vectors exist.
 template <class Rows, int kVectors, bool kWhole, int kTaps, bool kLeft, bool kRight>
 struct RowTile {
   using S = typename Rows::Element;
   using T = typename Rows::Number;
   static constexpr int V = Rows::kLanes, kRows = Rows::kRows, kPadding = kTaps / 2;
   static constexpr int kFirst = kLeft ? kPadding : 0;
-  static constexpr int kEnd = kTileColumns + kTaps - 1 - (kRight ? kPadding : 0);
+  static constexpr int kEnd = kRowTileColumns + kTaps - 1 - (kRight ? kPadding : 0);
 
   const S* source;  // of kernel row 0 and the first column, that may not exist
   int64_t source_row, source_column;
@@ -117,12 +117,12 @@ struct RowTile {
   // Not inlined: beside its callers' loops the compiler keeps so many multiples of steps that it
   // spends more time on these than on products.
   __attribute__((noinline)) void convolve() const {
-    Vec<T, V> sums[kTileColumns][kVectors];
+    Vec<T, V> sums[kRowTileColumns][kVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
       const Vec<T, V> start = bias ? load_aligned<V>(bias + v * V) : Vec<T, V>{};
 #pragma GCC unroll 8
-      for (int t = 0; t < kTileColumns; ++t) sums[t][v] = start;
+      for (int t = 0; t < kRowTileColumns; ++t) sums[t][v] = start;
     }
     static const S zeros[kVectors * V] = {};
     for (int64_t m = first_row / kRows; m * kRows < last_row; ++m) {
@@ -157,14 +157,14 @@ struct RowTile {
           keep_in_register(values[v]);
 #pragma GCC unroll 8
           for (int n = 0; n < kTaps; ++n)
-            if (x - n >= 0 && x - n < kTileColumns)
+            if (x - n >= 0 && x - n < kRowTileColumns)
               sums[x - n][v] = Rows::Taps::multiply_add(sums[x - n][v], taps[v][n], values[v]);
         }
       }
     }
     S* to = out;
 #pragma GCC unroll 8
-    for (int t = 0; t < kTileColumns; ++t, to += out_column) {
+    for (int t = 0; t < kRowTileColumns; ++t, to += out_column) {
       keep_in_register(to);
       Rows::template store_sums<kWhole>(to, count, sums[t]);
     }
@@ -204,15 +204,15 @@ void convolve_rows(const ConvolvePlan& plan, const typename Rows::Element* sourc
       };
       const Constant<0> inside;
       const Constant<1> edge;
-      if (width == kTileColumns) {
+      if (width == kRowTileColumns) {
         tile(edge, edge, 0);
         continue;
       }
       // Tiles overlap rather than reach beyond the map: the last, and one before it whose taps
       // would.
       tile(edge, inside, 0);
-      const int64_t last = width - kTileColumns;
-      for (int64_t j = kTileColumns; j < last; j += kTileColumns)
+      const int64_t last = width - kRowTileColumns;
+      for (int64_t j = kRowTileColumns; j < last; j += kRowTileColumns)
         tile(inside, inside, j < last - kPadding ? j : last - kPadding);
       tile(inside, edge, last);
     }
@@ -236,7 +236,7 @@ void convolve_row_tiles(const ConvolvePlan& plan, int64_t begin, int64_t end) {
   using S = typename Rows::Element;
   const MapView &source = plan.source, &target = plan.target;
   const Phase& y = plan.unpaired_y;
-  const int64_t steps_of_row = ceil_div(target.width, kTileColumns) *
+  const int64_t steps_of_row = ceil_div(target.width, kRowTileColumns) *
                                ceil_div(plan.channels, Rows::kVectors * Rows::kLanes) *
                                ceil_div(y.taps, Rows::kRows);
   const int64_t reach = y.origin + y.taps - 1;  // source rows below that of an output
