@@ -1,8 +1,8 @@
 """Peak memory of the fused adapter's forward and backward on the CPU: x + y + 4z.
 
-That is the gradient of x, y, and four of the width of the bottleneck: z, the convolution's output, the
-activation of z (later its gradient) and the gradient of the convolution's output. These are float32
-for 16-bit types too. The gradients of the parameters come on top.
+That is the gradient of x, y, and four of the width of the bottleneck: z, the convolution's output,
+the activation of z (later its gradient) and the gradient of the convolution's output. These are
+float32 for 16-bit types too. The gradients of the parameters come on top.
 """
 
 import pytest
