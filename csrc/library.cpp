@@ -29,6 +29,8 @@ void implement_depthwise(torch::stable::detail::StableLibrary& m, const std::str
          TORCH_BOX(&lka::cpu::depthwise_conv2d_backward_input<kForm>));
   m.impl(("depthwise_conv2d_backward_weight_" + backend).c_str(),
          TORCH_BOX(&lka::cpu::depthwise_conv2d_backward_weight<kForm>));
+  m.impl(("depthwise_conv2d_backward_" + backend).c_str(),
+         TORCH_BOX(&lka::cpu::depthwise_conv2d_backward<kForm>));
 }
 
 #ifdef LKA_WITH_CUDA

@@ -73,6 +73,12 @@ class DepthwiseConv2d(torch.autograd.Function):
         input, weight = ctx.saved_tensors
         need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_input = grad_weight = grad_bias = None
+        both = ops.DEPTHWISE[ctx.backend].backward if need_input and need_weight else None
+        if both is not None and not records(grad_output, input, weight):
+            grad_input, grad_weight, grad_bias = both(
+                grad_output, input, weight, *ctx.geometry, ctx.channels_last
+            )
+            return grad_input, grad_weight, grad_bias if need_bias else None, *(None,) * 5
         if need_input:
             grad_input = backward_input(
                 grad_output,

@@ -32,6 +32,14 @@ DEPTHWISE_SCHEMAS = {
         "int[2] dilation) -> (Tensor grad_weight, Tensor grad_bias)"
     ),
 }
+# Of backends for which all gradients together are less work than one after the other.
+BOTH_SCHEMAS = {
+    **DEPTHWISE_SCHEMAS,
+    "backward": (
+        f"(Tensor grad_output, Tensor input, Tensor weight, {_GEOMETRY}) "
+        "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
+    ),
+}
 _ADAPTER_WEIGHTS = (
     "Tensor down_weight, Tensor? down_bias, Tensor conv_weight, Tensor? conv_bias, "
     "Tensor up_weight, Tensor? up_bias"
@@ -63,6 +71,7 @@ class DepthwiseOps(NamedTuple):
     forward: object
     backward_input: object
     backward_weight: object
+    backward: object | None = None  # both
 
 
 class AdapterOps(NamedTuple):
@@ -114,6 +123,18 @@ def _fake_depthwise_backward_weight(
     return input.new_empty((channels, 1, *kernel_size)), input.new_empty((channels,))
 
 
+def _fake_depthwise_backward(
+    grad_output, input, weight, stride, padding, dilation, channels_last
+) -> tuple[Tensor, Tensor, Tensor]:
+    geometry = (stride, padding, dilation)
+    return (
+        _fake_depthwise_backward_input(
+            grad_output, weight, input.shape[2:], *geometry, channels_last
+        ),
+        *_fake_depthwise_backward_weight(grad_output, input, weight.shape[2:], *geometry),
+    )
+
+
 def _fake_adapter_forward(x, down_weight, *rest) -> tuple[Tensor, Tensor, Tensor]:
     shape = (*x.shape[:2], down_weight.shape[0])
     dtype = accumulation_dtype(x.dtype)
@@ -162,6 +183,7 @@ _DEPTHWISE_FAKES = {
     "forward": _fake_depthwise_forward,
     "backward_input": _fake_depthwise_backward_input,
     "backward_weight": _fake_depthwise_backward_weight,
+    "backward": _fake_depthwise_backward,
 }
 _GPU_ADAPTER_FAKES = {
     "forward": _fake_gpu_adapter_forward,
@@ -184,12 +206,20 @@ def _define(operator: str, backend: str, schemas: dict, fakes: dict) -> list:
     return overloads
 
 
+_CPU = ("cpu", "cpu_direct", "cpu_fft")
 # Family -> operators; see ``dispatch.Choice.family``. "fft" runs on any device. The other backends
 # have one family more for each method that can be asked for.
 DEPTHWISE: dict[str, DepthwiseOps] = {
-    name: DepthwiseOps(*_define("depthwise_conv2d", name, DEPTHWISE_SCHEMAS, _DEPTHWISE_FAKES))
+    name: DepthwiseOps(
+        *_define(
+            "depthwise_conv2d",
+            name,
+            BOTH_SCHEMAS if name in _CPU else DEPTHWISE_SCHEMAS,
+            _DEPTHWISE_FAKES,
+        )
+    )
     for name in (
-        *("cpu", "cpu_direct", "cpu_fft", "fft"),
+        *(*_CPU, "fft"),
         *("cuda", "cuda_direct", "cuda_gemm", "cuda_fft"),
         *("triton", "triton_direct", "triton_gemm", "triton_fft"),
     )

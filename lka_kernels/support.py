@@ -94,7 +94,7 @@ def _depthwise(backend: str, method: str) -> list[Support]:
     return [
         Support(
             "depthwise_conv2d", backend, method, devices, dtypes, layouts, strides,
-            most_rank=None, directions=_directions(operators),
+            most_rank=None, directions=_directions(operators, ops.DEPTHWISE_SCHEMAS),
         )
         for dtypes, devices, layouts, strides in _products(served, 3)
     ]  # fmt: skip
@@ -117,7 +117,7 @@ def _adapter(backend: str) -> list[Support]:
             layouts,
             strides=None,
             most_rank=_most_rank(backend, _map(layouts[0], dtypes[0], devices[0])),
-            directions=_directions(ops.ADAPTER.get(backend)),
+            directions=_directions(ops.ADAPTER.get(backend), ops.ADAPTER_SCHEMAS),
         )
         for dtypes, devices, layouts in _products(served, 2)
     ]
@@ -148,9 +148,9 @@ def _most_rank(backend: str, x: Tensor) -> int | None:
     return served
 
 
-def _directions(operators) -> tuple[str, ...]:
+def _directions(operators, schemas: dict[str, str]) -> tuple[str, ...]:
     # Without operators of its own a call is a composition of torch's, which differentiates it.
-    return ("autograd",) if operators is None else operators._fields
+    return ("autograd",) if operators is None else tuple(schemas)
 
 
 def as_markdown() -> str:

@@ -178,12 +178,16 @@ void run_backward_steps(const AdapterParams& p, const AdapterGradients& g, const
              });
   const bool need_a = g.need_down || g.grad_x;
   if (!g.need_conv && !need_a) return;
-  if (g.need_conv) {
-    weight.plan.input.data = grid_of(p, p.activate_before ? p.a : p.z);
-    weight.plan.grad_output.data = grid_of(p, g.grad_c);
+  weight.plan.input.data = grid_of(p, p.activate_before ? p.a : p.z);
+  weight.plan.grad_output.data = input.plan.source.data = grid_of(p, g.grad_c);
+  input.plan.target.data = grid_of(p, p.a);
+  if (g.need_conv && need_a)
+    run(input, weight, p.conv, grad_conv, grad_conv_bias);
+  else if (g.need_conv)
     run(weight, grad_conv, grad_conv_bias);
-  }
-  // From here on, p.a holds the gradient of a.
+  else
+    run(input, p.conv, nullptr);
+  // From here on, p.a holds the gradient of a: of the grid already, of prefix tokens from here.
   if (p.storage == Storage::float64)
     convolve_prefix_backward(p, g, static_cast<double*>(grad_conv),
                              static_cast<double*>(grad_conv_bias));
@@ -191,9 +195,6 @@ void run_backward_steps(const AdapterParams& p, const AdapterGradients& g, const
     convolve_prefix_backward(p, g, static_cast<float*>(grad_conv),
                              static_cast<float*>(grad_conv_bias));
   if (!need_a) return;
-  input.plan.source.data = grid_of(p, g.grad_c);
-  input.plan.target.data = grid_of(p, p.a);
-  run(input, p.conv, nullptr);
   over_parts(
       p, g, k, [](int64_t) {},
       [&](int64_t part, int64_t image, int64_t begin, int64_t end, void* scratch) {

@@ -131,6 +131,37 @@ std::tuple<Tensor, Tensor> depthwise_conv2d_backward_weight(const Tensor& grad_o
   return {grad_weight, grad_bias};
 }
 
+template <Form kForm>
+std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(
+    const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+    const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+    const std::vector<int64_t>& dilation, bool channels_last) {
+  if (grad_output.numel() == 0 || input.numel() == 0) {
+    const auto [grad_weight, grad_bias] = depthwise_conv2d_backward_weight<kForm>(
+        grad_output, input, {weight.size(2), weight.size(3)}, stride, padding, dilation);
+    return {
+        depthwise_conv2d_backward_input<kForm>(grad_output, weight, {input.size(2), input.size(3)},
+                                               stride, padding, dilation, channels_last),
+        grad_weight, grad_bias};
+  }
+  ConvParams p = forward_geometry(input, weight, stride, padding, dilation);
+  p.form = kForm;
+  STD_TORCH_CHECK(grad_output.scalar_type() == input.scalar_type(),
+                  "grad_output must have input's dtype");
+  Tensor grad_input =
+      empty_map(grad_output, p.batch, p.channels, input.size(2), input.size(3), channels_last);
+  Tensor grad_weight = empty(input, {p.channels, 1, p.kernel_h, p.kernel_w}, input.scalar_type());
+  Tensor grad_bias = empty(input, {p.channels}, input.scalar_type());
+  p.output = view_of(grad_output);
+  p.input = view_of(input);
+  PlannedWeightGradient planned_weight = plan_backward_weight(p);
+  p.input = view_of(grad_input);
+  PlannedConvolution planned = plan_backward_input(p, int(torch::stable::get_num_threads()));
+  const Tensor dense = dense_weight(weight);
+  run(planned, planned_weight, dense.data_ptr(), grad_weight.data_ptr(), grad_bias.data_ptr());
+  return {grad_input, grad_weight, grad_bias};
+}
+
 #define LKA_INSTANTIATE(form)                                                                  \
   template Tensor depthwise_conv2d_forward<form>(                                              \
       const Tensor&, const Tensor&, const std::optional<Tensor>&, const std::vector<int64_t>&, \
@@ -140,7 +171,10 @@ std::tuple<Tensor, Tensor> depthwise_conv2d_backward_weight(const Tensor& grad_o
       const std::vector<int64_t>&, const std::vector<int64_t>&, bool);                         \
   template std::tuple<Tensor, Tensor> depthwise_conv2d_backward_weight<form>(                  \
       const Tensor&, const Tensor&, const std::vector<int64_t>&, const std::vector<int64_t>&,  \
-      const std::vector<int64_t>&, const std::vector<int64_t>&);
+      const std::vector<int64_t>&, const std::vector<int64_t>&);                               \
+  template std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward<form>(                 \
+      const Tensor&, const Tensor&, const Tensor&, const std::vector<int64_t>&,                \
+      const std::vector<int64_t>&, const std::vector<int64_t>&, bool);
 LKA_INSTANTIATE(Form::any)
 LKA_INSTANTIATE(Form::direct)
 LKA_INSTANTIATE(Form::fft)

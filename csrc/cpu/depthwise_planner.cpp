@@ -737,4 +737,36 @@ PlannedWeightGradient plan_backward_weight(const ConvParams& p) {
   return planned;
 }
 
+bool plan_shared_spectra(const PlannedConvolution& input, const PlannedWeightGradient& weight,
+                         int num_threads, SharedSpectra& shared) {
+  const ConvolvePlan& convolution = input.plan;
+  const WeightGradientPlan& plan = weight.plan;
+  const FftConv& fft = plan.fft;
+  // The same kernels have the same lanes. The sizes agree wherever both are planned: clipped, the
+  // two phases meet the same pairs of elements.
+  if (input.kernels != weight.kernels || weight.kernels->both_gradients == nullptr ||
+      convolution.lanes.cross_images != plan.lanes.cross_images ||
+      convolution.fft.y.size != fft.y.size || convolution.fft.x.size != fft.x.size)
+    return false;
+  const bool cross_images = plan.lanes.cross_images;
+  const int64_t images = cross_images ? 1 : ceil_div(plan.batch, plan.num_parts);
+  // A task takes half as long again as for the weight's gradient alone. Where there are fewer of
+  // them than threads, the input's gradient can be cut into more and is better left to all threads.
+  if (2 * ceil_div(input.num_tasks, num_threads) < images * ceil_div(weight.num_tasks, num_threads))
+    return false;
+  const int64_t v = plan.lanes.lanes, line = fft.line_elements(v), row = fft.spectrum_row(v);
+  const Phase &y = convolution.phases_y[0], &x = convolution.phases_x[0];
+  const int64_t width = std::max(plan.input.width, plan.grad_output.width);
+  const int64_t map_rows =
+      (std::max(fft.rows_together, convolution.fft.rows_together) + 1) * width * v;
+  const int64_t weight_rows = 2 * row + y.taps * x.taps * v;  // not at the same time
+  const int64_t rows = std::max({plan.grad_output.height, plan.input.height, plan.y.count});
+  shared.scratch_elements = (2 * fft.y.size + plan.input.height + rows) * row + 3 * line +
+                            std::max({line, map_rows, weight_rows});
+  const int64_t patterns = plan.lanes.num_patterns;
+  shared.num_tasks = ceil_div(weight.num_tasks, patterns) * patterns;
+  shared.multiply_adds_per_task = 1.5 * weight.multiply_adds_per_task;
+  return true;
+}
+
 }  // namespace lka::cpu

@@ -61,6 +61,13 @@ void reduce(const WeightGradientPlan& plan, void* grad_weight, void* grad_bias) 
       });
 }
 
+void sum_partials(const WeightGradientPlan& plan, void* grad_weight, void* grad_bias) {
+  if (plan.storage == Storage::float64)
+    reduce<double>(plan, grad_weight, grad_bias);
+  else
+    reduce<float>(plan, grad_weight, grad_bias);
+}
+
 }  // namespace
 
 void run(PlannedConvolution& planned, const void* weight, const void* bias) {
@@ -92,10 +99,28 @@ void run(PlannedWeightGradient& planned, void* grad_weight, void* grad_bias) {
         void* scratch = task_scratch().get(size_t(plan.scratch_elements * size));
         planned.kernels->weight_gradient(plan, begin, end, scratch);
       });
-  if (plan.storage == Storage::float64)
-    reduce<double>(plan, grad_weight, grad_bias);
-  else
-    reduce<float>(plan, grad_weight, grad_bias);
+  sum_partials(plan, grad_weight, grad_bias);
+}
+
+void run(PlannedConvolution& input, PlannedWeightGradient& weight_gradient, const void* weight,
+         void* grad_weight, void* grad_bias) {
+  SharedSpectra shared;
+  if (!plan_shared_spectra(input, weight_gradient, int(torch::stable::get_num_threads()), shared)) {
+    run(weight_gradient, grad_weight, grad_bias);
+    run(input, weight, nullptr);
+    return;
+  }
+  WeightGradientPlan& plan = weight_gradient.plan;
+  const int64_t size = plan.storage == Storage::float64 ? 8 : 4;
+  input.plan.weight = weight;
+  input.plan.bias = nullptr;
+  plan.partial = call_scratch().get(size_t(weight_gradient.partial_elements * size));
+  torch::stable::parallel_for(
+      0, shared.num_tasks, grain(shared.multiply_adds_per_task), [&](int64_t begin, int64_t end) {
+        void* scratch = task_scratch().get(size_t(shared.scratch_elements * size));
+        input.kernels->both_gradients(input.plan, plan, begin, end, scratch);
+      });
+  sum_partials(plan, grad_weight, grad_bias);
 }
 
 }  // namespace lka::cpu

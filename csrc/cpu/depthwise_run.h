@@ -13,4 +13,8 @@ void run(PlannedConvolution& planned, const void* weight, const void* bias);
 // Into (C, kH, kW) and (C,), likewise.
 void run(PlannedWeightGradient& planned, void* grad_weight, void* grad_bias);
 
+// Both, of one convolution. Its input may be where its gradient goes.
+void run(PlannedConvolution& input, PlannedWeightGradient& weight_gradient, const void* weight,
+         void* grad_weight, void* grad_bias);
+
 }  // namespace lka::cpu

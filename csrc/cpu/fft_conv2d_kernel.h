@@ -137,12 +137,59 @@ void transform_weights(const ConvolvePlan& plan, int64_t pattern, const FftScrat
   }
 }
 
+// The two products are functions of their own: the compiler, which may contract a multiplication
+// and an addition in more than one way, then rounds the same wherever they are used.
+
+// line[i]·weight[i], in place.
+template <class T, int V>
+__attribute__((noinline)) void multiply(int64_t size, const T* weight, T* line) {
+  const Sequence<T> at = in_order<T, V>(line, size);
+  for (int64_t i = 0; i < size; ++i) {
+    const T* w = weight + 2 * V * i;
+    put<T, V>(at, i, times<T, V>(get<T, V>(at, i), load_aligned<V>(w), load_aligned<V>(w + V)));
+  }
+}
+
+// sums[i] += input[i]·conj(grad[i])
+template <class T, int V>
+__attribute__((noinline)) void add_product(int64_t size, const T* input, const T* grad, T* sums) {
+  for (int64_t i = 0; i < 2 * V * size; i += 2 * V) {
+    const Complex<T, V> x = {load_aligned<V>(input + i), load_aligned<V>(input + i + V)};
+    const auto product = times<T, V>(x, load_aligned<V>(grad + i), -load_aligned<V>(grad + i + V));
+    store_aligned<V>(sums + i, load_aligned<V>(sums + i) + product.re);
+    store_aligned<V>(sums + i + V, load_aligned<V>(sums + i + V) + product.im);
+  }
+}
+
+// The map of one block of planes from the spectra of its rows, plus `bias` if there is one.
+template <class T, int V, class S>
+void restore_rows(const FftConv& fft, const T* spectrum, const Lanes& lanes, const MapView& map,
+                  const Vec<T, V>* bias, FftScratch<T, V>& scratch) {
+  const int64_t row = map.width * V, spectrum_row = fft.spectrum_row(V);
+  for (int64_t first = 0; first < map.height; first += fft.rows_together) {
+    const int64_t left = map.height - first;
+    const int64_t count = left < fft.rows_together ? left : fft.rows_together;
+    for (int64_t y = 0; y < count; y += 2) {
+      const T* a = spectrum + (first + y) * spectrum_row;
+      join<T, V>(a, y + 1 < count ? a + spectrum_row : nullptr, fft.x.size, scratch.line);
+      ::fft<T, V>(fft.x, inverted(in_order<T, V>(scratch.line, fft.x.size)),
+                  inverted(Sequence<T>{scratch.rows + y * row, V, map.width, row}), scratch.first,
+                  scratch.second);
+    }
+    if (bias != nullptr)
+      for (int64_t i = 0; i < count * row; i += V)
+        store_aligned<V>(scratch.rows + i, load_aligned<V>(scratch.rows + i) + *bias);
+    unpack_rows<T, V, S>(scratch.rows, lanes, first, first + count, map.width,
+                         static_cast<S*>(map.data));
+  }
+}
+
 template <class T, int V, class S>
 void convolve_fft_as(const ConvolvePlan& plan, int64_t begin, int64_t end, void* memory) {
   const FftConv& fft = plan.fft;
   const MapView &source = plan.source, &target = plan.target;
   const int64_t spectrum_row = fft.spectrum_row(V), column = 2 * V * fft.y.size;
-  const int64_t columns = fft.x.size / 2 + 1, row = target.width * V;
+  const int64_t columns = fft.x.size / 2 + 1;
   T* const weights = static_cast<T*>(memory);
   T* spectrum = weights + columns * column;
   FftScratch<T, V> scratch(
@@ -167,58 +214,58 @@ void convolve_fft_as(const ConvolvePlan& plan, int64_t begin, int64_t end, void*
       const Sequence<T> line = in_order<T, V>(scratch.line, fft.y.size);
       ::fft<T, V>(fft.y, column_of<T, V>(spectrum, fft, k, source.height), line, scratch.first,
                   scratch.second);
-      for (int64_t i = 0; i < fft.y.size; ++i) {
-        const T* w = weight + 2 * V * i;
-        put<T, V>(line, i,
-                  times<T, V>(get<T, V>(line, i), load_aligned<V>(w), load_aligned<V>(w + V)));
-      }
+      multiply<T, V>(fft.y.size, weight, scratch.line);
       ::fft<T, V>(fft.y, inverted(line), inverted(column_of<T, V>(spectrum, fft, k, target.height)),
                   scratch.first, scratch.second);
     }
     Vec<T, V> bias{};
     if (plan.bias != nullptr)
       bias = load_aligned<V>(static_cast<const T*>(plan.packed_bias) + pattern * V);
-    for (int64_t first = 0; first < target.height; first += fft.rows_together) {
-      const int64_t left = target.height - first;
-      const int64_t count = left < fft.rows_together ? left : fft.rows_together;
-      for (int64_t y = 0; y < count; y += 2) {
-        const T* a = spectrum + (first + y) * spectrum_row;
-        join<T, V>(a, y + 1 < count ? a + spectrum_row : nullptr, fft.x.size, scratch.line);
-        ::fft<T, V>(fft.x, inverted(in_order<T, V>(scratch.line, fft.x.size)),
-                    inverted(Sequence<T>{scratch.rows + y * row, V, target.width, row}),
-                    scratch.first, scratch.second);
-      }
-      if (plan.bias != nullptr)
-        for (int64_t i = 0; i < count * row; i += V)
-          store_aligned<V>(scratch.rows + i, load_aligned<V>(scratch.rows + i) + bias);
-      unpack_rows<T, V, S>(scratch.rows, to, first, first + count, target.width,
-                           static_cast<S*>(target.data));
-    }
+    restore_rows<T, V, S>(fft, spectrum, to, target, plan.bias != nullptr ? &bias : nullptr,
+                          scratch);
   }
 }
 
+// The weight's gradient and, with the plan of its convolution, the input's too: the spectrum of
+// grad_output then serves both. The input may be where its gradient goes.
 template <class T, int V, class S>
-void weight_gradient_fft_as(const WeightGradientPlan& plan, int64_t begin, int64_t end,
-                            void* memory) {
+void gradients_fft_as(const WeightGradientPlan& plan, const ConvolvePlan* convolution,
+                      int64_t begin, int64_t end, void* memory) {
   const FftConv& fft = plan.fft;
   const MapView &input = plan.input, &grad = plan.grad_output;
   const int64_t spectrum_row = fft.spectrum_row(V), column = 2 * V * fft.y.size;
   const int64_t columns = fft.x.size / 2 + 1;
-  T* sums = static_cast<T*>(memory);  // [column][row] of the weight's gradient
+  T* const weights = static_cast<T*>(memory);
+  // [column][row] of the weight's gradient.
+  T* sums = weights + (convolution != nullptr ? columns * column : 0);
   T* input_spectrum = sums + columns * column;
-  // Its rows also take those of the weight's gradient.
+  // Its rows also take those of both gradients.
   T* grad_spectrum = input_spectrum + input.height * spectrum_row;
-  const int64_t rows = grad.height > plan.y.count ? grad.height : plan.y.count;
+  int64_t rows = grad.height > plan.y.count ? grad.height : plan.y.count;
+  if (convolution != nullptr && rows < input.height) rows = input.height;
   FftScratch<T, V> scratch(fft, grad_spectrum + rows * spectrum_row);
   const T factor = T(1) / (T(kSeparated * kSeparated) * T(fft.x.size) * T(fft.y.size));
   const int64_t elements = (plan.kernel_h * plan.kernel_w + 1) * V;
+  const bool cross_images = plan.lanes.cross_images;
+  const int64_t blocks = cross_images ? plan.lanes.num_blocks : plan.lanes.blocks_per_image;
+  const int64_t units = blocks * plan.num_parts, patterns = plan.lanes.num_patterns;
+  const int64_t units_of_pattern = (units + patterns - 1) / patterns;
+  int64_t transformed = -1;
   for (int64_t task = begin; task < end; ++task) {
-    const bool cross_images = plan.lanes.cross_images;
-    const int64_t blocks = cross_images ? plan.lanes.num_blocks : plan.lanes.blocks_per_image;
-    const int64_t part = task / blocks, block = task % blocks;
+    int64_t unit = task;
+    if (convolution != nullptr) {
+      // All of the same channels one after the other, as in convolve_fft_as.
+      const int64_t pattern = task / units_of_pattern;
+      unit = pattern + task % units_of_pattern * patterns;
+      if (unit >= units) continue;
+      if (pattern != transformed)
+        transform_weights<T, V, S>(*convolution, pattern, scratch, weights);
+      transformed = pattern;
+    }
+    const int64_t part = unit / blocks, block = unit % blocks;
     const int64_t first_image = cross_images ? 0 : part * plan.batch / plan.num_parts;
     const int64_t last_image = cross_images ? 1 : (part + 1) * plan.batch / plan.num_parts;
-    T* partial = static_cast<T*>(plan.partial) + task * elements;
+    T* partial = static_cast<T*>(plan.partial) + unit * elements;
     Vec<T, V> bias_sum{};
     memset(static_cast<void*>(partial), 0, size_t(elements) * sizeof(T));
     memset(static_cast<void*>(sums), 0, size_t(columns * column) * sizeof(T));
@@ -239,13 +286,17 @@ void weight_gradient_fft_as(const WeightGradientPlan& plan, int64_t begin, int64
                     scratch.second);
         // The sum over a map is the first element of its spectrum.
         if (k == 0) bias_sum += get<T, V>(g, 0).re;
-        const Sequence<T> sum = in_order<T, V>(sums + k * column, fft.y.size);
-        for (int64_t i = 0; i < fft.y.size; ++i) {
-          const auto conjugate = get<T, V>(g, i);
-          put<T, V>(sum, i,
-                    get<T, V>(sum, i) + times<T, V>(get<T, V>(x, i), conjugate.re, -conjugate.im));
-        }
+        add_product<T, V>(fft.y.size, x.data, g.data, sums + k * column);
+        if (convolution == nullptr) continue;
+        multiply<T, V>(fft.y.size, weights + k * column, g.data);
+        ::fft<T, V>(fft.y, inverted(g),
+                    inverted(column_of<T, V>(grad_spectrum, fft, k, input.height)), scratch.first,
+                    scratch.second);
       }
+      if (convolution == nullptr) continue;
+      const MapView& target = convolution->target;
+      const Lanes out = lanes_of<V>(plan.lanes, at, target, plan.batch, plan.channels);
+      restore_rows<T, V, S>(fft, grad_spectrum, out, target, nullptr, scratch);
     }
     for (int64_t k = 0; k < columns; ++k) {
       const Sequence<T> sum = in_order<T, V>(sums + k * column, fft.y.size);
@@ -297,7 +348,15 @@ template <class T, int V>
 void weight_gradient_fft(const WeightGradientPlan& plan, int64_t begin, int64_t end,
                          void* scratch) {
   with_storage<T>(plan.storage, [&](auto element) {
-    weight_gradient_fft_as<T, V, decltype(element)>(plan, begin, end, scratch);
+    gradients_fft_as<T, V, decltype(element)>(plan, nullptr, begin, end, scratch);
+  });
+}
+
+template <class T, int V>
+void both_gradients_fft(const ConvolvePlan& convolution, const WeightGradientPlan& plan,
+                        int64_t begin, int64_t end, void* scratch) {
+  with_storage<T>(plan.storage, [&](auto element) {
+    gradients_fft_as<T, V, decltype(element)>(plan, &convolution, begin, end, scratch);
   });
 }
 

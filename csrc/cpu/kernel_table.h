@@ -12,6 +12,9 @@ struct DepthwiseKernels {
   void (*pack_weights)(const ConvolvePlan&, int64_t begin, int64_t end);
   void (*convolve)(const ConvolvePlan&, int64_t begin, int64_t end, void* scratch);
   void (*weight_gradient)(const WeightGradientPlan&, int64_t begin, int64_t end, void* scratch);
+  // Backward-input and backward-weight in one, of the transform kernels; the tasks are its own.
+  void (*both_gradients)(const ConvolvePlan&, const WeightGradientPlan&, int64_t begin, int64_t end,
+                         void* scratch);
 };
 
 // The steps of the fused adapter; `lanes` is the width of a block of the bottleneck, `wide_lanes`

@@ -25,7 +25,8 @@ constexpr lka::cpu::DepthwiseKernels planar_kernels() {
 
 template <class T, int V>
 constexpr lka::cpu::DepthwiseKernels fft_kernels() {
-  return {V, &pack_fft_bias<T, V>, &convolve_fft<T, V>, &weight_gradient_fft<T, V>};
+  return {V, &pack_fft_bias<T, V>, &convolve_fft<T, V>, &weight_gradient_fft<T, V>,
+          &both_gradients_fft<T, V>};
 }
 
 template <class T, int V, int kWide>

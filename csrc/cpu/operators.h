@@ -33,6 +33,14 @@ std::tuple<Tensor, Tensor> depthwise_conv2d_backward_weight(const Tensor& grad_o
                                                             const std::vector<int64_t>& padding,
                                                             const std::vector<int64_t>& dilation);
 
+// (grad_input, grad_weight, grad_bias): what the two operators give, faster where these would both
+// transform grad_output.
+template <Form kForm>
+std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(
+    const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+    const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+    const std::vector<int64_t>& dilation, bool channels_last);
+
 std::tuple<Tensor, Tensor, Tensor> large_kernel_adapter_forward(
     const Tensor& x, const Tensor& down_weight, const std::optional<Tensor>& down_bias,
     const Tensor& conv_weight, const std::optional<Tensor>& conv_bias, const Tensor& up_weight,
