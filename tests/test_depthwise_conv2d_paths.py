@@ -76,8 +76,8 @@ PAIRED = {
     ),
 }
 LAST = {"layout": "channels_last", "grad_layout": "channels_last"}
-PAIRED_IN_PLACE = {
-    # channels_last bfloat16 whose channels and columns fill whole tiles: read where they stand.
+ROW_TILES = {
+    # channels_last whose columns (and in bfloat16 channels) fill whole tiles: read where they stand.
     f"{taps} taps on {width} columns": Case(2, 32, 9, width, (taps, taps), padding="same", **LAST)
     for width in (7, 14, 21)
     for taps in (3, 5, 7)
@@ -89,6 +89,9 @@ PAIRED_IN_PLACE = {
     "one channel less": Case(1, 31, 6, 7, (3, 3), padding="same", **LAST),
     "an even number of rows of taps": Case(2, 32, 8, 7, (4, 3), padding=(2, 1), **LAST),
     "one row of taps": Case(2, 32, 8, 7, (1, 3), padding=(0, 1), **LAST),
+    "half vectors": Case(2, 24, 9, 14, (5, 5), padding="same", **LAST),
+    "a tile before the last moved back": Case(1, 32, 4, 64, (5, 5), padding="same", **LAST),
+    "many vectors and a part": Case(1, 147, 5, 7, (3, 3), padding="same", **LAST),
     "many rows of taps": Case(1, 32, 20, 14, (31, 5), padding="same", **LAST),
     "no padding above": Case(2, 32, 9, 14, (5, 5), padding=(0, 2), **LAST),
     "rows beyond the padding": Case(2, 32, 4, 7, (3, 3), padding=(7, 1), **LAST),
@@ -218,9 +221,9 @@ def test_paired(case, dtype):
 
 
 @pytest.mark.usefixtures("compiled_cpu")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", PAIRED_IN_PLACE.values(), ids=PAIRED_IN_PLACE)
-def test_paired_in_place(case, dtype):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ROW_TILES.values(), ids=ROW_TILES)
+def test_row_tiles(case, dtype):
     check_case(case, dtype, "direct")
 
 

@@ -227,9 +227,12 @@ def test_explain_tells_layout_method_and_refusals():
     [
         ((1, 64, 56, 56), (31, 31), torch.contiguous_format, "fft"),
         ((8, 64, 14, 14), (5, 5), torch.contiguous_format, "planar"),
-        ((8, 64, 14, 14), (5, 5), torch.channels_last, "blocks"),
+        ((8, 64, 14, 14), (5, 5), torch.channels_last, "in_place"),
         ((8, 64, 7, 7), (13, 13), torch.channels_last, "dense"),
-        ((8, 64, 7, 7), (3, 3), torch.channels_last, "blocks"),
+        ((8, 64, 7, 7), (3, 3), torch.channels_last, "in_place"),
+        ((8, 64, 10, 10), (3, 3), torch.channels_last, "blocks"),
+        ((8, 64, 14, 14), (9, 9), torch.channels_last, "blocks"),
+        ((8, 64, 14, 14), (9, 3), torch.channels_last, "blocks"),
         ((1, 192, 28, 28), (51, 5), torch.channels_last, "blocks"),
     ],
 )
@@ -267,18 +270,19 @@ def test_bfloat16_rows_stand_in_pairs_where_the_processor_multiplies_them():
 
 @pytest.mark.usefixtures("compiled_cpu")
 @pytest.mark.parametrize(
-    ("channels", "width", "kernel", "name"),
+    ("channels", "width", "kernel", "name", "single"),
     [
-        (768, 7, (5, 5), "pairs_in_place"),
-        (96, 28, (31, 5), "pairs_in_place"),
-        (61, 20, (3, 3), "pairs_in_place"),
-        (48, 7, (5, 5), "pairs"),  # a third of the lanes would idle
-        (96, 22, (5, 5), "pairs"),  # the last tile but one would meet the padding
-        (96, 10, (3, 3), "pairs"),
-        (96, 14, (9, 9), "pairs"),
+        (768, 7, (5, 5), "pairs_in_place", "in_place"),
+        (96, 28, (31, 5), "pairs_in_place", "blocks"),
+        (61, 20, (3, 3), "pairs_in_place", "in_place"),
+        (48, 7, (5, 5), "pairs", "in_place"),  # a third of the lanes would idle
+        (96, 10, (3, 3), "pairs", "blocks"),  # so would columns
+        (96, 14, (9, 9), "pairs", "blocks"),
     ],
 )
-def test_bfloat16_pairs_of_channels_last_rows_are_made_in_place(channels, width, kernel, name):
+def test_bfloat16_pairs_of_channels_last_rows_are_made_in_place(
+    channels, width, kernel, name, single
+):
     arguments = call(
         input=torch.zeros(4, channels, 28, width, dtype=torch.bfloat16).contiguous(
             memory_format=torch.channels_last
@@ -286,7 +290,7 @@ def test_bfloat16_pairs_of_channels_last_rows_are_made_in_place(channels, width,
         weight=torch.zeros(channels, 1, *kernel, dtype=torch.bfloat16),
     )
     if _extension.instruction_set() != "avx512_bf16":
-        name = "blocks"
+        name = single
     text = explain(**arguments, padding=(kernel[0] // 2, kernel[1] // 2))
     assert f"sizes choose forward {name}, " in text
 

@@ -181,26 +181,35 @@ void convolve_rows(const ConvolvePlan& plan, const typename Rows::Element* sourc
   const int64_t width = plan.target.width, weight_vector = plan.packed_taps * V;
   const auto* weight = static_cast<const T*>(plan.packed_weight);
   const auto* bias = plan.bias ? static_cast<const T*>(plan.packed_bias) : nullptr;
-  const auto rows_of = [&](auto vectors, auto whole, int64_t channel, int count) {
+  // `tiles` of channels side by side, of `count` channels each.
+  const auto rows_of = [&](auto vectors, auto whole, int64_t channel, int count, int64_t tiles) {
+    constexpr int kVectors = decltype(vectors)::value;
     for (int64_t i = row; i < end_row; ++i) {
       const TapRange taps = live_taps(axis_of(y, 0, y.count, 0, plan.source.height), i, 1);
       const auto tile = [&](auto left, auto right, int64_t j) {
-        RowTile<Rows, decltype(vectors)::value, decltype(whole)::value != 0, kTaps,
-                decltype(left)::value != 0, decltype(right)::value != 0>{
-            source + (i + y.origin) * plan.source.stride_h + (j - kPadding) * plan.source.stride_w +
-                channel,
-            plan.source.stride_h,
-            plan.source.stride_w,
-            taps.begin,
-            taps.end,
-            weight,
-            weight_vector,
-            bias,
-            count,
-            target + i * plan.target.stride_h + j * plan.target.stride_w + channel,
-            plan.target.stride_w,
-            ahead}
-            .convolve();
+        RowTile<Rows, kVectors, decltype(whole)::value != 0, kTaps, decltype(left)::value != 0,
+                decltype(right)::value != 0>
+            t = {source + (i + y.origin) * plan.source.stride_h +
+                     (j - kPadding) * plan.source.stride_w + channel,
+                 plan.source.stride_h,
+                 plan.source.stride_w,
+                 taps.begin,
+                 taps.end,
+                 weight,
+                 weight_vector,
+                 bias,
+                 count,
+                 target + i * plan.target.stride_h + j * plan.target.stride_w + channel,
+                 plan.target.stride_w,
+                 ahead};
+        for (int64_t left_over = tiles;;) {
+          t.convolve();
+          if (--left_over == 0) break;
+          t.source += kVectors * V;
+          t.weight += kVectors * weight_vector;
+          if (bias) t.bias += kVectors * V;
+          t.out += kVectors * V;
+        }
       };
       const Constant<0> inside;
       const Constant<1> edge;
@@ -216,17 +225,24 @@ void convolve_rows(const ConvolvePlan& plan, const typename Rows::Element* sourc
         tile(inside, inside, j < last - kPadding ? j : last - kPadding);
       tile(inside, edge, last);
     }
-    weight += decltype(vectors)::value * weight_vector;
-    if (bias) bias += decltype(vectors)::value * V;
+    weight += tiles * kVectors * weight_vector;
+    if (bias) bias += tiles * kVectors * V;
   };
+  // Vectors of a line of the cache are taken together.
+  constexpr int64_t kLine = 64 / sizeof(typename Rows::Element);
+  constexpr int64_t kTogether = kMost < kLine ? kLine / kMost : 1;
   int64_t channel = 0;
-  for (; channel + kMost <= plan.channels; channel += kMost)
-    rows_of(Constant<Rows::kVectors>{}, Constant<1>{}, channel, kMost);
+  while (channel + kMost <= plan.channels) {
+    const int64_t left = (plan.channels - channel) / kMost;
+    const int64_t tiles = left < kTogether ? left : kTogether;
+    rows_of(Constant<Rows::kVectors>{}, Constant<1>{}, channel, kMost, tiles);
+    channel += tiles * kMost;
+  }
   // Interleaved vectors come in twos; of others, the last ones one by one.
   constexpr int kRest = Rows::kRows == 1 ? 1 : Rows::kVectors;
   for (; channel < plan.channels; channel += kRest * V) {
     const int64_t left = plan.channels - channel;
-    rows_of(Constant<kRest>{}, Constant<0>{}, channel, left < kRest * V ? int(left) : kRest * V);
+    rows_of(Constant<kRest>{}, Constant<0>{}, channel, left < kRest * V ? int(left) : kRest * V, 1);
   }
 }
 
