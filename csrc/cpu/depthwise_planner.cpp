@@ -233,6 +233,13 @@ void pair_rows(PlannedConvolution& planned) {
   planned.kernels = planned.kernels == &set.half ? &set.paired_half : &set.paired_full;
 }
 
+// Whether source elements may be widened for every row of taps, instead of once.
+bool cheap_to_widen(Storage storage, int64_t columns) {
+  const int lanes = kernels(storage).full.lanes;
+  if (storage == Storage::bfloat16) return lanes == 16 || columns <= 2 * kRowTileColumns;
+  return storage != Storage::float16 || lanes >= 8;  // else widened by integer arithmetic
+}
+
 // Whether row tiles serve a convolution with one phase of outputs, by `paired` rows or single ones,
 // and `lanes` of the latter.
 bool row_tiles_serve(const ConvParams& p, const Phase& y, const Phase& x, const MapView& source,
@@ -245,7 +252,7 @@ bool row_tiles_serve(const ConvParams& p, const Phase& y, const Phase& x, const 
   // One tile may meet the padding on both sides, of several the first and the last on one.
   if (columns != kRowTileColumns && columns < kRowTileColumns + x.taps / 2) return false;
   if (!paired)
-    return y.taps <= kMostSingleRows && !lanes.cross_images &&
+    return y.taps <= kMostSingleRows && !lanes.cross_images && cheap_to_widen(p.storage, columns) &&
            used_share(columns, kRowTileColumns) >= kLeastTileShare;
   const int interleaved = 2 * kernels(p.storage).paired_full.lanes;
   return y.taps * columns * interleaved * 2 <= kPairedRowsBytes &&
