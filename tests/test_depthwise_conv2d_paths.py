@@ -125,6 +125,13 @@ IN_PLACE = {
     "more kernel rows than are summed together": Case(
         2, 16, 14, 15, (7, 3), (2, 2), padding=(3, 1), **LAST
     ),
+    "7 taps": Case(2, 32, 14, 14, (7, 7), (2, 2), padding=(3, 3), **LAST),
+    "7 taps, odd sizes, a partial block": Case(
+        2, 37, 9, 17, (7, 7), (2, 2), padding=(3, 3), **LAST
+    ),
+    "7 taps, other padding": Case(2, 16, 9, 17, (5, 7), (2, 2), padding=(3, 2), **LAST),
+    "7 taps, a clipped kernel": Case(2, 16, 3, 3, (7, 7), (2, 2), padding=(3, 3), **LAST),
+    "7 columns, rows by themselves": Case(2, 16, 8, 13, (5, 7), (1, 2), padding=(2, 3), **LAST),
     "a partial block": Case(3, 37, 9, 11, (3, 3), (2, 2), padding=(1, 1), **LAST),
     "half vectors": Case(3, 24, 9, 11, (3, 3), (2, 2), padding=(1, 1), **LAST),
     "stride in one direction": Case(2, 16, 9, 11, (3, 5), (1, 2), padding=(1, 2), **LAST),

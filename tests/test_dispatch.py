@@ -246,7 +246,9 @@ def test_explain_tells_the_kernel_that_sizes_choose(size, kernel, layout, forwar
 
 
 @pytest.mark.usefixtures("compiled_cpu")
-@pytest.mark.parametrize(("kernel", "name"), [(3, "in_place"), (5, "in_place"), (7, "blocks")])
+@pytest.mark.parametrize(
+    ("kernel", "name"), [(3, "in_place"), (5, "in_place"), (7, "in_place"), (9, "blocks")]
+)
 def test_small_strided_kernels_read_channels_last_maps_in_place(kernel, name):
     arguments = call(
         input=torch.zeros(8, 64, 56, 56).contiguous(memory_format=torch.channels_last),

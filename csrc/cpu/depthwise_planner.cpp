@@ -24,7 +24,8 @@ constexpr int64_t kWeightGradientTasks = 16;
 // A part of the batch has at least this many positions: its partial sums are added up at the end.
 constexpr int64_t kPositionsPerPart = 384;
 
-// Taps of kernels that read maps where they stand: 7 × 7 was mostly slower so.
+// Taps of kernels that read maps where they stand with a stride: with more it was mostly slower,
+// but for 7 in a row, which have tiles of their own.
 constexpr int64_t kMostInPlaceTaps = 25;
 // Blocks of channels that a weight gradient takes together there: a pixel is read in long runs.
 constexpr int64_t kInPlaceBlocks = 12;
@@ -297,7 +298,10 @@ void plan_row_tiles(PlannedConvolution& planned, int num_threads, bool paired) {
 
 // Whether maps are read where they stand: with a stride and few taps.
 bool in_place_serves(const ConvParams& p, const LanePlan& lanes) {
-  return p.stride_h * p.stride_w > 1 && p.kernel_h * p.kernel_w <= kMostInPlaceTaps &&
+  const bool few = p.kernel_h * p.kernel_w <= kMostInPlaceTaps;
+  const bool tiles_of_seven =
+      p.kernel_h <= 7 && p.kernel_w == 7 && p.stride_w == 2 && p.dilation_w == 1 && p.pad_left == 3;
+  return p.stride_h * p.stride_w > 1 && (few || tiles_of_seven) &&  //
          p.input.stride_c == 1 && p.output.stride_c == 1 && !lanes.cross_images;
 }
 
@@ -400,6 +404,16 @@ void plan_flat(PlannedWeightGradient& planned) {
   planned.multiply_adds_per_task = double(plan.batch * plan.channels) / double(planned.num_tasks) *
                                    double(vectors) *
                                    double((plan.y.count + 2) * (plan.x.count + 2));
+}
+
+// Weight gradients of 3 × 3 taps read both maps where they stand without a stride, too, with the 32
+// registers of vectors of 64 bytes; but half vectors of 16-bit elements are better widened once.
+bool in_place_serves_unit_steps(const ConvParams& p, const WeightGradientPlan& plan) {
+  const int lanes = kernels(p.storage).full.lanes;
+  const bool half = plan.lanes.lanes < lanes;
+  return lanes * arithmetic_bytes(p.storage) == 64 && unit_steps(p) && plan.y.count == 3 &&
+         p.input.stride_c == 1 && p.output.stride_c == 1 && !plan.lanes.cross_images &&
+         !(half && storage_bytes(p.storage) == 2);
 }
 
 void plan_in_place(PlannedWeightGradient& planned) {
@@ -705,7 +719,8 @@ PlannedWeightGradient plan_backward_weight(const ConvParams& p) {
   plan.lanes = plan_lanes(p.batch, p.channels, p.input.stride_c == 1 && p.output.stride_c == 1,
                           kernels(p.storage), planned.kernels);
 
-  if (plan.x.count == 3 && plan.y.count > 0 && in_place_serves(p, plan.lanes)) {
+  if (plan.x.count == 3 && plan.y.count > 0 &&
+      (in_place_serves(p, plan.lanes) || in_place_serves_unit_steps(p, plan))) {
     plan_in_place(planned);
     planned.kernel_name = "in_place";
     return planned;

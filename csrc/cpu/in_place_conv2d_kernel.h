@@ -264,9 +264,9 @@ struct InPlaceRow {
   }
 
   void convolve() const {
-    // 3 and 5 taps with stride 2 and the usual padding, forward and backward.
+    // 3, 5 and 7 taps with stride 2 and the usual padding, forward and backward.
     if (tiled<RowShape<2, 3>>() || tiled<RowShape<2, 5>>() || tiled<RowShape<1, 1, 2>>() ||
-        tiled<RowShape<1, 3, 2, 1>>())
+        tiled<RowShape<1, 3, 2, 1>>() || tiled<RowShape<2, 7>>() || tiled<RowShape<1, 3, 4>>())
       return;
     for (int64_t p = 0; p < plan.num_phases_x; ++p) outputs(p);
   }
@@ -324,19 +324,20 @@ void convolve_in_place_as(const ConvolvePlan& plan, int64_t begin, int64_t end) 
 
 // Rows [row, row + rows) of grad_output of one image against what kernel rows first_tap_row … + 2
 // of three taps meet, for one block of channels: added to the gradients of those taps, and where
-// `bias` is wanted to that of the bias. Where kTwoApart, neighbouring columns of grad_output meet
-// input columns that are two apart, neighbouring taps neighbouring ones: one in three is met again.
-template <class T, int V, class S, bool kTwoApart>
+// `bias` is wanted to that of the bias. Where kApart is 1 or 2, neighbouring columns of grad_output
+// meet input columns that are so far apart, neighbouring taps neighbouring ones: two in three, or
+// one, are met again.
+template <class T, int V, class S, int kApart>
 struct InPlaceProducts {
   static constexpr int kTapRows = 3, kTaps = 3;
   // Columns between two steps of loading ahead: a whole row's at once would stall the processor.
   static constexpr int kColumnsPerStep = sizeof(S) == 2 ? 2 : 1;
   const WeightGradientPlan& plan;
   const S *grad, *input;  // at (0, 0)
-  int channels;           // in the block; all of it where kTwoApart
+  int channels;           // in the block; all of it unless kApart is 0
 
   Vec<T, V> element(const S* at) const {
-    return kTwoApart ? load<T, V, S>(at) : load_some<T, V, S>(at, channels);
+    return kApart ? load<T, V, S>(at) : load_some<T, V, S>(at, channels);
   }
 
   void add(int64_t row, int64_t rows, int64_t first_tap_row, T* gradient, T* bias,
@@ -380,16 +381,21 @@ struct InPlaceProducts {
         }
       };
       const auto columns = [&](auto every_row) __attribute__((always_inline)) {
-        Vec<T, V> shared[kTapRows];
+        Vec<T, V> shared[kTapRows][2];  // of the next column: the last of them
         const auto read = [&](int m, int64_t column, bool inside) __attribute__((always_inline)) {
           const bool there = inside || (column >= 0 && column < map.width);
           return there ? element(input_row[m] + column * stride) : Vec<T, V>{};
         };
 #pragma GCC unroll 3
         for (int m = 0; m < kTapRows; ++m) {
-          shared[m] = every_row.value || meets[m] ? read(m, x.origin, false) : Vec<T, V>{};
+          const bool there = every_row.value || meets[m];
+          shared[m][1] = there ? read(m, x.origin, false) : Vec<T, V>{};
+          if (kApart == 1) {
+            shared[m][0] = shared[m][1];
+            shared[m][1] = there ? read(m, x.origin + 1, false) : Vec<T, V>{};
+          }
         }
-        for (int64_t c = 0, column = x.origin; c < count; ++c, column += 2) {
+        for (int64_t c = 0, column = x.origin; c < count; ++c, column += kApart) {
           const bool inside = c >= whole.begin && c < whole.end;
           Vec<T, V> g = element(grad_row + c * plan.grad_output.stride_w);
           keep_in_register(g);
@@ -398,14 +404,20 @@ struct InPlaceProducts {
 #pragma GCC unroll 3
           for (int m = 0; m < kTapRows; ++m) {
             if (!every_row.value && !meets[m]) continue;
-            sums[m][0] += g * shared[m];
-            sums[m][1] += g * read(m, column + 1, inside);
-            shared[m] = read(m, column + 2, inside);
-            sums[m][2] += g * shared[m];
+            if (kApart == 2) {
+              sums[m][0] += g * shared[m][1];
+              sums[m][1] += g * read(m, column + 1, inside);
+            } else {
+              sums[m][0] += g * shared[m][0];
+              sums[m][1] += g * shared[m][1];
+              shared[m][0] = shared[m][1];
+            }
+            shared[m][1] = read(m, column + 2, inside);
+            sums[m][2] += g * shared[m][1];
           }
         }
       };
-      if (!kTwoApart)
+      if (kApart == 0)
         apart();
       else if (all)
         columns(Constant<true>{});
@@ -431,7 +443,7 @@ void weight_gradient_in_place_as(const WeightGradientPlan& plan, int64_t begin, 
   const MapView &input = plan.input, &grad = plan.grad_output;
   const int64_t taps = plan.kernel_h * plan.kernel_w, elements = (taps + 1) * V;
   const int64_t blocks = plan.lanes.blocks_per_image, height = grad.height;
-  const bool two_apart = plan.x.tap_step == 2 && plan.x.out_step == 1;
+  const int64_t apart = plan.x.out_step == 1 ? plan.x.tap_step : 0;
   // Narrow maps: several rows before sums leave the registers, the rows of an image in equal parts.
   constexpr int64_t kTogether = sizeof(S) == 2 ? 28 : 16;
   const int64_t most = grad.width < kTogether ? kTogether / grad.width : 1;
@@ -458,7 +470,7 @@ void weight_gradient_in_place_as(const WeightGradientPlan& plan, int64_t begin, 
     for (int64_t row = first_row_of(part), rows; row < last_row; row += rows) {
       const int64_t image = row / height, i = row % height;
       rows = rows_from(row, last_row);
-      using Products = InPlaceProducts<T, V, S, true>;
+      using Products = InPlaceProducts<T, V, S, 2>;
       const int64_t columns = ceil_div(grad.width, Products::kColumnsPerStep);
       const int64_t steps =
           (last_block - first_block) * rows * ceil_div(plan.y.count, Products::kTapRows) * columns;
@@ -490,7 +502,7 @@ void weight_gradient_in_place_as(const WeightGradientPlan& plan, int64_t begin, 
         T* const first_tap =
             gradient + (plan.y.first_output * plan.kernel_w + plan.x.first_output) * V;
         const auto add = [&](auto shape) {
-          const InPlaceProducts<T, V, S, decltype(shape)::value != 0> products = {
+          const InPlaceProducts<T, V, S, decltype(shape)::value> products = {
               plan, static_cast<const S*>(grad.data) + image * grad.stride_b + block * V,
               static_cast<const S*>(input.data) + image * input.stride_b + block * V,
               left < V ? int(left) : V};
@@ -498,10 +510,12 @@ void weight_gradient_in_place_as(const WeightGradientPlan& plan, int64_t begin, 
             products.add(i, rows, m, first_tap + m * plan.kernel_w * V,
                          m == 0 ? gradient + taps * V : nullptr, ahead);
         };
-        if (two_apart && left >= V)
-          add(Constant<true>{});
+        if (apart == 2 && left >= V)
+          add(Constant<2>{});
+        else if (apart == 1 && left >= V)
+          add(Constant<1>{});
         else
-          add(Constant<false>{});
+          add(Constant<0>{});
       }
     }
   }
