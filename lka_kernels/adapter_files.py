@@ -146,7 +146,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], LKAConfig, bool]:
         )
     try:
         config = LKAConfig.from_dict(json.loads(metadata["config"]))
-        train_head = bool(json.loads(metadata["train_head"]))
+        train_head = json.loads(metadata["train_head"])
+        if not isinstance(train_head, bool):
+            raise ValueError(f"train_head must be true or false; got {train_head!r}")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"path {path} has a damaged configuration: {error}") from error
     return tensors, config, train_head

@@ -209,7 +209,11 @@ def test_files_that_are_none_of_ours(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign")
     with pytest.raises(ValueError, match="not written by save_adapters"):
         load_adapters(model, tmp_path / "foreign")
-    for damage in ({"config": "{"}, {"config": '{"kernel_size": 0}', "train_head": "true"}):
+    for damage in (
+        {"config": "{"},
+        {"config": '{"kernel_size": 0}', "train_head": "true"},
+        {"config": json.dumps(CONFIGS[0].to_dict()), "train_head": '"no"'},
+    ):
         metadata = {"format": adapter_files.FORMAT, **damage}
         save_file({"a": torch.zeros(1)}, tmp_path / "damaged", metadata)
         with pytest.raises(ValueError, match="damaged configuration"):

@@ -77,7 +77,7 @@ PAIRED = {
 }
 LAST = {"layout": "channels_last", "grad_layout": "channels_last"}
 ROW_TILES = {
-    # channels_last whose columns (and in bfloat16 channels) fill whole tiles: read where they stand.
+    # channels_last whose columns fill whole tiles, in bfloat16 channels too: read where they stand.
     f"{taps} taps on {width} columns": Case(2, 32, 9, width, (taps, taps), padding="same", **LAST)
     for width in (7, 14, 21)
     for taps in (3, 5, 7)
