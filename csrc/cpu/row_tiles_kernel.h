@@ -30,14 +30,14 @@ struct SingleRows {
   template <bool kWhole, int kVectors>
   __attribute__((always_inline)) static void load_rows(const S* const (&row)[1], int count,
                                                        Vec<T, V> (&values)[kVectors]) {
-#pragma GCC unroll 2
+#pragma GCC unroll kUnroll
     for (int v = 0; v < kVectors; ++v)
       values[v] = kWhole ? load<T, V, S>(row[0] + v * V) : load_some<T, V, S>(row[0], count);
   }
   template <bool kWhole, int kVectors>
   __attribute__((always_inline)) static void store_sums(S* to, int count,
                                                         const Vec<T, V> (&sums)[kVectors]) {
-#pragma GCC unroll 2
+#pragma GCC unroll kUnroll
     for (int v = 0; v < kVectors; ++v)
       if (kWhole)
         store<T, V, S>(to + v * V, sums[v]);
@@ -118,44 +118,44 @@ struct RowTile {
   // spends more time on these than on products.
   __attribute__((noinline)) void convolve() const {
     Vec<T, V> sums[kRowTileColumns][kVectors];
-#pragma GCC unroll 2
+#pragma GCC unroll kUnroll
     for (int v = 0; v < kVectors; ++v) {
       const Vec<T, V> start = bias ? load_aligned<V>(bias + v * V) : Vec<T, V>{};
-#pragma GCC unroll 8
+#pragma GCC unroll kUnroll
       for (int t = 0; t < kRowTileColumns; ++t) sums[t][v] = start;
     }
     static const S zeros[kVectors * V] = {};
     for (int64_t m = first_row / kRows; m * kRows < last_row; ++m) {
       ahead.step();
       Vec<T, V> taps[kVectors][kTaps];
-#pragma GCC unroll 2
+#pragma GCC unroll kUnroll
       for (int v = 0; v < kVectors; ++v)
-#pragma GCC unroll 8
+#pragma GCC unroll kUnroll
         for (int n = 0; n < kTaps; ++n)
           taps[v][n] = load_aligned<V>(weight + v * weight_vector + (m * kTaps + n) * V);
       // A row that does not exist is a column of zeros, again and again.
       const S* row[kRows];
       int64_t column[kRows];
-#pragma GCC unroll 2
+#pragma GCC unroll kUnroll
       for (int r = 0; r < kRows; ++r) {
         const int64_t at = m * kRows + r;
         const bool exists = kRows == 1 || (at >= first_row && at < last_row);
         column[r] = exists ? source_column : 0;
         row[r] = (exists ? source + at * source_row : zeros) + kFirst * column[r];
       }
-#pragma GCC unroll 16
+#pragma GCC unroll kUnroll
       for (int x = kFirst; x < kEnd; ++x) {
         Vec<T, V> values[kVectors];
         Rows::template load_rows<kWhole>(row, count, values);
-#pragma GCC unroll 2
+#pragma GCC unroll kUnroll
         for (int r = 0; r < kRows; ++r) {
           row[r] += column[r];
           keep_in_register(row[r]);
         }
-#pragma GCC unroll 2
+#pragma GCC unroll kUnroll
         for (int v = 0; v < kVectors; ++v) {
           keep_in_register(values[v]);
-#pragma GCC unroll 8
+#pragma GCC unroll kUnroll
           for (int n = 0; n < kTaps; ++n)
             if (x - n >= 0 && x - n < kRowTileColumns)
               sums[x - n][v] = Rows::Taps::multiply_add(sums[x - n][v], taps[v][n], values[v]);
@@ -163,7 +163,7 @@ struct RowTile {
       }
     }
     S* to = out;
-#pragma GCC unroll 8
+#pragma GCC unroll kUnroll
     for (int t = 0; t < kRowTileColumns; ++t, to += out_column) {
       keep_in_register(to);
       Rows::template store_sums<kWhole>(to, count, sums[t]);
