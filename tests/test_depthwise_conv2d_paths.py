@@ -96,7 +96,7 @@ ROW_TILES = {
     "no padding above": Case(2, 32, 9, 14, (5, 5), padding=(0, 2), **LAST),
     "rows beyond the padding": Case(2, 32, 4, 7, (3, 3), padding=(7, 1), **LAST),
     "one row of the source": Case(2, 32, 1, 7, (3, 3), padding="same", **LAST),
-    "a kernel clipped to 7 columns": Case(2, 32, 9, 14, (3, 7), padding="same", **LAST),
+    "more columns than rows of taps": Case(2, 32, 9, 14, (3, 7), padding="same", **LAST),
     "more rows than are loaded ahead at a time": Case(
         2, 160, 70, 28, (3, 3), padding="same", **LAST
     ),

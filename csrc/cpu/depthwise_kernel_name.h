@@ -9,8 +9,8 @@ namespace lka::cpu {
 enum class Direction { forward, backward_input, backward_weight };
 
 // "fft", or a way to sum directly: "blocks" of channels, "pairs" of bfloat16 rows in them, "planar"
-// rows, "flat" planes, "in_place" in channels_last maps, or "dense" where the kernel covers the
-// map.
+// rows, "flat" planes, "in_place" in channels_last maps, "pairs_in_place" of bfloat16 rows there,
+// or "dense" where the kernel covers the map.
 //
 // Of `call` the storage, batch, channels, height and width of the input, kernel, strides, dilations
 // and padding in front are read; all maps are dense. Null if there is no result.

@@ -1,6 +1,7 @@
 // Depthwise convolution that reads channels_last maps where they stand, for kernels with few taps
-// and a stride. The other kernels unpack the source first, which pays where each element meets many
-// taps; with stride 2 an element meets a quarter as many.
+// and a stride; without one, the weight gradients of three taps (row_tiles_kernel.h has the rest).
+// Most other kernels unpack the source first, which pays where each element meets many taps; with
+// stride 2 an element meets a quarter as many.
 #pragma once
 
 #include "correlate.h"

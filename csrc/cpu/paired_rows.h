@@ -4,10 +4,10 @@
 //
 // With the pairs of rows (0, 1), (2, 3), … an even output row meets the pairs of kernel rows (0,
 // 1), (2, 3), …, (K - 1, none), an odd one (none, 0), (1, 2), …: two phases, as of a stride of two.
-// With a stride of two all output rows are as the even ones. Where maps can be read where they
-// stand, row_tiles_kernel.h does without a buffer. Where a weight is "none", zero, it still
-// multiplies an element of the source: an infinity or NaN there reaches one row of outputs more
-// than its window does.
+// With a stride of two all output rows are as the even ones. Where a weight is "none", zero, it
+// still multiplies an element of the source: an infinity or NaN there reaches one row of outputs
+// more than its window does. Where maps can be read where they stand, row_tiles_kernel.h does
+// without a buffer, and pairs such a weight with zeros.
 #pragma once
 
 #include "depthwise_plan.h"
