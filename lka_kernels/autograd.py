@@ -2,7 +2,8 @@
 
 The operators stay outside of autograd, so that selective checkpointing and export see the real
 forward and backward kernels. Depthwise convolution is linear in each argument, so the derivative
-of each of its three operators is again one of the three: with y = conv(x, w) and <·,·> the inner
+of each of its three operators is again one of the three (a fourth gives both gradients at once
+where they are not to be differentiated again): with y = conv(x, w) and <·,·> the inner
 product, <dy, conv(x, w)> = <backward_input(dy, w), x> = <backward_weight(dy, x), w>.
 """
 

@@ -174,3 +174,17 @@ def test_errors():
     ):
         with pytest.raises(RuntimeError, match=message):
             backward(*arguments, *geometry, False)
+
+
+def test_operators_check_what_they_are_told():
+    x, weight = torch.randn(2, 3, 9, 8), torch.randn(3, 1, 3, 3)
+    grad = torch.randn(2, 3, 9, 8)
+    geometry = ([1, 1], [1, 1, 1, 1], [1, 1])
+    ours = ops.DEPTHWISE["cpu"]
+    for wrong in (grad[:1], grad[:, :2], grad[:, :, 1:], grad[..., 1:]):
+        with pytest.raises(RuntimeError, match="grad_output must have the shape of the output"):
+            ours.backward(wrong, x, weight, *geometry, False)
+        with pytest.raises(RuntimeError, match="grad_output must have the shape of the output"):
+            ours.backward_weight(wrong, x, [3, 3], *geometry)
+    with pytest.raises(RuntimeError, match=r"padding \(top, left, bottom, right\)"):
+        ours.forward(x, weight, None, [1, 1], [1, 1], [1, 1], False)

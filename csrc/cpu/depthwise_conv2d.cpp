@@ -9,6 +9,9 @@ namespace {
 
 ConvParams geometry(const Tensor& map, const std::vector<int64_t>& stride,
                     const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation) {
+  STD_TORCH_CHECK(
+      stride.size() == 2 && dilation.size() == 2 && padding.size() == 4,
+      "stride and dilation must be (height, width), padding (top, left, bottom, right)");
   ConvParams p;
   p.storage = storage_of(map, "input");
   p.batch = map.size(0);
@@ -36,6 +39,17 @@ int64_t output_height(const ConvParams& p, const Tensor& input,
 int64_t output_width(const ConvParams& p, const Tensor& input,
                      const std::vector<int64_t>& padding) {
   return output_extent(input.size(3), p.kernel_w, p.stride_w, padding[1], padding[3], p.dilation_w);
+}
+
+void check_grad_output(const Tensor& grad_output, const ConvParams& p, const Tensor& input,
+                       const std::vector<int64_t>& padding) {
+  STD_TORCH_CHECK(grad_output.scalar_type() == input.scalar_type(),
+                  "grad_output must have input's dtype");
+  STD_TORCH_CHECK(grad_output.dim() == 4 && grad_output.size(0) == p.batch &&
+                      grad_output.size(1) == p.channels &&
+                      grad_output.size(2) == output_height(p, input, padding) &&
+                      grad_output.size(3) == output_width(p, input, padding),
+                  "grad_output must have the shape of the output");
 }
 
 ConvParams forward_geometry(const Tensor& input, const Tensor& weight,
@@ -113,10 +127,9 @@ std::tuple<Tensor, Tensor> depthwise_conv2d_backward_weight(const Tensor& grad_o
                                                             const std::vector<int64_t>& dilation) {
   ConvParams p = geometry(input, stride, padding, dilation);
   p.form = kForm;
-  STD_TORCH_CHECK(grad_output.scalar_type() == input.scalar_type(),
-                  "grad_output must have input's dtype");
   p.kernel_h = kernel_size[0];
   p.kernel_w = kernel_size[1];
+  check_grad_output(grad_output, p, input, padding);
   Tensor grad_weight = empty(input, {p.channels, 1, p.kernel_h, p.kernel_w}, input.scalar_type());
   Tensor grad_bias = empty(input, {p.channels}, input.scalar_type());
   if (grad_output.numel() == 0) {
@@ -146,8 +159,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(
   }
   ConvParams p = forward_geometry(input, weight, stride, padding, dilation);
   p.form = kForm;
-  STD_TORCH_CHECK(grad_output.scalar_type() == input.scalar_type(),
-                  "grad_output must have input's dtype");
+  check_grad_output(grad_output, p, input, padding);
   Tensor grad_input =
       empty_map(grad_output, p.batch, p.channels, input.size(2), input.size(3), channels_last);
   Tensor grad_weight = empty(input, {p.channels, 1, p.kernel_h, p.kernel_w}, input.scalar_type());

@@ -296,7 +296,7 @@ void plan_row_tiles(PlannedConvolution& planned, int num_threads, bool paired) {
       double(plan.band * plan.target.width * plan.lanes.blocks_per_image) * double(terms * x.taps);
 }
 
-// Whether maps are read where they stand: with a stride and few taps.
+// Whether maps are read where they stand with a stride: with few taps, or with tiles of 7 in a row.
 bool in_place_serves(const ConvParams& p, const LanePlan& lanes) {
   const bool few = p.kernel_h * p.kernel_w <= kMostInPlaceTaps;
   const bool tiles_of_seven =

@@ -1,6 +1,6 @@
 // Depthwise convolution of channels_last maps where they stand, for unit steps and 3, 5 or 7 taps
-// in a row. Other kernels unpack the source into a buffer first; here a vector of channels is used
-// for all taps of a row as soon as it is loaded, and loaded again for the next row of outputs.
+// in a row. Blocks of lanes unpack the source into a buffer first; here a vector of channels is
+// used for all taps of a row as soon as it is loaded, and loaded again for the next row of outputs.
 //
 // A tile is kRowTileColumns neighbouring outputs for one or two vectors of channels, whose sums and
 // weights fill the registers. Chunks of rows are taken one tile of channels after the other, so
