@@ -55,6 +55,10 @@ inline int64_t last_full(int64_t at, int64_t run, int64_t full) {
   return run - at < full && run >= full ? run - full : at;
 }
 
+// Positions of which the lanes are gathered one by one before any of them is widened: a vector read
+// right after its elements were written would wait for them to reach the cache.
+constexpr int kGathered = 16;
+
 // Copy rows [row_begin, row_end) of the planes into buffer rows `buffer_row` elements apart, with V
 // lanes side by side; column 0 of source row row_begin goes to `buffer`.
 template <class T, int V, class S>
@@ -99,12 +103,16 @@ void pack_rows(const S* data, const Lanes& lanes, int64_t row_begin, int64_t row
     }
     return;
   }
+  alignas(64) S gathered[kGathered * V] = {};
   for (int64_t y = row_begin; y < row_end; ++y)
-    for (int64_t x = 0; x < columns; ++x) {
+    for (int64_t x = 0; x < columns; x += kGathered) {
+      const int count = columns - x < kGathered ? int(columns - x) : kGathered;
+      for (int l = 0; l < lanes.count; ++l) {
+        const S* from = data + lanes.offset[l] + y * lanes.stride_h + x * lanes.stride_w;
+        for (int q = 0; q < count; ++q, from += lanes.stride_w) gathered[q * V + l] = *from;
+      }
       T* to = buffer + (y - row_begin) * buffer_row + x * V;
-      const S* from = data + y * lanes.stride_h + x * lanes.stride_w;
-      for (int l = 0; l < V; ++l)
-        to[l] = l < lanes.count ? load_one<T>(from + lanes.offset[l]) : T(0);
+      for (int q = 0; q < count; ++q) store_aligned<V>(to + q * V, load<T, V>(gathered + q * V));
     }
 }
 
@@ -144,12 +152,16 @@ void unpack_rows(const Buffer* buffer, const Lanes& lanes, int64_t row_begin, in
     return;
   }
   if (lanes.stride_w != 1 || lanes.stride_h != columns) {
+    alignas(64) S scattered[kGathered * V];
     for (int64_t y = row_begin; y < row_end; ++y)
-      for (int64_t x = 0; x < columns; ++x) {
+      for (int64_t x = 0; x < columns; x += kGathered) {
+        const int count = columns - x < kGathered ? int(columns - x) : kGathered;
         const Buffer* from = buffer + ((y - row_begin) * columns + x) * V;
-        S* to = data + y * lanes.stride_h + x * lanes.stride_w;
-        for (int l = 0; l < lanes.count; ++l)
-          store_some<T, V, S>(to + lanes.offset[l], splat<T, V>(load_one<T>(from + l)), 1);
+        for (int q = 0; q < count; ++q) store<T, V>(scattered + q * V, load<T, V>(from + q * V));
+        for (int l = 0; l < lanes.count; ++l) {
+          S* to = data + lanes.offset[l] + y * lanes.stride_h + x * lanes.stride_w;
+          for (int q = 0; q < count; ++q, to += lanes.stride_w) *to = scattered[q * V + l];
+        }
       }
     return;
   }
