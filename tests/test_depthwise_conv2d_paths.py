@@ -157,6 +157,41 @@ IN_PLACE = {
     ),
     "no bias": Case(2, 16, 9, 9, (3, 3), (2, 2), padding=(1, 1), **LAST, bias=False),
 }
+FEW_CHANNELS = {
+    # channels_last with fewer channels than a vector has lanes. From half of a narrow one on, or of
+    # a single image, a vector holds one image's; else lanes of several images are gathered.
+    f"{channels} channels of {batch} images": Case(
+        batch, channels, 9, 21, (3, 3), padding="same", **LAST
+    )
+    for batch in (1, 7)
+    for channels in (2, 3, 4, 7, 11)
+} | {
+    "rows as wide as are gathered together": Case(9, 3, 5, 16, (5, 5), padding="same", **LAST),
+    "a row of one column": Case(9, 3, 7, 1, (3, 1), padding=(1, 0), **LAST),
+    "stride 2": Case(9, 3, 18, 37, (3, 3), (2, 2), padding=(1, 1), **LAST),
+    "stride 2, 7 channels": Case(3, 7, 18, 37, (3, 3), (2, 2), padding=(1, 1), **LAST),
+    "dilated": Case(9, 3, 18, 19, (3, 3), padding=(3, 2), dilation=(3, 2), **LAST),
+    "many taps": Case(5, 3, 18, 19, (13, 13), padding="same", **LAST),
+    "the kernel covers the map": Case(9, 3, 5, 5, (9, 9), padding="same", **LAST),
+    "rows apart": Case(9, 3, 9, 21, (3, 3), padding="same", layout="cropped_channels_last"),
+    "the gradient in another layout": Case(
+        9, 3, 9, 21, (3, 3), padding="same", layout="channels_last"
+    ),
+}
+OVERLAPPING = {
+    # The weight gradient of channels_last maps in place: the last vector ends with the channels.
+    f"{channels} channels{', stride 2' * (stride == 2)}": Case(
+        2, channels, 9, 13, (3, 3), (stride, stride), padding=(1, 1), **LAST
+    )
+    for channels in (17, 31, 40, 72, 147)
+    for stride in (1, 2)
+} | {
+    "more channels than tasks": Case(1, 523, 5, 7, (3, 3), padding="same", **LAST),
+    "more kernel rows than are summed together": Case(
+        2, 23, 14, 15, (7, 3), (2, 2), padding=(3, 1), **LAST
+    ),
+    "dilated": Case(2, 23, 15, 13, (3, 3), (2, 2), padding=(3, 3), dilation=(3, 3), **LAST),
+}
 FLAT = {
     # bfloat16 takes whole planes as vectors in the weight gradient where the processor can.
     "less than a vector": Case(3, 5, 5, 6, (3, 3), padding="same"),
@@ -259,6 +294,20 @@ def test_spanned(case, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", IN_PLACE.values(), ids=IN_PLACE)
 def test_in_place(case, dtype):
+    check_case(case, dtype, "direct")
+
+
+@pytest.mark.usefixtures("compiled_cpu")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", FEW_CHANNELS.values(), ids=FEW_CHANNELS)
+def test_few_channels(case, dtype):
+    check_case(case, dtype, "direct")
+
+
+@pytest.mark.usefixtures("compiled_cpu")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", OVERLAPPING.values(), ids=OVERLAPPING)
+def test_overlapping_vectors_of_channels(case, dtype):
     check_case(case, dtype, "direct")
 
 

@@ -67,8 +67,8 @@ LanePlan channel_blocks(int64_t batch, int64_t channels, int lanes) {
 }
 
 // Channels of one image fill the lanes where at most a fifth of them would idle; else planes of
-// different images share a vector, unless channels are adjacent in memory: then reading them
-// together is worth more.
+// different images share a vector, unless channels are adjacent in memory and fill half of a narrow
+// vector: then reading them together is worth more.
 LanePlan plan_lanes(int64_t batch, int64_t channels, bool channels_adjacent, const KernelSet& set,
                     const DepthwiseKernels*& kernels) {
   const DepthwiseKernels &full = set.full, &half = set.half;
@@ -78,7 +78,7 @@ LanePlan plan_lanes(int64_t batch, int64_t channels, bool channels_adjacent, con
   const bool use_half = with_full < 0.8 && with_half > with_full;
   kernels = use_half ? &half : &full;
   plan.cross_images = std::max(with_full, use_half ? with_half : 0.0) < 0.8 &&
-                      !(channels_adjacent && channels >= half.lanes);
+                      !(channels_adjacent && (batch == 1 || 2 * channels >= half.lanes));
   if (plan.cross_images) {
     kernels = batch * channels <= half.lanes ? &half : &full;
     plan.lanes = kernels->lanes;
@@ -407,18 +407,22 @@ void plan_flat(PlannedWeightGradient& planned) {
 }
 
 // Weight gradients of 3 × 3 taps read both maps where they stand without a stride, too, with the 32
-// registers of vectors of 64 bytes; but half vectors of 16-bit elements are better widened once.
-bool in_place_serves_unit_steps(const ConvParams& p, const WeightGradientPlan& plan) {
+// registers of vectors of 64 bytes, if channels fill one.
+bool in_place_serves_unit_steps(const ConvParams& p, int64_t taps_y) {
   const int lanes = kernels(p.storage).full.lanes;
-  const bool half = plan.lanes.lanes < lanes;
-  return lanes * arithmetic_bytes(p.storage) == 64 && unit_steps(p) && plan.y.count == 3 &&
-         p.input.stride_c == 1 && p.output.stride_c == 1 && !plan.lanes.cross_images &&
-         !(half && storage_bytes(p.storage) == 2);
+  return lanes * arithmetic_bytes(p.storage) == 64 && unit_steps(p) && taps_y == 3 &&
+         p.input.stride_c == 1 && p.output.stride_c == 1 && p.channels >= lanes;
 }
 
 void plan_in_place(PlannedWeightGradient& planned) {
   WeightGradientPlan& plan = planned.plan;
   plan.in_place = true;
+  // Only the last vector would not be full, and ends with the channels. Two halves take longer.
+  const DepthwiseKernels& full = kernels(plan.storage).full;
+  if (plan.channels >= full.lanes) {
+    planned.kernels = &full;
+    plan.lanes = channel_blocks(plan.batch, plan.channels, full.lanes);
+  }
   const int64_t blocks = plan.lanes.blocks_per_image, rows = plan.batch * plan.grad_output.height;
   plan.num_groups = std::min(ceil_div(blocks, kInPlaceBlocks), kWeightGradientTasks);
   plan.num_parts = std::min(rows, ceil_div(kWeightGradientTasks, plan.num_groups));
@@ -720,7 +724,7 @@ PlannedWeightGradient plan_backward_weight(const ConvParams& p) {
                           kernels(p.storage), planned.kernels);
 
   if (plan.x.count == 3 && plan.y.count > 0 &&
-      (in_place_serves(p, plan.lanes) || in_place_serves_unit_steps(p, plan))) {
+      (in_place_serves(p, plan.lanes) || in_place_serves_unit_steps(p, plan.y.count))) {
     plan_in_place(planned);
     planned.kernel_name = "in_place";
     return planned;

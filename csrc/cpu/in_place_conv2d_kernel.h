@@ -336,6 +336,7 @@ struct InPlaceProducts {
   const WeightGradientPlan& plan;
   const S *grad, *input;  // at (0, 0)
   int channels;           // in the block; all of it unless kApart is 0
+  int repeated;           // of them the first are in the block before, too, and not added
 
   Vec<T, V> element(const S* at) const {
     return kApart ? load<T, V, S>(at) : load_some<T, V, S>(at, channels);
@@ -425,8 +426,14 @@ struct InPlaceProducts {
       else
         columns(Constant<false>{});
     }
-    const auto add_to = [](T* to, const Vec<T, V>& sum) {
-      store_aligned<V>(to, load_aligned<V>(to) + sum);
+    const auto add_to = [&](T* to, const Vec<T, V>& sum) {
+      Vec<T, V> added = sum;
+      if (repeated) {
+        T lanes[2 * V] = {};
+        store<T, V>(lanes, sum);
+        added = load<T, V>(lanes + repeated);
+      }
+      store_aligned<V>(to, load_aligned<V>(to) + added);
     };
 #pragma GCC unroll 3
     for (int m = 0; m < kTapRows; ++m)
@@ -498,22 +505,25 @@ void weight_gradient_in_place_as(const WeightGradientPlan& plan, int64_t begin, 
                            steps);
       }
       for (int64_t block = first_block; block < last_block; ++block) {
+        // A last block that is not full ends with the channels and overlaps the one before.
         const int64_t left = plan.channels - block * V;
+        const int64_t repeated = left < V && block > 0 && apart > 0 ? V - left : 0;
+        const int64_t channel = block * V - repeated;
         T* const gradient = partial + block * elements;
         T* const first_tap =
             gradient + (plan.y.first_output * plan.kernel_w + plan.x.first_output) * V;
         const auto add = [&](auto shape) {
           const InPlaceProducts<T, V, S, decltype(shape)::value> products = {
-              plan, static_cast<const S*>(grad.data) + image * grad.stride_b + block * V,
-              static_cast<const S*>(input.data) + image * input.stride_b + block * V,
-              left < V ? int(left) : V};
+              plan, static_cast<const S*>(grad.data) + image * grad.stride_b + channel,
+              static_cast<const S*>(input.data) + image * input.stride_b + channel,
+              left + repeated < V ? int(left) : V, int(repeated)};
           for (int64_t m = 0; m < plan.y.count; m += products.kTapRows)
             products.add(i, rows, m, first_tap + m * plan.kernel_w * V,
                          m == 0 ? gradient + taps * V : nullptr, ahead);
         };
-        if (apart == 2 && left >= V)
+        if (apart == 2 && left + repeated >= V)
           add(Constant<2>{});
-        else if (apart == 1 && left >= V)
+        else if (apart == 1 && left + repeated >= V)
           add(Constant<1>{});
         else
           add(Constant<0>{});
