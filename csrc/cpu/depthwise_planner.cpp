@@ -61,33 +61,43 @@ double used_share(int64_t channels, int lanes) {
   return double(channels) / double(ceil_div(channels, lanes) * lanes);
 }
 
+int64_t arithmetic_bytes(Storage storage) { return storage == Storage::float64 ? 8 : 4; }
+
+int64_t storage_bytes(Storage storage) {
+  return storage == Storage::bfloat16 || storage == Storage::float16 ? 2
+                                                                     : arithmetic_bytes(storage);
+}
+
 LanePlan channel_blocks(int64_t batch, int64_t channels, int lanes) {
   const int64_t blocks = ceil_div(channels, lanes);
   return {lanes, false, blocks, blocks * batch, blocks};
 }
 
 // Channels of one image fill the lanes where at most a fifth of them would idle; else planes of
-// different images share a vector, unless channels are adjacent in memory and fill half of a narrow
-// vector: then reading them together is worth more.
-LanePlan plan_lanes(int64_t batch, int64_t channels, bool channels_adjacent, const KernelSet& set,
-                    const DepthwiseKernels*& kernels) {
-  const DepthwiseKernels &full = set.full, &half = set.half;
+// different images share a vector, unless channels are adjacent in memory and fill a narrow vector,
+// or half of it where a part of a vector is read by one instruction, or there is one image: then
+// reading them together is worth more.
+LanePlan plan_lanes(const ConvParams& p, bool channels_adjacent, const DepthwiseKernels*& chosen) {
+  const int64_t batch = p.batch, channels = p.channels;
+  const DepthwiseKernels &full = kernels(p.storage).full, &half = kernels(p.storage).half;
+  const bool has_masks = full.lanes * arithmetic_bytes(p.storage) == 64;
   LanePlan plan;
   const double with_full = used_share(channels, full.lanes);
   const double with_half = used_share(channels, half.lanes);
   const bool use_half = with_full < 0.8 && with_half > with_full;
-  kernels = use_half ? &half : &full;
-  plan.cross_images = std::max(with_full, use_half ? with_half : 0.0) < 0.8 &&
-                      !(channels_adjacent && (batch == 1 || 2 * channels >= half.lanes));
+  chosen = use_half ? &half : &full;
+  plan.cross_images =
+      std::max(with_full, use_half ? with_half : 0.0) < 0.8 &&
+      !(channels_adjacent && (batch == 1 || channels >= (has_masks ? half.lanes / 2 : half.lanes)));
   if (plan.cross_images) {
-    kernels = batch * channels <= half.lanes ? &half : &full;
-    plan.lanes = kernels->lanes;
+    chosen = batch * channels <= half.lanes ? &half : &full;
+    plan.lanes = chosen->lanes;
     plan.blocks_per_image = 0;
     plan.num_blocks = ceil_div(batch * channels, plan.lanes);
     plan.num_patterns =
         std::min(plan.num_blocks, channels / std::gcd(channels, int64_t(plan.lanes)));
   } else {
-    plan = channel_blocks(batch, channels, kernels->lanes);
+    plan = channel_blocks(batch, channels, chosen->lanes);
   }
   return plan;
 }
@@ -104,13 +114,6 @@ Extent extent_of(const std::vector<Phase>& phases) {
     end = std::max(end, phase.origin + (phase.taps - 1) * phase.tap_step + 1);
   }
   return begin > end ? Extent{0, 1} : Extent{begin, end - begin};
-}
-
-int64_t arithmetic_bytes(Storage storage) { return storage == Storage::float64 ? 8 : 4; }
-
-int64_t storage_bytes(Storage storage) {
-  return storage == Storage::bfloat16 || storage == Storage::float16 ? 2
-                                                                     : arithmetic_bytes(storage);
 }
 
 // Blocks of lanes to unpack together and outputs to unpack for at a time: as many as fit the
@@ -195,7 +198,7 @@ int64_t planar_chunk(SourceBuffer& buffer, int64_t columns, int lanes, int64_t b
 LanePlan plan_fft_lanes(const ConvParams& p, bool channels_adjacent,
                         const DepthwiseKernels*& chosen) {
   const KernelSet& set = kernels(p.storage);
-  const LanePlan lanes = plan_lanes(p.batch, p.channels, channels_adjacent, set, chosen);
+  const LanePlan lanes = plan_lanes(p, channels_adjacent, chosen);
   chosen = lanes.lanes == set.fft_half.lanes ? &set.fft_half : &set.fft_full;
   return lanes;
 }
@@ -523,8 +526,7 @@ PlannedConvolution plan_convolution(const ConvParams& p, const MapView& source,
     return planned;
   }
 
-  plan.lanes = plan_lanes(p.batch, p.channels, source.stride_c == 1 && target.stride_c == 1,
-                          kernels(p.storage), planned.kernels);
+  plan.lanes = plan_lanes(p, source.stride_c == 1 && target.stride_c == 1, planned.kernels);
   plan.direct_store = p.storage == Storage::float32 || p.storage == Storage::float64;
   plan.dense = p.stride_h == 1 && p.stride_w == 1 && covers(first_y, source.height) &&
                covers(first_x, source.width);
@@ -720,11 +722,13 @@ PlannedWeightGradient plan_backward_weight(const ConvParams& p) {
   }
 
   planned.kernel_name = "blocks";
-  plan.lanes = plan_lanes(p.batch, p.channels, p.input.stride_c == 1 && p.output.stride_c == 1,
-                          kernels(p.storage), planned.kernels);
+  plan.lanes = plan_lanes(p, p.input.stride_c == 1 && p.output.stride_c == 1, planned.kernels);
 
+  // What half a vector has no use for is better unpacked once than read for every tap.
+  const bool few_channels = p.channels < kernels(p.storage).half.lanes;
   if (plan.x.count == 3 && plan.y.count > 0 &&
-      (in_place_serves(p, plan.lanes) || in_place_serves_unit_steps(p, plan.y.count))) {
+      ((in_place_serves(p, plan.lanes) && !few_channels) ||
+       in_place_serves_unit_steps(p, plan.y.count))) {
     plan_in_place(planned);
     planned.kernel_name = "in_place";
     return planned;

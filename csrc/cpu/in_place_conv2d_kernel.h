@@ -372,14 +372,20 @@ struct InPlaceProducts {
           const Vec<T, V> g = element(grad_row + c * plan.grad_output.stride_w);
           if (c % kColumnsPerStep == 0) ahead.step_runs();
           total += g;
+          const bool inside = all && c >= whole.begin && c < whole.end;
 #pragma GCC unroll 3
-          for (int m = 0; m < kTapRows; ++m)
+          for (int n = 0; n < kTaps; ++n) {
+            const int64_t column = x.origin + c * x.tap_step + n * x.out_step;
+            if (inside) {
 #pragma GCC unroll 3
-            for (int n = 0; n < kTaps; ++n) {
-              const int64_t column = x.origin + c * x.tap_step + n * x.out_step;
-              if (meets[m] && column >= 0 && column < map.width)
+              for (int m = 0; m < kTapRows; ++m)
                 sums[m][n] += g * element(input_row[m] + column * stride);
+            } else if (column >= 0 && column < map.width) {
+#pragma GCC unroll 3
+              for (int m = 0; m < kTapRows; ++m)
+                if (meets[m]) sums[m][n] += g * element(input_row[m] + column * stride);
             }
+          }
         }
       };
       const auto columns = [&](auto every_row) __attribute__((always_inline)) {

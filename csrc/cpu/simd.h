@@ -184,6 +184,45 @@ inline Bits16<V> narrow(Vec<float, V> v, float16_t) {
   return out;
 }
 
+// Half of a vector's lanes, from `kFirst` on, and two halves side by side.
+template <class E, int V, int kFirst, int... J>
+inline Vec<E, V / 2> half_of(Vec<E, V> v, std::integer_sequence<int, J...>) {
+  return __builtin_shufflevector(v, v, (kFirst + J)...);
+}
+template <class E, int V, int... J>
+inline Vec<E, V> join(Vec<E, V / 2> low, Vec<E, V / 2> high, std::integer_sequence<int, J...>) {
+  return __builtin_shufflevector(low, high, J...);
+}
+
+// The first `count` elements, fewer than V, where there are no masks: in pieces of halves, quarters
+// and so on. A vector put together in memory would wait for its elements to reach the cache.
+template <class E, int V>
+inline Vec<E, V> load_pieces(const E* p, int count) {
+  if constexpr (V == 2) {
+    return Vec<E, V>{count > 0 ? p[0] : E(0), E(0)};
+  } else {
+    constexpr int kHalf = V / 2;
+    using Half = Vec<E, kHalf>;
+    const bool more = count >= kHalf;
+    const Half low = more ? Half(*reinterpret_cast<const UnalignedVec<E, kHalf>*>(p))
+                          : load_pieces<E, kHalf>(p, count);
+    const Half high = more ? load_pieces<E, kHalf>(p + kHalf, count - kHalf) : Half{};
+    return join<E, V>(low, high, std::make_integer_sequence<int, V>{});
+  }
+}
+template <class E, int V>
+inline void store_pieces(E* p, Vec<E, V> v, int count) {
+  if constexpr (V == 2) {
+    if (count > 0) p[0] = v[0];
+  } else {
+    constexpr int kHalf = V / 2;
+    const std::make_integer_sequence<int, kHalf> lanes;
+    if (count < kHalf) return store_pieces<E, kHalf>(p, half_of<E, V, 0>(v, lanes), count);
+    *reinterpret_cast<UnalignedVec<E, kHalf>*>(p) = half_of<E, V, 0>(v, lanes);
+    store_pieces<E, kHalf>(p + kHalf, half_of<E, V, kHalf>(v, lanes), count - kHalf);
+  }
+}
+
 // The first `count` elements of a 16-bit type; the rest is zero.
 template <int V>
 inline Bits16<V> load_bits(const void* p, int count = V) {
@@ -193,9 +232,7 @@ inline Bits16<V> load_bits(const void* p, int count = V) {
   if constexpr (V == 16) return (Bits16<V>)_mm256_maskz_loadu_epi16(__mmask16(mask), p);
   if constexpr (V == 8) return (Bits16<V>)_mm_maskz_loadu_epi16(__mmask8(mask), p);
 #endif
-  uint16_t padded[V] = {};
-  for (int i = 0; i < count; ++i) padded[i] = static_cast<const uint16_t*>(p)[i];
-  return *reinterpret_cast<const UnalignedVec<uint16_t, V>*>(padded);
+  return load_pieces<uint16_t, V>(static_cast<const uint16_t*>(p), count);
 }
 
 // Load V elements of storage type S and widen them to T.
@@ -263,9 +300,7 @@ inline Vec<T, V> load_some(const S* p, int count) {
 #if defined(LKA_AVX512)
     if constexpr (kHasMasks<S, V>) return load_masked<T, V, S>(p, (uint32_t(1) << count) - 1);
 #endif
-    S padded[V] = {};
-    for (int i = 0; i < count; ++i) padded[i] = p[i];
-    return load<T, V>(padded);
+    return load_pieces<S, V>(p, count);
   }
 }
 
@@ -275,9 +310,10 @@ inline void store_some(S* p, Vec<T, V> v, int count) {
 #if defined(LKA_AVX512)
   if constexpr (kHasMasks<S, V>) return store_masked<T, V, S>(p, v, (uint32_t(1) << count) - 1);
 #endif
-  S padded[V];
-  store<T, V>(padded, v);
-  for (int i = 0; i < count; ++i) p[i] = padded[i];
+  if constexpr (sizeof(S) == 2)
+    store_pieces<uint16_t, V>(reinterpret_cast<uint16_t*>(p), narrow<V>(v, S{}), count);
+  else
+    store_pieces<S, V>(p, v, count);
 }
 
 template <class T, class S>
