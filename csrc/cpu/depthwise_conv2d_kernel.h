@@ -23,7 +23,9 @@ inline int64_t round_up(int64_t n, int64_t multiple) {
 }
 
 inline int64_t channel_of_lane(const LanePlan& plan, int64_t pattern, int lane, int64_t channels) {
-  const int64_t plane = pattern * plan.lanes + lane;
+  int64_t plane = pattern * plan.lanes + lane;
+  if (plan.last_overlaps && pattern * plan.lanes > channels - plan.lanes)
+    plane = channels - plan.lanes + lane;
   return plan.cross_images ? plane % channels : (plane < channels ? plane : -1);
 }
 

@@ -24,6 +24,8 @@ struct LanePlan {
   int64_t blocks_per_image;  // if not cross_images
   int64_t num_blocks;
   int64_t num_patterns;  // distinct sequences of channels over the lanes of a block
+  // The last block of an image ends with its channels and begins with some of the one before.
+  bool last_overlaps = false;
 };
 
 // How a kernel keeps the rows of its source: unpacked into vectors, with zeros to the left and

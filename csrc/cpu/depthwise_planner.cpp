@@ -73,6 +73,18 @@ LanePlan channel_blocks(int64_t batch, int64_t channels, int lanes) {
   return {lanes, false, blocks, blocks * batch, blocks};
 }
 
+// Full vectors of kernels that read maps where they stand: the last of an image ends with its
+// channels. Two halves would take longer.
+bool overlapping_blocks(Storage storage, int64_t batch, int64_t channels, LanePlan& plan,
+                        const DepthwiseKernels*& chosen) {
+  const DepthwiseKernels& full = kernels(storage).full;
+  if (channels < full.lanes) return false;
+  chosen = &full;
+  plan = channel_blocks(batch, channels, full.lanes);
+  plan.last_overlaps = true;
+  return true;
+}
+
 // Channels of one image fill the lanes where at most a fifth of them would idle; else planes of
 // different images share a vector, unless channels are adjacent in memory and fill a narrow vector,
 // or half of it where a part of a vector is read by one instruction, or there is one image: then
@@ -280,6 +292,8 @@ void plan_row_tiles(PlannedConvolution& planned, int num_threads, bool paired) {
     planned.phases_y = {{0, 1, y.count, terms, y.origin, 1, 2, 0, 1}};
     plan.phases_y = planned.phases_y.data();
     plan.packed_taps += terms * x.taps;
+  } else {
+    overlapping_blocks(plan.storage, plan.batch, plan.channels, plan.lanes, planned.kernels);
   }
   plan.scratch_elements = 0;
   planned.packed_weight_elements = plan.lanes.num_patterns * plan.packed_taps * plan.lanes.lanes;
@@ -308,13 +322,55 @@ bool in_place_serves(const ConvParams& p, const LanePlan& lanes) {
          p.input.stride_c == 1 && p.output.stride_c == 1 && !lanes.cross_images;
 }
 
+constexpr int64_t kLeastTurnedPixel = 256;
+// Rows become columns and columns rows.
+void turn(PlannedConvolution& planned) {
+  ConvolvePlan& plan = planned.plan;
+  for (MapView* map : {&plan.source, &plan.target}) {
+    std::swap(map->height, map->width);
+    std::swap(map->stride_h, map->stride_w);
+  }
+  std::swap(plan.kernel_h, plan.kernel_w);
+  planned.phases_y.swap(planned.phases_x);
+  std::swap(plan.phases_y, plan.phases_x);
+  std::swap(plan.num_phases_y, plan.num_phases_x);
+}
+
+// Whether columns of taps are better taken as rows, so that an element is loaded once for all taps
+// of a tile: where a pixel, of which the next is a row away then, is long enough to be loaded
+// ahead.
+bool column_of_taps(const ConvParams& p, const Phase& y) {
+  return p.kernel_w == 1 && y.taps > 1 && y.taps <= 7 && y.taps != 6 &&
+         p.channels * storage_bytes(p.storage) >= kLeastTurnedPixel;
+}
+
+// Whether tiles of outputs read channels_last maps in place without a stride, beyond what row tiles
+// serve: any padding and dilation.
+bool tiles_in_place_serve(const ConvParams& p, const Phase& y, const Phase& x,
+                          const MapView& source, const MapView& target, const LanePlan& lanes,
+                          bool paired) {
+  if (p.stride_h * p.stride_w != 1 || source.stride_c != 1 || target.stride_c != 1 ||
+      lanes.cross_images || x.taps < 1 || x.taps > 7 || x.taps == 6)
+    return false;
+  static const int most = getenv("LKA_M") ? atoi(getenv("LKA_M")) : 49;
+  static const double sh = getenv("LKA_S") ? atof(getenv("LKA_S")) : 0.6;
+  static const int pm = getenv("LKA_P") ? atoi(getenv("LKA_P")) : 2;
+  if (getenv("LKA_X")) return false;
+  const bool column = column_of_taps(p, y);
+  if (paired) return x.taps <= 2 ? y.taps <= 2 || column : x.taps == 4 && pm == 4;
+  if (column) return true;
+  return y.taps * x.taps <= most && cheap_to_widen(p.storage, target.width) &&
+         used_share(ceil_div(x.count, x.tap_step), kRowTileColumns) >= sh;
+}
+
 void plan_in_place(PlannedConvolution& planned, int num_threads) {
   ConvolvePlan& plan = planned.plan;
   // Elements of 16 bits are widened for every row of taps. What counts is the number of
   // instructions then, and a full vector with idle lanes takes as many as half a one.
   const bool narrow = plan.storage == Storage::bfloat16 || plan.storage == Storage::float16;
   const KernelSet& set = kernels(plan.storage);
-  if (narrow && plan.channels > set.half.lanes) {
+  if (!overlapping_blocks(plan.storage, plan.batch, plan.channels, plan.lanes, planned.kernels) &&
+      narrow && plan.channels > set.half.lanes) {
     planned.kernels = &set.full;
     plan.lanes = channel_blocks(plan.batch, plan.channels, set.full.lanes);
   }
@@ -411,21 +467,18 @@ void plan_flat(PlannedWeightGradient& planned) {
 
 // Weight gradients of 3 × 3 taps read both maps where they stand without a stride, too, with the 32
 // registers of vectors of 64 bytes, if channels fill one.
-bool in_place_serves_unit_steps(const ConvParams& p, int64_t taps_y) {
+bool in_place_serves_unit_steps(const ConvParams& p, int64_t taps_y, int64_t taps_x) {
+  if (getenv("LKA_X") && taps_x < 3) return false;
+  const bool few_rows = taps_x == 3 ? taps_y == 3 : taps_x == 1 || taps_y <= 4;
   const int lanes = kernels(p.storage).full.lanes;
-  return lanes * arithmetic_bytes(p.storage) == 64 && unit_steps(p) && taps_y == 3 &&
+  return lanes * arithmetic_bytes(p.storage) == 64 && unit_steps(p) && few_rows &&
          p.input.stride_c == 1 && p.output.stride_c == 1 && p.channels >= lanes;
 }
 
 void plan_in_place(PlannedWeightGradient& planned) {
   WeightGradientPlan& plan = planned.plan;
   plan.in_place = true;
-  // Only the last vector would not be full, and ends with the channels. Two halves take longer.
-  const DepthwiseKernels& full = kernels(plan.storage).full;
-  if (plan.channels >= full.lanes) {
-    planned.kernels = &full;
-    plan.lanes = channel_blocks(plan.batch, plan.channels, full.lanes);
-  }
+  overlapping_blocks(plan.storage, plan.batch, plan.channels, plan.lanes, planned.kernels);
   const int64_t blocks = plan.lanes.blocks_per_image, rows = plan.batch * plan.grad_output.height;
   plan.num_groups = std::min(ceil_div(blocks, kInPlaceBlocks), kWeightGradientTasks);
   plan.num_parts = std::min(rows, ceil_div(kWeightGradientTasks, plan.num_groups));
@@ -545,6 +598,12 @@ PlannedConvolution plan_convolution(const ConvParams& p, const MapView& source,
   if (row_tiles_serve(p, first_y, first_x, source, target, plan.lanes, paired)) {
     plan_row_tiles(planned, num_threads, paired);
     planned.kernel_name = paired ? "pairs_in_place" : "in_place";
+    return planned;
+  }
+  if (tiles_in_place_serve(p, first_y, first_x, source, target, plan.lanes, paired)) {
+    if (column_of_taps(p, first_y)) turn(planned);
+    plan_in_place(planned, num_threads);
+    planned.kernel_name = "in_place";
     return planned;
   }
   plan.source_height = source.height;
@@ -726,9 +785,9 @@ PlannedWeightGradient plan_backward_weight(const ConvParams& p) {
 
   // What half a vector has no use for is better unpacked once than read for every tap.
   const bool few_channels = p.channels < kernels(p.storage).half.lanes;
-  if (plan.x.count == 3 && plan.y.count > 0 &&
+  if (plan.x.count > 0 && plan.x.count <= 3 && plan.y.count > 0 &&
       ((in_place_serves(p, plan.lanes) && !few_channels) ||
-       in_place_serves_unit_steps(p, plan.y.count))) {
+       in_place_serves_unit_steps(p, plan.y.count, plan.x.count))) {
     plan_in_place(planned);
     planned.kernel_name = "in_place";
     return planned;

@@ -56,7 +56,8 @@ struct InPlaceSums {
     if (bias) bias += V;
   }
 
-  template <int V, int kOutputs>
+  // kWhole: all channels exist.
+  template <int V, int kOutputs, bool kWhole>
   void sum(int channels) const {
     const Vec<T, V> start = bias ? load_aligned<V>(bias) : Vec<T, V>{};
     Vec<T, V> sums[kOutputs];
@@ -70,18 +71,20 @@ struct InPlaceSums {
         keep_in_register(tap);
 #pragma GCC unroll 8
         for (int t = 0; t < kOutputs; ++t)
-          sums[t] += tap * load_some<T, V, S>(from + t * source_output, channels);
+          sums[t] += tap * (kWhole ? load<T, V, S>(from + t * source_output)
+                                   : load_some<T, V, S>(from + t * source_output, channels));
       }
     }
 #pragma GCC unroll 8
-    for (int t = 0; t < kOutputs; ++t) store_some<T, V, S>(out + t * out_column, sums[t], channels);
+    for (int t = 0; t < kOutputs; ++t)
+      store_some<T, V, S>(out + t * out_column, sums[t], kWhole ? V : channels);
   }
 };
 
 // What networks have, known when it is compiled: one phase of outputs, or two that interleave, with
 // kTaps and kMoreTaps taps in a row. Output j of a phase begins at source column j·kStep, of the
 // second kLater further right.
-template <int kStep_, int kTaps_, int kMoreTaps_ = 0, int kLater_ = 0>
+template <int kStep_, int kTaps_, int kMoreTaps_ = 0, int kLater_ = 0, int kMost_ = 7>
 struct RowShape {
   static constexpr int kStep = kStep_, kPhases = kMoreTaps_ > 0 ? 2 : 1;
   static constexpr int kTaps[] = {kTaps_, kMoreTaps_};
@@ -89,7 +92,7 @@ struct RowShape {
   static constexpr int kMostTaps = kTaps_ > kMoreTaps_ ? kTaps_ : kMoreTaps_;
   // Outputs of a phase side by side: sums and taps fill the registers. Maps of networks are
   // multiples of 7.
-  static constexpr int kOutputs = LKA_VECTOR_BYTES == 64 || kPhases == 1 ? 7 : 4;
+  static constexpr int kOutputs = LKA_VECTOR_BYTES == 64 || kPhases == 1 ? kMost_ : 4;
   static constexpr int end(int phase) { return kFirst[phase] + kTaps[phase]; }
   static constexpr int kColumns =
       (kOutputs - 1) * kStep + (kPhases > 1 && end(1) > end(0) ? end(1) : end(0));
@@ -169,6 +172,10 @@ struct InPlaceRow {
   S* out;
   Ahead& ahead;
 
+  // How far the block with `left` channels from its first one on reaches back into the one before.
+  int64_t overlap(int64_t left) const {
+    return plan.lanes.last_overlaps && left < V ? V - left : 0;
+  }
   const T* bias() const { return plan.bias ? static_cast<const T*>(plan.packed_bias) : nullptr; }
   const T* weight_of(int64_t phase) const {
     const T* w = weight;
@@ -198,7 +205,13 @@ struct InPlaceRow {
       // All blocks of some pixels, one after the other, in the order of memory.
       for (int64_t left = plan.channels; left > 0; left -= V) {
         ahead.step_runs();
-        sums.template sum<V, decltype(many)::value>(left < V ? int(left) : V);
+        const int64_t back = overlap(left);
+        sums.source -= back;
+        sums.out -= back;
+        if (left + back >= V)
+          sums.template sum<V, decltype(many)::value, true>(V);
+        else
+          sums.template sum<V, decltype(many)::value, false>(int(left));
         sums.template next_block<V>(weight_block);
       }
     };
@@ -214,43 +227,53 @@ struct InPlaceRow {
       }
   }
 
-  // Tiles of all phases of columns; the last of several overlaps the one before.
+  // Tiles of Row::kPhases phases of columns from `phase` on; the last of several overlaps the one
+  // before. Of dilated taps, every `apart`-th output from `first` on, which meet every so many
+  // columns.
   template <class Row>
-  void tiles() const {
-    const Phase& x = plan.phases_x[0];  // the first phase has the most outputs
+  void tiles(int64_t phase, int64_t first, int64_t apart) const {
+    const Phase& x = plan.phases_x[phase];                  // the first phase has the most outputs
+    const int64_t out_apart = x.out_step == 1 ? apart : 1;  // else steps of outputs are the taps'
     InPlaceTile<T, S, Row> tile;
     tile.rows = rows;
     tile.source_row = source_row;
-    tile.source_column = plan.source.stride_w;
-    tile.out_column = x.output_stride * plan.target.stride_w;
+    tile.source_column = apart * plan.source.stride_w;
+    tile.out_column = x.output_stride * out_apart * plan.target.stride_w;
     tile.out_phase = plan.target.stride_w;
-    for (int64_t next = 0; next < x.count; next += Row::kOutputs) {
-      const int64_t last = x.count > Row::kOutputs ? x.count - Row::kOutputs : 0;
+    S* const target = out + (x.first_output + first * x.output_stride) * plan.target.stride_w;
+    const auto every = [&](int64_t outputs) { return ceil_div(outputs - first, out_apart); };
+    const int64_t count = every(x.count);
+    for (int64_t next = 0; next < count; next += Row::kOutputs) {
+      const int64_t last = count > Row::kOutputs ? count - Row::kOutputs : 0;
       const int64_t output = next < last ? next : last;
-      const int64_t column = x.origin + output * Row::kStep;
+      const int64_t column = x.origin + first + output * Row::kStep * apart;
       tile.source = source + column * plan.source.stride_w;
-      tile.first_column = -column;
-      tile.end_column = plan.source.width - column;
+      tile.first_column = column < 0 ? ceil_div(-column, apart) : 0;
+      tile.end_column = ceil_div(plan.source.width - column, apart);
       bool inside = column >= 0 && tile.end_column >= Row::kColumns;
       for (int p = 0; p < Row::kPhases; ++p) {
-        tile.outputs[p] = plan.phases_x[p].count - output;
+        tile.outputs[p] = every(plan.phases_x[phase + p].count) - output;
         inside = inside && tile.outputs[p] >= Row::kOutputs;
       }
       tile.bias = bias();
-      tile.weight[0] = weight_of(0);
-      tile.weight[1] = weight_of(plan.num_phases_x - 1);
-      tile.out = out + output * tile.out_column;
+      tile.weight[0] = weight_of(phase);
+      tile.weight[1] = weight_of(phase + Row::kPhases - 1);
+      tile.out = target + output * tile.out_column;
       for (int64_t left = plan.channels; left > 0; left -= V) {
         ahead.step_runs();
-        if (inside && left >= V)
+        const int64_t back = overlap(left);
+        tile.source -= back;
+        tile.out -= back;
+        if (inside && left + back >= V)
           tile.template sum<V, true>(V);
         else
-          tile.template sum<V, false>(left < V ? int(left) : V);
+          tile.template sum<V, false>(left + back < V ? int(left) : V);
         tile.template next_block<V>(plan.packed_taps * V);
       }
     }
   }
 
+  // All phases together, if they have this shape.
   template <class Row>
   bool tiled() const {
     const Phase* const x = plan.phases_x;
@@ -260,8 +283,36 @@ struct InPlaceRow {
           x[p].origin - x[0].origin != Row::kFirst[p])
         return false;
     }
-    tiles<Row>();
+    tiles<Row>(0, 0, 1);
     return true;
+  }
+
+  // One phase of unit steps.
+  template <class Row>
+  void unit_tiles(int64_t phase) const {
+    const Phase& x = plan.phases_x[phase];
+    const int64_t ways = x.out_step == 1 ? x.tap_step : 1;
+    for (int64_t first = 0; first < ways && first < x.count; ++first)
+      tiles<Row>(phase, first, x.tap_step);
+  }
+  bool unit_tiled(int64_t phase) const {
+    const Phase& x = plan.phases_x[phase];
+    if (x.out_step != 1 && x.out_step != x.tap_step) return false;
+    const int64_t count = x.out_step == 1 ? ceil_div(x.count, x.tap_step) : x.count;
+    switch (x.taps) {
+      case 1: unit_tiles<RowShape<1, 1>>(phase); return true;
+      case 2: unit_tiles<RowShape<1, 2>>(phase); return true;
+      case 3:  // dilated, maps of 14 or 28 columns leave too few for tiles of 7
+        if (ceil_div(count, 5) * 6 < ceil_div(count, 7) * 8)
+          unit_tiles<RowShape<1, 3, 0, 0, 5>>(phase);
+        else
+          unit_tiles<RowShape<1, 3>>(phase);
+        return true;
+      case 4: unit_tiles<RowShape<1, 4>>(phase); return true;
+      case 5: unit_tiles<RowShape<1, 5>>(phase); return true;
+      case 7: unit_tiles<RowShape<1, 7>>(phase); return true;
+      default: return false;
+    }
   }
 
   void convolve() const {
@@ -269,7 +320,8 @@ struct InPlaceRow {
     if (tiled<RowShape<2, 3>>() || tiled<RowShape<2, 5>>() || tiled<RowShape<1, 1, 2>>() ||
         tiled<RowShape<1, 3, 2, 1>>() || tiled<RowShape<2, 7>>() || tiled<RowShape<1, 3, 4>>())
       return;
-    for (int64_t p = 0; p < plan.num_phases_x; ++p) outputs(p);
+    for (int64_t p = 0; p < plan.num_phases_x; ++p)
+      if (!unit_tiled(p)) outputs(p);
   }
 };
 
@@ -323,14 +375,15 @@ void convolve_in_place_as(const ConvolvePlan& plan, int64_t begin, int64_t end) 
   }
 }
 
-// Rows [row, row + rows) of grad_output of one image against what kernel rows first_tap_row … + 2
-// of three taps meet, for one block of channels: added to the gradients of those taps, and where
-// `bias` is wanted to that of the bias. Where kApart is 1 or 2, neighbouring columns of grad_output
-// meet input columns that are so far apart, neighbouring taps neighbouring ones: two in three, or
-// one, are met again.
-template <class T, int V, class S, int kApart>
+// Rows [row, row + rows) of grad_output of one image against what kTapRows kernel rows of kTaps
+// taps from first_tap_row on meet, for one block of channels: added to the gradients of those taps,
+// and where `bias` is wanted to that of the bias. Where kApart is 1 or 2, neighbouring columns of
+// grad_output meet input columns that are so far apart, neighbouring taps neighbouring ones: all
+// but so many of them are met again.
+template <class T, int V, class S, int kApart, int kTaps>
 struct InPlaceProducts {
-  static constexpr int kTapRows = 3, kTaps = 3;
+  static constexpr int kTapRows = kTaps == 1 ? 7 : kTaps == 2 ? 4 : 3;
+  static constexpr int kShared = kApart ? kTaps - kApart : 0;
   // Columns between two steps of loading ahead: a whole row's at once would stall the processor.
   static constexpr int kColumnsPerStep = sizeof(S) == 2 ? 2 : 1;
   const WeightGradientPlan& plan;
@@ -351,9 +404,9 @@ struct InPlaceProducts {
     const Phase as_outputs = {0, 1, count, kTaps, x.origin, x.tap_step, x.out_step, 0, 1};
     const OutputRange whole = whole_outputs(as_outputs, map.width);
     Vec<T, V> sums[kTapRows][kTaps], total = {};
-#pragma GCC unroll 3
+#pragma GCC unroll kUnroll
     for (int m = 0; m < kTapRows; ++m)
-#pragma GCC unroll 3
+#pragma GCC unroll kUnroll
       for (int n = 0; n < kTaps; ++n) sums[m][n] = Vec<T, V>{};
     for (int64_t r = row; r < row + rows; ++r) {
       const S* const grad_row = grad + r * plan.grad_output.stride_h;
@@ -373,15 +426,15 @@ struct InPlaceProducts {
           if (c % kColumnsPerStep == 0) ahead.step_runs();
           total += g;
           const bool inside = all && c >= whole.begin && c < whole.end;
-#pragma GCC unroll 3
+#pragma GCC unroll kUnroll
           for (int n = 0; n < kTaps; ++n) {
             const int64_t column = x.origin + c * x.tap_step + n * x.out_step;
             if (inside) {
-#pragma GCC unroll 3
+#pragma GCC unroll kUnroll
               for (int m = 0; m < kTapRows; ++m)
                 sums[m][n] += g * element(input_row[m] + column * stride);
             } else if (column >= 0 && column < map.width) {
-#pragma GCC unroll 3
+#pragma GCC unroll kUnroll
               for (int m = 0; m < kTapRows; ++m)
                 if (meets[m]) sums[m][n] += g * element(input_row[m] + column * stride);
             }
@@ -389,39 +442,33 @@ struct InPlaceProducts {
         }
       };
       const auto columns = [&](auto every_row) __attribute__((always_inline)) {
-        Vec<T, V> shared[kTapRows][2];  // of the next column: the last of them
+        Vec<T, V> shared[kTapRows][kShared > 0 ? kShared : 1];  // of the next column: its first
         const auto read = [&](int m, int64_t column, bool inside) __attribute__((always_inline)) {
           const bool there = inside || (column >= 0 && column < map.width);
           return there ? element(input_row[m] + column * stride) : Vec<T, V>{};
         };
-#pragma GCC unroll 3
-        for (int m = 0; m < kTapRows; ++m) {
-          const bool there = every_row.value || meets[m];
-          shared[m][1] = there ? read(m, x.origin, false) : Vec<T, V>{};
-          if (kApart == 1) {
-            shared[m][0] = shared[m][1];
-            shared[m][1] = there ? read(m, x.origin + 1, false) : Vec<T, V>{};
-          }
-        }
+#pragma GCC unroll kUnroll
+        for (int m = 0; m < kTapRows; ++m)
+#pragma GCC unroll kUnroll
+          for (int n = 0; n < kShared; ++n)
+            shared[m][n] = every_row.value || meets[m] ? read(m, x.origin + n, false) : Vec<T, V>{};
         for (int64_t c = 0, column = x.origin; c < count; ++c, column += kApart) {
           const bool inside = c >= whole.begin && c < whole.end;
           Vec<T, V> g = element(grad_row + c * plan.grad_output.stride_w);
           keep_in_register(g);
           if (c % kColumnsPerStep == 0) ahead.step_runs();
           total += g;
-#pragma GCC unroll 3
+#pragma GCC unroll kUnroll
           for (int m = 0; m < kTapRows; ++m) {
             if (!every_row.value && !meets[m]) continue;
-            if (kApart == 2) {
-              sums[m][0] += g * shared[m][1];
-              sums[m][1] += g * read(m, column + 1, inside);
-            } else {
-              sums[m][0] += g * shared[m][0];
-              sums[m][1] += g * shared[m][1];
-              shared[m][0] = shared[m][1];
+            Vec<T, V> value[kTaps];
+#pragma GCC unroll kUnroll
+            for (int n = 0; n < kTaps; ++n) {
+              value[n] = n < kShared ? shared[m][n] : read(m, column + n, inside);
+              sums[m][n] += g * value[n];
             }
-            shared[m][1] = read(m, column + 2, inside);
-            sums[m][2] += g * shared[m][1];
+#pragma GCC unroll kUnroll
+            for (int n = 0; n < kShared; ++n) shared[m][n] = value[n + kApart];
           }
         }
       };
@@ -441,10 +488,10 @@ struct InPlaceProducts {
       }
       store_aligned<V>(to, load_aligned<V>(to) + added);
     };
-#pragma GCC unroll 3
+#pragma GCC unroll kUnroll
     for (int m = 0; m < kTapRows; ++m)
       if (first_tap_row + m < y.count)
-#pragma GCC unroll 3
+#pragma GCC unroll kUnroll
         for (int n = 0; n < kTaps; ++n) add_to(gradient + (m * plan.kernel_w + n) * V, sums[m][n]);
     if (bias) add_to(bias, total);
   }
@@ -484,10 +531,11 @@ void weight_gradient_in_place_as(const WeightGradientPlan& plan, int64_t begin, 
     for (int64_t row = first_row_of(part), rows; row < last_row; row += rows) {
       const int64_t image = row / height, i = row % height;
       rows = rows_from(row, last_row);
-      using Products = InPlaceProducts<T, V, S, 2>;
-      const int64_t columns = ceil_div(grad.width, Products::kColumnsPerStep);
-      const int64_t steps =
-          (last_block - first_block) * rows * ceil_div(plan.y.count, Products::kTapRows) * columns;
+      const int64_t columns = ceil_div(grad.width, InPlaceProducts<T, V, S, 2, 3>::kColumnsPerStep);
+      const int64_t steps = (last_block - first_block) * rows * columns *
+                            ceil_div(plan.y.count, plan.x.count == 1   ? 7
+                                                   : plan.x.count == 2 ? 4
+                                                                       : 3);
       // Meanwhile the next rows, of this task or the one after it, and what they meet beyond these
       // come into the cache.
       const bool same_task = row + rows < last_row;
@@ -511,28 +559,40 @@ void weight_gradient_in_place_as(const WeightGradientPlan& plan, int64_t begin, 
                            steps);
       }
       for (int64_t block = first_block; block < last_block; ++block) {
-        // A last block that is not full ends with the channels and overlaps the one before.
         const int64_t left = plan.channels - block * V;
-        const int64_t repeated = left < V && block > 0 && apart > 0 ? V - left : 0;
+        const int64_t repeated = left < V && plan.lanes.last_overlaps ? V - left : 0;
         const int64_t channel = block * V - repeated;
         T* const gradient = partial + block * elements;
         T* const first_tap =
             gradient + (plan.y.first_output * plan.kernel_w + plan.x.first_output) * V;
-        const auto add = [&](auto shape) {
-          const InPlaceProducts<T, V, S, decltype(shape)::value> products = {
-              plan, static_cast<const S*>(grad.data) + image * grad.stride_b + channel,
-              static_cast<const S*>(input.data) + image * input.stride_b + channel,
-              left + repeated < V ? int(left) : V, int(repeated)};
+        const auto add = [&](auto apart_, auto taps_) {
+          const InPlaceProducts<T, V, S, decltype(apart_)::value, decltype(taps_)::value> products =
+              {plan, static_cast<const S*>(grad.data) + image * grad.stride_b + channel,
+               static_cast<const S*>(input.data) + image * input.stride_b + channel,
+               left + repeated < V ? int(left) : V, int(repeated)};
           for (int64_t m = 0; m < plan.y.count; m += products.kTapRows)
             products.add(i, rows, m, first_tap + m * plan.kernel_w * V,
                          m == 0 ? gradient + taps * V : nullptr, ahead);
         };
-        if (apart == 2 && left + repeated >= V)
-          add(Constant<2>{});
-        else if (apart == 1 && left + repeated >= V)
-          add(Constant<1>{});
+        const bool whole = left + repeated >= V;
+        const Constant<0> any;
+        const Constant<1> one;
+        const Constant<2> two;
+        const Constant<3> three;
+        if (plan.x.count == 3 && apart == 2 && whole)
+          add(two, three);
+        else if (plan.x.count == 3 && apart == 1 && whole)
+          add(one, three);
+        else if (plan.x.count == 3)
+          add(any, three);
+        else if (plan.x.count == 2 && apart == 1 && whole)
+          add(one, two);
+        else if (plan.x.count == 2)
+          add(any, two);
+        else if (apart == 1 && whole)
+          add(one, one);
         else
-          add(Constant<0>{});
+          add(any, one);
       }
     }
   }

@@ -26,21 +26,23 @@ struct SingleRows {
   // Vectors of channels in a tile.
   static constexpr int kVectors = LKA_VECTOR_BYTES == 64 ? 2 : 1;
 
-  // `count` channels of kVectors vectors, all of them if kWhole.
+  // `count` channels of kVectors vectors, all of them if kWhole. The vectors are `next` channels
+  // apart, less than V where the last of an image overlaps the one before.
   template <bool kWhole, int kVectors>
   __attribute__((always_inline)) static void load_rows(const S* const (&row)[1], int count,
+                                                       int64_t next,
                                                        Vec<T, V> (&values)[kVectors]) {
 #pragma GCC unroll kUnroll
     for (int v = 0; v < kVectors; ++v)
-      values[v] = kWhole ? load<T, V, S>(row[0] + v * V) : load_some<T, V, S>(row[0], count);
+      values[v] = kWhole ? load<T, V, S>(row[0] + v * next) : load_some<T, V, S>(row[0], count);
   }
   template <bool kWhole, int kVectors>
-  __attribute__((always_inline)) static void store_sums(S* to, int count,
+  __attribute__((always_inline)) static void store_sums(S* to, int count, int64_t next,
                                                         const Vec<T, V> (&sums)[kVectors]) {
 #pragma GCC unroll kUnroll
     for (int v = 0; v < kVectors; ++v)
       if (kWhole)
-        store<T, V, S>(to + v * V, sums[v]);
+        store<T, V, S>(to + v * next, sums[v]);
       else
         store_some<T, V, S>(to, sums[v], count);
   }
@@ -72,14 +74,14 @@ struct InterleavedRows {
   }
   template <bool kWhole, int kVectors>
   __attribute__((always_inline)) static void load_rows(const bfloat16_t* const (&row)[2], int count,
-                                                       Pair (&values)[kVectors]) {
+                                                       int64_t, Pair (&values)[kVectors]) {
     const __m512i upper = _mm512_maskz_loadu_epi16(mask<kWhole>(count), row[0]);
     const __m512i lower = _mm512_maskz_loadu_epi16(mask<kWhole>(count), row[1]);
     values[0] = (Pair)_mm512_unpacklo_epi16(upper, lower);
     values[1] = (Pair)_mm512_unpackhi_epi16(upper, lower);
   }
   template <bool kWhole, int kVectors>
-  __attribute__((always_inline)) static void store_sums(bfloat16_t* to, int count,
+  __attribute__((always_inline)) static void store_sums(bfloat16_t* to, int count, int64_t,
                                                         const Pair (&sums)[kVectors]) {
     // Four channels are 64 bits: some of the first vector, some of the second, ….
     const __m512i in_order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
@@ -110,6 +112,7 @@ struct RowTile {
   int64_t weight_vector;        // elements from those of one vector to the next one's
   const T* bias;                // or null
   int count;                    // of channels
+  int64_t next_vector;          // channels from one vector to the next
   S* out;
   int64_t out_column;
   Ahead& ahead;
@@ -146,7 +149,7 @@ struct RowTile {
 #pragma GCC unroll kUnroll
       for (int x = kFirst; x < kEnd; ++x) {
         Vec<T, V> values[kVectors];
-        Rows::template load_rows<kWhole>(row, count, values);
+        Rows::template load_rows<kWhole>(row, count, next_vector, values);
 #pragma GCC unroll kUnroll
         for (int r = 0; r < kRows; ++r) {
           row[r] += column[r];
@@ -166,7 +169,7 @@ struct RowTile {
 #pragma GCC unroll kUnroll
     for (int t = 0; t < kRowTileColumns; ++t, to += out_column) {
       keep_in_register(to);
-      Rows::template store_sums<kWhole>(to, count, sums[t]);
+      Rows::template store_sums<kWhole>(to, count, next_vector, sums[t]);
     }
   }
 };
@@ -182,6 +185,7 @@ void convolve_rows(const ConvolvePlan& plan, const typename Rows::Element* sourc
   const auto* weight = static_cast<const T*>(plan.packed_weight);
   const auto* bias = plan.bias ? static_cast<const T*>(plan.packed_bias) : nullptr;
   // `tiles` of channels side by side, of `count` channels each.
+  int64_t next_vector = V;
   const auto rows_of = [&](auto vectors, auto whole, int64_t channel, int count, int64_t tiles) {
     constexpr int kVectors = decltype(vectors)::value;
     for (int64_t i = row; i < end_row; ++i) {
@@ -199,6 +203,7 @@ void convolve_rows(const ConvolvePlan& plan, const typename Rows::Element* sourc
                  weight_vector,
                  bias,
                  count,
+                 next_vector,
                  target + i * plan.target.stride_h + j * plan.target.stride_w + channel,
                  plan.target.stride_w,
                  ahead};
@@ -242,6 +247,17 @@ void convolve_rows(const ConvolvePlan& plan, const typename Rows::Element* sourc
   constexpr int kRest = Rows::kRows == 1 ? 1 : Rows::kVectors;
   for (; channel < plan.channels; channel += kRest * V) {
     const int64_t left = plan.channels - channel;
+    if constexpr (Rows::kRows == 1) {
+      if (Rows::kVectors == 2 && left > V && plan.lanes.last_overlaps) {
+        next_vector = left - V;
+        rows_of(Constant<Rows::kVectors>{}, Constant<1>{}, channel, int(left), 1);
+        return;
+      }
+      if (left >= V || plan.lanes.last_overlaps) {
+        rows_of(Constant<1>{}, Constant<1>{}, left >= V ? channel : plan.channels - V, V, 1);
+        continue;
+      }
+    }
     rows_of(Constant<kRest>{}, Constant<0>{}, channel, left < kRest * V ? int(left) : kRest * V, 1);
   }
 }
