@@ -178,6 +178,65 @@ FEW_CHANNELS = {
         9, 3, 9, 21, (3, 3), padding="same", layout="channels_last"
     ),
 }
+TILED = (
+    {
+        # channels_last, unit steps and 1 to 5 or 7 taps in a row that row tiles leave.
+        f"{taps} taps on {width} columns": Case(
+            2, 37, 9, width, (taps, taps), padding=(taps // 2, taps // 2), **LAST
+        )
+        for width in (5, 7, 17)
+        for taps in (1, 2, 4, 5)
+    }
+    | {
+        f"{taps} taps, dilation {dilation}": Case(
+            2,
+            20,
+            15,
+            19,
+            (taps, taps),
+            padding=(taps // 2 * dilation, taps // 2 * dilation),
+            dilation=(dilation, dilation),
+            **LAST,
+        )
+        for taps in (2, 3, 7)
+        for dilation in (2, 3)
+    }
+    | {
+        "more dilation than columns": Case(
+            2, 20, 9, 5, (3, 3), padding=(7, 7), dilation=(7, 7), **LAST
+        ),
+        "dilated rows": Case(2, 20, 15, 19, (3, 3), padding=(2, 1), dilation=(2, 1), **LAST),
+        "dilated columns": Case(2, 20, 15, 19, (3, 3), padding=(1, 2), dilation=(1, 2), **LAST),
+        "no padding, dilated": Case(2, 20, 15, 19, (3, 3), dilation=(2, 3), **LAST),
+        "padding larger than the kernel": Case(2, 20, 6, 7, (2, 2), padding=(5, 6), **LAST),
+        "uneven padding": Case(2, 24, 8, 9, (4, 4), padding="same", **LAST),
+        "a stride that is the dilation": Case(
+            2, 20, 18, 23, (3, 3), (2, 2), padding=(2, 2), dilation=(2, 2), **LAST
+        ),
+        "a stride of 3": Case(2, 20, 18, 23, (3, 3), (3, 3), padding=(1, 1), **LAST),
+        "a stride of 4, 5 taps": Case(2, 20, 18, 23, (5, 5), (4, 4), padding=(2, 2), **LAST),
+        "two vectors that overlap": Case(2, 24, 9, 14, (3, 3), padding="same", **LAST),
+        "a row of taps": Case(2, 40, 8, 19, (1, 7), padding="same", **LAST),
+        "rows apart": Case(2, 20, 12, 13, (2, 2), layout="cropped_channels_last"),
+        "no bias": Case(2, 20, 9, 9, (2, 2), **LAST, bias=False),
+    }
+)
+COLUMNS_OF_TAPS = {
+    # A column of taps becomes a row where pixels of channels_last maps are long.
+    f"{taps} taps": Case(2, 136, 19, 12, (taps, 1), padding="same", **LAST)
+    for taps in (2, 3, 7, 11, 21)
+} | {
+    "stride 2": Case(2, 136, 19, 12, (7, 1), (2, 2), padding=(3, 0), **LAST),
+    "stride 2 of rows": Case(2, 136, 19, 12, (5, 1), (2, 1), padding=(2, 0), **LAST),
+    "dilated": Case(2, 136, 19, 12, (9, 1), padding=(8, 0), dilation=(2, 1), **LAST),
+    "padding beside it": Case(2, 136, 9, 5, (3, 1), padding=(1, 2), **LAST),
+    "uneven padding": Case(2, 136, 9, 5, (8, 1), padding="same", **LAST),
+    "covers the map": Case(2, 136, 7, 5, (13, 1), padding="same", **LAST),
+    "as many rows with the padding as columns": Case(
+        2, 136, 14, 16, (3, 1), padding="same", **LAST
+    ),
+    "rows apart": Case(2, 136, 12, 13, (5, 1), padding="same", layout="cropped_channels_last"),
+}
 OVERLAPPING = {
     # The weight gradient of channels_last maps in place: the last vector ends with the channels.
     f"{channels} channels{', stride 2' * (stride == 2)}": Case(
@@ -302,6 +361,23 @@ def test_in_place(case, dtype):
 @pytest.mark.parametrize("case", FEW_CHANNELS.values(), ids=FEW_CHANNELS)
 def test_few_channels(case, dtype):
     check_case(case, dtype, "direct")
+
+
+@pytest.mark.usefixtures("compiled_cpu")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", TILED.values(), ids=TILED)
+def test_tiled_in_place(case, dtype):
+    check_case(case, dtype, "direct")
+
+
+@pytest.mark.usefixtures("compiled_cpu")
+@pytest.mark.parametrize("method", ["direct", "fft"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", COLUMNS_OF_TAPS.values(), ids=COLUMNS_OF_TAPS)
+def test_columns_of_taps(case, dtype, method):
+    if method == "fft" and set(case.stride) != {1}:
+        pytest.skip("transforms have no stride")
+    check_case(case, dtype, method)
 
 
 @pytest.mark.usefixtures("compiled_cpu")

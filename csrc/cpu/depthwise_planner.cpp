@@ -27,6 +27,11 @@ constexpr int64_t kPositionsPerPart = 384;
 // Taps of kernels that read maps where they stand with a stride: with more it was mostly slower,
 // but for 7 in a row, which have tiles of their own.
 constexpr int64_t kMostInPlaceTaps = 25;
+// The same without a stride, and the share of the columns of tiles of 7 that are needed.
+constexpr int64_t kMostTiledTaps = 49;
+constexpr double kLeastTiledShare = 0.6;
+// Bytes of a pixel from which columns of taps are taken as rows.
+constexpr int64_t kLeastTurnedPixel = 256;
 // Blocks of channels that a weight gradient takes together there: a pixel is read in long runs.
 constexpr int64_t kInPlaceBlocks = 12;
 
@@ -322,45 +327,38 @@ bool in_place_serves(const ConvParams& p, const LanePlan& lanes) {
          p.input.stride_c == 1 && p.output.stride_c == 1 && !lanes.cross_images;
 }
 
-constexpr int64_t kLeastTurnedPixel = 256;
-// Rows become columns and columns rows.
-void turn(PlannedConvolution& planned) {
-  ConvolvePlan& plan = planned.plan;
-  for (MapView* map : {&plan.source, &plan.target}) {
-    std::swap(map->height, map->width);
-    std::swap(map->stride_h, map->stride_w);
-  }
-  std::swap(plan.kernel_h, plan.kernel_w);
-  planned.phases_y.swap(planned.phases_x);
-  std::swap(plan.phases_y, plan.phases_x);
-  std::swap(plan.num_phases_y, plan.num_phases_x);
-}
-
 // Whether columns of taps are better taken as rows, so that an element is loaded once for all taps
 // of a tile: where a pixel, of which the next is a row away then, is long enough to be loaded
 // ahead.
-bool column_of_taps(const ConvParams& p, const Phase& y) {
-  return p.kernel_w == 1 && y.taps > 1 && y.taps <= 7 && y.taps != 6 &&
+bool column_of_taps(const ConvParams& p) {
+  return p.kernel_w == 1 && p.kernel_h > 1 && p.input.stride_c == 1 && p.output.stride_c == 1 &&
          p.channels * storage_bytes(p.storage) >= kLeastTurnedPixel;
 }
 
+// The same convolution with rows for columns and columns for rows.
+ConvParams turned(ConvParams p) {
+  for (MapView* map : {&p.input, &p.output}) {
+    std::swap(map->height, map->width);
+    std::swap(map->stride_h, map->stride_w);
+  }
+  std::swap(p.kernel_h, p.kernel_w);
+  std::swap(p.stride_h, p.stride_w);
+  std::swap(p.dilation_h, p.dilation_w);
+  std::swap(p.pad_top, p.pad_left);
+  return p;
+}
+
 // Whether tiles of outputs read channels_last maps in place without a stride, beyond what row tiles
-// serve: any padding and dilation.
+// serve: any padding and dilation. Pairs of rows are better but for two taps.
 bool tiles_in_place_serve(const ConvParams& p, const Phase& y, const Phase& x,
                           const MapView& source, const MapView& target, const LanePlan& lanes,
                           bool paired) {
   if (p.stride_h * p.stride_w != 1 || source.stride_c != 1 || target.stride_c != 1 ||
       lanes.cross_images || x.taps < 1 || x.taps > 7 || x.taps == 6)
     return false;
-  static const int most = getenv("LKA_M") ? atoi(getenv("LKA_M")) : 49;
-  static const double sh = getenv("LKA_S") ? atof(getenv("LKA_S")) : 0.6;
-  static const int pm = getenv("LKA_P") ? atoi(getenv("LKA_P")) : 2;
-  if (getenv("LKA_X")) return false;
-  const bool column = column_of_taps(p, y);
-  if (paired) return x.taps <= 2 ? y.taps <= 2 || column : x.taps == 4 && pm == 4;
-  if (column) return true;
-  return y.taps * x.taps <= most && cheap_to_widen(p.storage, target.width) &&
-         used_share(ceil_div(x.count, x.tap_step), kRowTileColumns) >= sh;
+  if (paired) return x.taps <= 2 && y.taps <= 2;
+  return y.taps * x.taps <= kMostTiledTaps && cheap_to_widen(p.storage, target.width) &&
+         used_share(ceil_div(x.count, x.tap_step), kRowTileColumns) >= kLeastTiledShare;
 }
 
 void plan_in_place(PlannedConvolution& planned, int num_threads) {
@@ -465,11 +463,10 @@ void plan_flat(PlannedWeightGradient& planned) {
                                    double((plan.y.count + 2) * (plan.x.count + 2));
 }
 
-// Weight gradients of 3 × 3 taps read both maps where they stand without a stride, too, with the 32
+// Weight gradients of few taps read both maps where they stand without a stride, too, with the 32
 // registers of vectors of 64 bytes, if channels fill one.
 bool in_place_serves_unit_steps(const ConvParams& p, int64_t taps_y, int64_t taps_x) {
-  if (getenv("LKA_X") && taps_x < 3) return false;
-  const bool few_rows = taps_x == 3 ? taps_y == 3 : taps_x == 1 || taps_y <= 4;
+  const bool few_rows = taps_x == 3 ? taps_y == 3 : taps_x == 1 ? taps_y <= 7 : taps_y <= 4;
   const int lanes = kernels(p.storage).full.lanes;
   return lanes * arithmetic_bytes(p.storage) == 64 && unit_steps(p) && few_rows &&
          p.input.stride_c == 1 && p.output.stride_c == 1 && p.channels >= lanes;
@@ -601,7 +598,6 @@ PlannedConvolution plan_convolution(const ConvParams& p, const MapView& source,
     return planned;
   }
   if (tiles_in_place_serve(p, first_y, first_x, source, target, plan.lanes, paired)) {
-    if (column_of_taps(p, first_y)) turn(planned);
     plan_in_place(planned, num_threads);
     planned.kernel_name = "in_place";
     return planned;
@@ -731,6 +727,7 @@ std::vector<Phase> backward_input_phases(int64_t input, int64_t output, int64_t 
 }
 
 PlannedConvolution plan_forward(const ConvParams& p, int num_threads) {
+  if (column_of_taps(p)) return plan_forward(turned(p), num_threads);
   return plan_convolution(p, p.input, p.output,
                           forward_phases(p.input.height, p.output.height, p.kernel_h, p.stride_h,
                                          p.dilation_h, p.pad_top),
@@ -740,6 +737,7 @@ PlannedConvolution plan_forward(const ConvParams& p, int num_threads) {
 }
 
 PlannedConvolution plan_backward_input(const ConvParams& p, int num_threads) {
+  if (column_of_taps(p)) return plan_backward_input(turned(p), num_threads);
   return plan_convolution(p, p.output, p.input,
                           backward_input_phases(p.input.height, p.output.height, p.kernel_h,
                                                 p.stride_h, p.dilation_h, p.pad_top),
@@ -749,6 +747,8 @@ PlannedConvolution plan_backward_input(const ConvParams& p, int num_threads) {
 }
 
 PlannedWeightGradient plan_backward_weight(const ConvParams& p) {
+  // In place, 7 kernel rows are taken together.
+  if (p.kernel_h > 7 && column_of_taps(p)) return plan_backward_weight(turned(p));
   PlannedWeightGradient planned;
   WeightGradientPlan& plan = planned.plan;
   plan.storage = p.storage;
@@ -835,6 +835,7 @@ bool plan_shared_spectra(const PlannedConvolution& input, const PlannedWeightGra
   // two phases meet the same pairs of elements.
   if (input.kernels != weight.kernels || weight.kernels->both_gradients == nullptr ||
       convolution.lanes.cross_images != plan.lanes.cross_images ||
+      convolution.source.stride_h != plan.grad_output.stride_h ||  // one is turned
       convolution.fft.y.size != fft.y.size || convolution.fft.x.size != fft.x.size)
     return false;
   const bool cross_images = plan.lanes.cross_images;

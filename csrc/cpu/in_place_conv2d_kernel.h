@@ -565,11 +565,12 @@ void weight_gradient_in_place_as(const WeightGradientPlan& plan, int64_t begin, 
         T* const gradient = partial + block * elements;
         T* const first_tap =
             gradient + (plan.y.first_output * plan.kernel_w + plan.x.first_output) * V;
-        const auto add = [&](auto apart_, auto taps_) {
-          const InPlaceProducts<T, V, S, decltype(apart_)::value, decltype(taps_)::value> products =
-              {plan, static_cast<const S*>(grad.data) + image * grad.stride_b + channel,
-               static_cast<const S*>(input.data) + image * input.stride_b + channel,
-               left + repeated < V ? int(left) : V, int(repeated)};
+        const auto add = [&](auto columns_apart, auto row_of_taps) {
+          const InPlaceProducts<T, V, S, decltype(columns_apart)::value,
+                                decltype(row_of_taps)::value>
+              products = {plan, static_cast<const S*>(grad.data) + image * grad.stride_b + channel,
+                          static_cast<const S*>(input.data) + image * input.stride_b + channel,
+                          left + repeated < V ? int(left) : V, int(repeated)};
           for (int64_t m = 0; m < plan.y.count; m += products.kTapRows)
             products.add(i, rows, m, first_tap + m * plan.kernel_w * V,
                          m == 0 ? gradient + taps * V : nullptr, ahead);
