@@ -230,9 +230,9 @@ def test_explain_tells_layout_method_and_refusals():
         ((8, 64, 14, 14), (5, 5), torch.channels_last, "in_place"),
         ((8, 64, 7, 7), (13, 13), torch.channels_last, "dense"),
         ((8, 64, 7, 7), (3, 3), torch.channels_last, "in_place"),
-        ((8, 64, 10, 10), (3, 3), torch.channels_last, "blocks"),
+        ((8, 64, 10, 10), (3, 3), torch.channels_last, "in_place"),
         ((8, 64, 14, 14), (9, 9), torch.channels_last, "blocks"),
-        ((8, 64, 14, 14), (9, 3), torch.channels_last, "blocks"),
+        ((8, 64, 14, 14), (9, 3), torch.channels_last, "in_place"),
         ((1, 192, 28, 28), (51, 5), torch.channels_last, "blocks"),
     ],
 )

@@ -29,7 +29,7 @@ constexpr int64_t kPositionsPerPart = 384;
 constexpr int64_t kMostInPlaceTaps = 25;
 // The same without a stride, and the share of the columns of tiles of 7 that are needed.
 constexpr int64_t kMostTiledTaps = 49;
-constexpr double kLeastTiledShare = 0.6;
+constexpr double kLeastTiledShare = 0.7;
 // Bytes of a pixel from which columns of taps are taken as rows.
 constexpr int64_t kLeastTurnedPixel = 256;
 // Blocks of channels that a weight gradient takes together there: a pixel is read in long runs.
