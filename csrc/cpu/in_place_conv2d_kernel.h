@@ -375,6 +375,14 @@ void convolve_in_place_as(const ConvolvePlan& plan, int64_t begin, int64_t end) 
   }
 }
 
+// Kernel rows whose gradients are summed together, by the taps of a row.
+constexpr int tap_rows_together(int64_t taps) { return taps == 1 ? 7 : int(taps); }
+
+// Columns between two steps of loading ahead: a whole row's at once would stall the processor.
+constexpr int columns_per_step(int64_t taps, size_t element) {
+  return element == 2 || taps < 3 ? 2 : 1;
+}
+
 // Rows [row, row + rows) of grad_output of one image against what kTapRows kernel rows of kTaps
 // taps from first_tap_row on meet, for one block of channels: added to the gradients of those taps,
 // and where `bias` is wanted to that of the bias. Where kApart is 1 or 2, neighbouring columns of
@@ -382,10 +390,9 @@ void convolve_in_place_as(const ConvolvePlan& plan, int64_t begin, int64_t end) 
 // but so many of them are met again.
 template <class T, int V, class S, int kApart, int kTaps>
 struct InPlaceProducts {
-  static constexpr int kTapRows = kTaps == 1 ? 7 : kTaps == 2 ? 4 : 3;
+  static constexpr int kTapRows = tap_rows_together(kTaps);
   static constexpr int kShared = kApart ? kTaps - kApart : 0;
-  // Columns between two steps of loading ahead: a whole row's at once would stall the processor.
-  static constexpr int kColumnsPerStep = sizeof(S) == 2 ? 2 : 1;
+  static constexpr int kColumnsPerStep = columns_per_step(kTaps, sizeof(S));
   const WeightGradientPlan& plan;
   const S *grad, *input;  // at (0, 0)
   int channels;           // in the block; all of it unless kApart is 0
@@ -531,11 +538,9 @@ void weight_gradient_in_place_as(const WeightGradientPlan& plan, int64_t begin, 
     for (int64_t row = first_row_of(part), rows; row < last_row; row += rows) {
       const int64_t image = row / height, i = row % height;
       rows = rows_from(row, last_row);
-      const int64_t columns = ceil_div(grad.width, InPlaceProducts<T, V, S, 2, 3>::kColumnsPerStep);
+      const int64_t columns = ceil_div(grad.width, columns_per_step(plan.x.count, sizeof(S)));
       const int64_t steps = (last_block - first_block) * rows * columns *
-                            ceil_div(plan.y.count, plan.x.count == 1   ? 7
-                                                   : plan.x.count == 2 ? 4
-                                                                       : 3);
+                            ceil_div(plan.y.count, tap_rows_together(plan.x.count));
       // Meanwhile the next rows, of this task or the one after it, and what they meet beyond these
       // come into the cache.
       const bool same_task = row + rows < last_row;
