@@ -278,7 +278,7 @@ def test_bfloat16_rows_stand_in_pairs_where_the_processor_multiplies_them():
         (96, 28, (31, 5), "pairs_in_place", "fft"),
         (61, 20, (3, 3), "pairs_in_place", "in_place"),
         (48, 7, (5, 5), "pairs", "in_place"),  # a quarter of the lanes would idle
-        (96, 10, (3, 3), "pairs", "blocks"),  # so would columns
+        (96, 10, (3, 3), "pairs", "in_place"),  # so would columns
         (96, 14, (9, 9), "pairs", "blocks"),
     ],
 )
