@@ -272,8 +272,11 @@ bool row_tiles_serve(const ConvParams& p, const Phase& y, const Phase& x, const 
     return false;
   // One tile may meet the padding on both sides, of several the first and the last on one.
   if (columns != kRowTileColumns && columns < kRowTileColumns + x.taps / 2) return false;
+  // One row of taps takes so little time that loading ahead for every row of a tile comes in
+  // bursts.
   if (!paired)
-    return y.taps <= kMostSingleRows && !lanes.cross_images && cheap_to_widen(p.storage, columns) &&
+    return y.taps > 1 && y.taps <= kMostSingleRows && !lanes.cross_images &&
+           cheap_to_widen(p.storage, columns) &&
            used_share(columns, kRowTileColumns) >= kLeastTileShare;
   const int interleaved = 2 * kernels(p.storage).paired_full.lanes;
   return y.taps * columns * interleaved * 2 <= kPairedRowsBytes &&
