@@ -188,3 +188,26 @@ def test_operators_check_what_they_are_told():
             ours.backward_weight(wrong, x, [3, 3], *geometry)
     with pytest.raises(RuntimeError, match=r"padding \(top, left, bottom, right\)"):
         ours.forward(x, weight, None, [1, 1], [1, 1], [1, 1], False)
+
+
+@pytest.mark.parametrize("kernel", [(3, 1), (5, 1), (9, 1)])
+@pytest.mark.parametrize("contiguous", [False, True])
+def test_a_column_of_taps_is_not_mixed_with_the_row_that_it_is_taken_as(kernel, contiguous):
+    """Of equal transforms, with a gradient whose rows and columns are the same element."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 64, 12, 14, generator=generator)
+    weight = torch.randn(64, 1, *kernel, generator=generator)
+    geometry = ((1, 1), (kernel[0] // 2, 0, kernel[0] // 2, 0), (1, 1))
+    grad_output = torch.randn(2, 64, 1, 1, generator=generator).expand(2, 64, 12, 14)
+    if not contiguous:
+        x = x.contiguous(memory_format=torch.channels_last)
+    operators = ops.DEPTHWISE["cpu_fft"]
+    both = operators.backward(grad_output, x, weight, *geometry, True)
+    for found, one in zip(
+        both, separately(operators, grad_output, x, weight, geometry, True), strict=True
+    ):
+        assert torch.equal(found, one)
+    truth = torch.nn.grad.conv2d_input(
+        x.shape, weight.double(), grad_output.double(), padding=(kernel[0] // 2, 0), groups=64
+    )
+    torch.testing.assert_close(both[0].double(), truth, rtol=1e-5, atol=1e-4)

@@ -213,6 +213,11 @@ TILED = (
         "a stride that is the dilation": Case(
             2, 20, 18, 23, (3, 3), (2, 2), padding=(2, 2), dilation=(2, 2), **LAST
         ),
+        "one tap, dilation": Case(2, 20, 9, 17, (3, 1), padding=(3, 0), dilation=(3, 5), **LAST),
+        "one tap, stride 2": Case(2, 20, 9, 17, (1, 1), (2, 2), **LAST),
+        "one tap, stride 3, dilation 2": Case(
+            2, 20, 9, 17, (2, 1), (3, 3), dilation=(2, 2), **LAST
+        ),
         "a stride of 3": Case(2, 20, 18, 23, (3, 3), (3, 3), padding=(1, 1), **LAST),
         "a stride of 4, 5 taps": Case(2, 20, 18, 23, (5, 5), (4, 4), padding=(2, 2), **LAST),
         "two vectors that overlap": Case(2, 24, 9, 14, (3, 3), padding="same", **LAST),

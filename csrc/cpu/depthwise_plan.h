@@ -79,8 +79,8 @@ struct ConvolvePlan {
   int64_t groups_per_image;  // groups of buffer.blocks blocks; 0 where blocks go one by one
   FftConv fft;               // of the transform kernels
   bool dense = false;        // the kernel covers the map from every position
-  bool in_place = false;     // the source is read where it stands, with a stride
-  bool row_tiles = false;    // the same with unit steps, by single rows or by pairs
+  bool in_place = false;     // the source is read where it stands
+  bool row_tiles = false;    // the same for tiles of some columns, by single rows or pairs
   bool direct_store;         // kernels may write the target themselves
   const void* weight;        // (C, kH, kW) dense
   const void* bias;          // (C,) or null

@@ -361,7 +361,8 @@ bool tiles_in_place_serve(const ConvParams& p, const Phase& y, const Phase& x,
     return false;
   if (paired) return x.taps <= 2 && y.taps <= 2;
   return y.taps * x.taps <= kMostTiledTaps && cheap_to_widen(p.storage, target.width) &&
-         used_share(ceil_div(x.count, x.tap_step), kRowTileColumns) >= kLeastTiledShare;
+         used_share(x.taps == 1 ? x.count : ceil_div(x.count, x.tap_step), kRowTileColumns) >=
+             kLeastTiledShare;
 }
 
 void plan_in_place(PlannedConvolution& planned, int num_threads) {
@@ -838,7 +839,7 @@ bool plan_shared_spectra(const PlannedConvolution& input, const PlannedWeightGra
   // two phases meet the same pairs of elements.
   if (input.kernels != weight.kernels || weight.kernels->both_gradients == nullptr ||
       convolution.lanes.cross_images != plan.lanes.cross_images ||
-      convolution.source.stride_h != plan.grad_output.stride_h ||  // one is turned
+      convolution.kernel_h != plan.kernel_h ||  // one is turned
       convolution.fft.y.size != fft.y.size || convolution.fft.x.size != fft.x.size)
     return false;
   const bool cross_images = plan.lanes.cross_images;

@@ -1,7 +1,7 @@
-// Depthwise convolution that reads channels_last maps where they stand, for kernels with few taps
-// and a stride; without one, the weight gradients of three taps (row_tiles_kernel.h has the rest).
-// Most other kernels unpack the source first, which pays where each element meets many taps; with
-// stride 2 an element meets a quarter as many.
+// Depthwise convolution that reads channels_last maps where they stand, for kernels with few taps:
+// with any steps, and what row_tiles_kernel.h leaves of unit steps and dilation; and the weight
+// gradients of one to three taps in a row. Most other kernels unpack the source first, which pays
+// where each element meets many taps; with stride 2 an element meets a quarter as many.
 #pragma once
 
 #include "correlate.h"
@@ -287,17 +287,18 @@ struct InPlaceRow {
     return true;
   }
 
-  // One phase of unit steps.
+  // One phase whose outputs or taps have unit steps, or both the same.
   template <class Row>
   void unit_tiles(int64_t phase) const {
     const Phase& x = plan.phases_x[phase];
-    const int64_t ways = x.out_step == 1 ? x.tap_step : 1;
+    const int64_t apart = x.taps == 1 ? x.out_step : x.tap_step;  // of one, the step means nothing
+    const int64_t ways = x.out_step == 1 ? apart : 1;
     for (int64_t first = 0; first < ways && first < x.count; ++first)
-      tiles<Row>(phase, first, x.tap_step);
+      tiles<Row>(phase, first, apart);
   }
   bool unit_tiled(int64_t phase) const {
     const Phase& x = plan.phases_x[phase];
-    if (x.out_step != 1 && x.out_step != x.tap_step) return false;
+    if (x.out_step != 1 && x.out_step != x.tap_step && x.taps != 1) return false;
     const int64_t count = x.out_step == 1 ? ceil_div(x.count, x.tap_step) : x.count;
     switch (x.taps) {
       case 1: unit_tiles<RowShape<1, 1>>(phase); return true;
