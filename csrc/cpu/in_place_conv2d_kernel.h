@@ -83,7 +83,7 @@ struct InPlaceSums {
 
 // What networks have, known when it is compiled: one phase of outputs, or two that interleave, with
 // kTaps and kMoreTaps taps in a row. Output j of a phase begins at source column j·kStep, of the
-// second kLater further right.
+// second kLater further right. kMost outputs of a phase, as registers allow.
 template <int kStep_, int kTaps_, int kMoreTaps_ = 0, int kLater_ = 0, int kMost_ = 7>
 struct RowShape {
   static constexpr int kStep = kStep_, kPhases = kMoreTaps_ > 0 ? 2 : 1;
