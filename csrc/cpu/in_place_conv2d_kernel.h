@@ -61,7 +61,7 @@ struct InPlaceSums {
   void sum(int channels) const {
     const Vec<T, V> start = bias ? load_aligned<V>(bias) : Vec<T, V>{};
     Vec<T, V> sums[kOutputs];
-#pragma GCC unroll 8
+#pragma GCC unroll kUnroll
     for (int t = 0; t < kOutputs; ++t) sums[t] = start;
     for (int64_t m = 0; m < rows; ++m) {
       const S* from = source + m * source_row;
@@ -69,13 +69,13 @@ struct InPlaceSums {
       for (int64_t n = 0; n < columns; ++n, from += source_column, w += V) {
         Vec<T, V> tap = load_aligned<V>(w);
         keep_in_register(tap);
-#pragma GCC unroll 8
+#pragma GCC unroll kUnroll
         for (int t = 0; t < kOutputs; ++t)
           sums[t] += tap * (kWhole ? load<T, V, S>(from + t * source_output)
                                    : load_some<T, V, S>(from + t * source_output, channels));
       }
     }
-#pragma GCC unroll 8
+#pragma GCC unroll kUnroll
     for (int t = 0; t < kOutputs; ++t)
       store_some<T, V, S>(out + t * out_column, sums[t], kWhole ? V : channels);
   }
@@ -125,35 +125,35 @@ struct InPlaceTile {
   void sum(int channels) const {
     const Vec<T, V> start = bias ? load_aligned<V>(bias) : Vec<T, V>{};
     Vec<T, V> sums[Row::kPhases][Row::kOutputs];
-#pragma GCC unroll 2
+#pragma GCC unroll kUnroll
     for (int p = 0; p < Row::kPhases; ++p)
-#pragma GCC unroll 8
+#pragma GCC unroll kUnroll
       for (int t = 0; t < Row::kOutputs; ++t) sums[p][t] = start;
     for (int64_t m = 0; m < rows; ++m) {
       const S* from = source + m * source_row;
       Vec<T, V> taps[Row::kPhases][Row::kMostTaps];
-#pragma GCC unroll 2
+#pragma GCC unroll kUnroll
       for (int p = 0; p < Row::kPhases; ++p)
-#pragma GCC unroll 8
+#pragma GCC unroll kUnroll
         for (int n = 0; n < Row::kTaps[p]; ++n)
           taps[p][n] = load_aligned<V>(weight[p] + (m * Row::kTaps[p] + n) * V);
-#pragma GCC unroll 32
+#pragma GCC unroll kUnrollColumns
       for (int s = 0; s < Row::kColumns; ++s, from += source_column) {
         if (!kWhole && (s < first_column || s >= end_column)) continue;
         Vec<T, V> value = kWhole ? load<T, V, S>(from) : load_some<T, V, S>(from, channels);
         keep_in_register(value);
-#pragma GCC unroll 2
+#pragma GCC unroll kUnroll
         for (int p = 0; p < Row::kPhases; ++p)
-#pragma GCC unroll 8
+#pragma GCC unroll kUnroll
           for (int t = 0; t < Row::kOutputs; ++t) {
             const int n = s - Row::kFirst[p] - t * Row::kStep;
             if (n >= 0 && n < Row::kTaps[p]) sums[p][t] += taps[p][n] * value;
           }
       }
     }
-#pragma GCC unroll 2
+#pragma GCC unroll kUnroll
     for (int p = 0; p < Row::kPhases; ++p)
-#pragma GCC unroll 8
+#pragma GCC unroll kUnroll
       for (int t = 0; t < Row::kOutputs; ++t)
         if (kWhole || t < outputs[p])
           store_some<T, V, S>(out + t * out_column + p * out_phase, sums[p][t],

@@ -17,9 +17,9 @@ namespace {
 // How far kernels unroll the loops that keep sums in registers. Not under AddressSanitizer, whose
 // checks in every unrolled line take minutes to compile.
 #if defined(__SANITIZE_ADDRESS__)
-constexpr int kUnroll = 1;
+constexpr int kUnroll = 1, kUnrollColumns = 1;
 #else
-constexpr int kUnroll = 16;
+constexpr int kUnroll = 16, kUnrollColumns = 32;
 #endif
 
 // Storage of 16-bit types; arithmetic happens in float.
