@@ -312,6 +312,24 @@ FLAT = {
 }
 
 
+# What every dtype takes.
+CASES = {
+    f"{kernels}: {name}": case
+    for kernels, cases in {
+        "planar": PLANAR,
+        "dense": DENSE,
+        "row tiles": ROW_TILES,
+        "spanned": SPANNED,
+        "in place": IN_PLACE,
+        "few channels": FEW_CHANNELS,
+        "tiled": TILED,
+        "columns of taps": COLUMNS_OF_TAPS,
+        "overlapping": OVERLAPPING,
+    }.items()
+    for name, case in cases.items()
+}
+
+
 @pytest.mark.usefixtures("compiled_cpu")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", FLAT.values(), ids=FLAT)
@@ -323,13 +341,6 @@ def test_flat(case, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", PAIRED.values(), ids=PAIRED)
 def test_paired(case, dtype):
-    check_case(case, dtype, "direct")
-
-
-@pytest.mark.usefixtures("compiled_cpu")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", ROW_TILES.values(), ids=ROW_TILES)
-def test_row_tiles(case, dtype):
     check_case(case, dtype, "direct")
 
 
@@ -349,61 +360,16 @@ def test_an_infinity_reaches_one_row_more_at_most():
 
 @pytest.mark.usefixtures("compiled_cpu")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", SPANNED.values(), ids=SPANNED)
-def test_spanned(case, dtype):
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_direct_sums(case, dtype):
     check_case(case, dtype, "direct")
 
 
 @pytest.mark.usefixtures("compiled_cpu")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", IN_PLACE.values(), ids=IN_PLACE)
-def test_in_place(case, dtype):
-    check_case(case, dtype, "direct")
-
-
-@pytest.mark.usefixtures("compiled_cpu")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", FEW_CHANNELS.values(), ids=FEW_CHANNELS)
-def test_few_channels(case, dtype):
-    check_case(case, dtype, "direct")
-
-
-@pytest.mark.usefixtures("compiled_cpu")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", TILED.values(), ids=TILED)
-def test_tiled_in_place(case, dtype):
-    check_case(case, dtype, "direct")
-
-
-@pytest.mark.usefixtures("compiled_cpu")
-@pytest.mark.parametrize("method", ["direct", "fft"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", COLUMNS_OF_TAPS.values(), ids=COLUMNS_OF_TAPS)
-def test_columns_of_taps(case, dtype, method):
-    if method == "fft" and set(case.stride) != {1}:
-        pytest.skip("transforms have no stride")
-    check_case(case, dtype, method)
-
-
-@pytest.mark.usefixtures("compiled_cpu")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", OVERLAPPING.values(), ids=OVERLAPPING)
-def test_overlapping_vectors_of_channels(case, dtype):
-    check_case(case, dtype, "direct")
-
-
-@pytest.mark.usefixtures("compiled_cpu")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", PLANAR.values(), ids=PLANAR)
-def test_planar(case, dtype):
-    check_case(case, dtype, "direct")
-
-
-@pytest.mark.usefixtures("compiled_cpu")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", DENSE.values(), ids=DENSE)
-def test_dense(case, dtype):
-    check_case(case, dtype, "direct")
+@pytest.mark.parametrize("name", [name for name in COLUMNS_OF_TAPS if "stride" not in name])
+def test_transforms_of_columns_of_taps(name, dtype):
+    check_case(COLUMNS_OF_TAPS[name], dtype, "fft")
 
 
 @pytest.mark.usefixtures("compiled_cpu")

@@ -73,6 +73,11 @@ int64_t storage_bytes(Storage storage) {
                                                                      : arithmetic_bytes(storage);
 }
 
+// Whether vectors have 64 bytes: then there are 32 of them, and masks.
+bool has_wide_vectors(Storage storage) {
+  return kernels(storage).full.lanes * arithmetic_bytes(storage) == 64;
+}
+
 LanePlan channel_blocks(int64_t batch, int64_t channels, int lanes) {
   const int64_t blocks = ceil_div(channels, lanes);
   return {lanes, false, blocks, blocks * batch, blocks};
@@ -97,15 +102,14 @@ bool overlapping_blocks(Storage storage, int64_t batch, int64_t channels, LanePl
 LanePlan plan_lanes(const ConvParams& p, bool channels_adjacent, const DepthwiseKernels*& chosen) {
   const int64_t batch = p.batch, channels = p.channels;
   const DepthwiseKernels &full = kernels(p.storage).full, &half = kernels(p.storage).half;
-  const bool has_masks = full.lanes * arithmetic_bytes(p.storage) == 64;
+  const int fewest = has_wide_vectors(p.storage) ? half.lanes / 2 : half.lanes;
   LanePlan plan;
   const double with_full = used_share(channels, full.lanes);
   const double with_half = used_share(channels, half.lanes);
   const bool use_half = with_full < 0.8 && with_half > with_full;
   chosen = use_half ? &half : &full;
-  plan.cross_images =
-      std::max(with_full, use_half ? with_half : 0.0) < 0.8 &&
-      !(channels_adjacent && (batch == 1 || channels >= (has_masks ? half.lanes / 2 : half.lanes)));
+  plan.cross_images = std::max(with_full, use_half ? with_half : 0.0) < 0.8 &&
+                      !(channels_adjacent && (batch == 1 || channels >= fewest));
   if (plan.cross_images) {
     chosen = batch * channels <= half.lanes ? &half : &full;
     plan.lanes = chosen->lanes;
@@ -471,9 +475,8 @@ void plan_flat(PlannedWeightGradient& planned) {
 // registers of vectors of 64 bytes, if channels fill one.
 bool in_place_serves_unit_steps(const ConvParams& p, int64_t taps_y, int64_t taps_x) {
   const bool few_rows = taps_x == 3 ? taps_y == 3 : taps_x == 1 ? taps_y <= 7 : taps_y <= 4;
-  const int lanes = kernels(p.storage).full.lanes;
-  return lanes * arithmetic_bytes(p.storage) == 64 && unit_steps(p) && few_rows &&
-         p.input.stride_c == 1 && p.output.stride_c == 1 && p.channels >= lanes;
+  return has_wide_vectors(p.storage) && unit_steps(p) && few_rows && p.input.stride_c == 1 &&
+         p.output.stride_c == 1 && p.channels >= kernels(p.storage).full.lanes;
 }
 
 void plan_in_place(PlannedWeightGradient& planned) {
@@ -787,7 +790,7 @@ PlannedWeightGradient plan_backward_weight(const ConvParams& p) {
   planned.kernel_name = "blocks";
   plan.lanes = plan_lanes(p, p.input.stride_c == 1 && p.output.stride_c == 1, planned.kernels);
 
-  // What half a vector has no use for is better unpacked once than read for every tap.
+  // Fewer channels than half a vector has lanes are better unpacked once than read for every tap.
   const bool few_channels = p.channels < kernels(p.storage).half.lanes;
   if (plan.x.count > 0 && plan.x.count <= 3 && plan.y.count > 0 &&
       ((in_place_serves(p, plan.lanes) && !few_channels) ||

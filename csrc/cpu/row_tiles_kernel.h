@@ -184,8 +184,8 @@ void convolve_rows(const ConvolvePlan& plan, const typename Rows::Element* sourc
   const int64_t width = plan.target.width, weight_vector = plan.packed_taps * V;
   const auto* weight = static_cast<const T*>(plan.packed_weight);
   const auto* bias = plan.bias ? static_cast<const T*>(plan.packed_bias) : nullptr;
-  // `tiles` of channels side by side, of `count` channels each.
   int64_t next_vector = V;
+  // `tiles` of channels side by side, of `count` channels each.
   const auto rows_of = [&](auto vectors, auto whole, int64_t channel, int count, int64_t tiles) {
     constexpr int kVectors = decltype(vectors)::value;
     for (int64_t i = row; i < end_row; ++i) {
