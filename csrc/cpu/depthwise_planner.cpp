@@ -361,7 +361,7 @@ bool tiles_in_place_serve(const ConvParams& p, const Phase& y, const Phase& x,
                           const MapView& source, const MapView& target, const LanePlan& lanes,
                           bool paired) {
   if (p.stride_h * p.stride_w != 1 || source.stride_c != 1 || target.stride_c != 1 ||
-      lanes.cross_images || x.taps < 1 || x.taps > 7 || x.taps == 6)
+      lanes.cross_images || x.taps < 1 || (x.taps > 7 && y.taps > 1) || x.taps == 6)
     return false;
   if (paired) return x.taps <= 2 && y.taps <= 2;
   return y.taps * x.taps <= kMostTiledTaps && cheap_to_widen(p.storage, target.width) &&

@@ -96,6 +96,14 @@ struct RowShape {
   static constexpr int end(int phase) { return kFirst[phase] + kTaps[phase]; }
   static constexpr int kColumns =
       (kOutputs - 1) * kStep + (kPhases > 1 && end(1) > end(0) ? end(1) : end(0));
+  static constexpr bool kLong = false;
+  static constexpr int64_t columns(int64_t) { return kColumns; }
+};
+
+// Any number of taps in a row with unit steps, as many at a time as registers hold.
+struct LongRow : RowShape<1, 7> {
+  static constexpr bool kLong = true;
+  static constexpr int64_t columns(int64_t taps) { return kOutputs - 1 + taps; }
 };
 
 // Sums of one block of channels for a row of such a shape. A source column is read once for all
@@ -104,9 +112,10 @@ template <class T, class S, class Row>
 struct InPlaceTile {
   const S* source;  // of kernel row 0 and the first column
   int64_t rows, source_row, source_column;
-  int64_t first_column, end_column;  // of kColumns those that the source has
+  int64_t first_column, end_column;  // of the row's columns those that the source has
   int64_t outputs[2];                // of phases, those that the target has
   const T* weight[2];                // of phases
+  int64_t taps;                      // of a long row
   const T* bias;
   S* out;
   int64_t out_column, out_phase;
@@ -120,35 +129,78 @@ struct InPlaceTile {
     if (bias) bias += V;
   }
 
+  template <int V>
+  using Sums = Vec<T, V>[Row::kPhases][Row::kOutputs];
+
+  // Adds what a row of taps of this shape meets, whose columns begin at `from`.
+  template <class Shape, int V, bool kWhole>
+  __attribute__((always_inline)) void add(const S* from, const T* const (&first_tap)[2],
+                                          int64_t first, int64_t end, int channels,
+                                          Sums<V>& sums) const {
+    Vec<T, V> taps[Shape::kPhases][Shape::kMostTaps];
+#pragma GCC unroll kUnroll
+    for (int p = 0; p < Shape::kPhases; ++p)
+#pragma GCC unroll kUnroll
+      for (int n = 0; n < Shape::kTaps[p]; ++n) taps[p][n] = load_aligned<V>(first_tap[p] + n * V);
+#pragma GCC unroll kUnrollColumns
+    for (int s = 0; s < Shape::kColumns; ++s, from += source_column) {
+      if (!kWhole && (s < first || s >= end)) continue;
+      Vec<T, V> value = kWhole ? load<T, V, S>(from) : load_some<T, V, S>(from, channels);
+      keep_in_register(value);
+#pragma GCC unroll kUnroll
+      for (int p = 0; p < Shape::kPhases; ++p)
+#pragma GCC unroll kUnroll
+        for (int t = 0; t < Shape::kOutputs; ++t) {
+          const int n = s - Shape::kFirst[p] - t * Shape::kStep;
+          if (n >= 0 && n < Shape::kTaps[p]) sums[p][t] += taps[p][n] * value;
+        }
+    }
+  }
+
+  // The same for a long row.
+  template <int V, bool kWhole>
+  __attribute__((always_inline)) void add_long(const S* from, const T* tap, int channels,
+                                               Sums<V>& sums) const {
+    int64_t first = first_column, end = end_column, left = taps;
+    const auto some = [&](auto many) __attribute__((always_inline)) {
+      add<RowShape<1, decltype(many)::value>, V, kWhole>(from, {tap, tap}, first, end, channels,
+                                                         sums);
+    };
+    constexpr int kTogether = Row::kMostTaps;
+    for (; left >= kTogether; left -= kTogether) {
+      some(Constant<kTogether>{});
+      from += kTogether * source_column;
+      tap += kTogether * V;
+      first -= kTogether;
+      end -= kTogether;
+    }
+    switch (left) {
+      case 1: some(Constant<1>{}); break;
+      case 2: some(Constant<2>{}); break;
+      case 3: some(Constant<3>{}); break;
+      case 4: some(Constant<4>{}); break;
+      case 5: some(Constant<5>{}); break;
+      case 6: some(Constant<6>{}); break;
+    }
+  }
+
   // kWhole: all columns, channels and outputs exist.
   template <int V, bool kWhole>
   void sum(int channels) const {
     const Vec<T, V> start = bias ? load_aligned<V>(bias) : Vec<T, V>{};
-    Vec<T, V> sums[Row::kPhases][Row::kOutputs];
+    Sums<V> sums;
 #pragma GCC unroll kUnroll
     for (int p = 0; p < Row::kPhases; ++p)
 #pragma GCC unroll kUnroll
       for (int t = 0; t < Row::kOutputs; ++t) sums[p][t] = start;
     for (int64_t m = 0; m < rows; ++m) {
       const S* from = source + m * source_row;
-      Vec<T, V> taps[Row::kPhases][Row::kMostTaps];
-#pragma GCC unroll kUnroll
-      for (int p = 0; p < Row::kPhases; ++p)
-#pragma GCC unroll kUnroll
-        for (int n = 0; n < Row::kTaps[p]; ++n)
-          taps[p][n] = load_aligned<V>(weight[p] + (m * Row::kTaps[p] + n) * V);
-#pragma GCC unroll kUnrollColumns
-      for (int s = 0; s < Row::kColumns; ++s, from += source_column) {
-        if (!kWhole && (s < first_column || s >= end_column)) continue;
-        Vec<T, V> value = kWhole ? load<T, V, S>(from) : load_some<T, V, S>(from, channels);
-        keep_in_register(value);
-#pragma GCC unroll kUnroll
-        for (int p = 0; p < Row::kPhases; ++p)
-#pragma GCC unroll kUnroll
-          for (int t = 0; t < Row::kOutputs; ++t) {
-            const int n = s - Row::kFirst[p] - t * Row::kStep;
-            if (n >= 0 && n < Row::kTaps[p]) sums[p][t] += taps[p][n] * value;
-          }
+      if constexpr (Row::kLong) {
+        add_long<V, kWhole>(from, weight[0] + m * taps * V, channels, sums);
+      } else {
+        const T* const first_tap[2] = {weight[0] + m * Row::kTaps[0] * V,
+                                       weight[1] + m * Row::kTaps[1] * V};
+        add<Row, V, kWhole>(from, first_tap, first_column, end_column, channels, sums);
       }
     }
 #pragma GCC unroll kUnroll
@@ -240,6 +292,7 @@ struct InPlaceRow {
     tile.source_column = apart * plan.source.stride_w;
     tile.out_column = x.output_stride * out_apart * plan.target.stride_w;
     tile.out_phase = plan.target.stride_w;
+    tile.taps = x.taps;
     S* const target = out + (x.first_output + first * x.output_stride) * plan.target.stride_w;
     const auto every = [&](int64_t outputs) { return ceil_div(outputs - first, out_apart); };
     const int64_t count = every(x.count);
@@ -250,7 +303,7 @@ struct InPlaceRow {
       tile.source = source + column * plan.source.stride_w;
       tile.first_column = column < 0 ? ceil_div(-column, apart) : 0;
       tile.end_column = ceil_div(plan.source.width - column, apart);
-      bool inside = column >= 0 && tile.end_column >= Row::kColumns;
+      bool inside = column >= 0 && tile.end_column >= Row::columns(x.taps);
       for (int p = 0; p < Row::kPhases; ++p) {
         tile.outputs[p] = every(plan.phases_x[phase + p].count) - output;
         inside = inside && tile.outputs[p] >= Row::kOutputs;
@@ -312,7 +365,10 @@ struct InPlaceRow {
       case 4: unit_tiles<RowShape<1, 4>>(phase); return true;
       case 5: unit_tiles<RowShape<1, 5>>(phase); return true;
       case 7: unit_tiles<RowShape<1, 7>>(phase); return true;
-      default: return false;
+      default:
+        if (x.taps < 7) return false;
+        unit_tiles<LongRow>(phase);
+        return true;
     }
   }
 
@@ -380,9 +436,7 @@ void convolve_in_place_as(const ConvolvePlan& plan, int64_t begin, int64_t end) 
 constexpr int tap_rows_together(int64_t taps) { return taps == 1 ? 7 : int(taps); }
 
 // Columns between two steps of loading ahead: a whole row's at once would stall the processor.
-constexpr int columns_per_step(int64_t taps, size_t element) {
-  return element == 2 || taps < 3 ? 2 : 1;
-}
+constexpr int columns_per_step(int64_t taps, size_t element) { return 4; }
 
 // Rows [row, row + rows) of grad_output of one image against what kTapRows kernel rows of kTaps
 // taps from first_tap_row on meet, for one block of channels: added to the gradients of those taps,
@@ -403,15 +457,123 @@ struct InPlaceProducts {
     return kApart ? load<T, V, S>(at) : load_some<T, V, S>(at, channels);
   }
 
-  void add(int64_t row, int64_t rows, int64_t first_tap_row, T* gradient, T* bias,
-           Ahead& ahead) const {
-    const Phase &y = plan.y, &x = plan.x;
+  using Sums = Vec<T, V>[kTapRows][kTaps];
+
+  // Any steps: every tap reads for itself. `meets`: the rows that exist.
+  __attribute__((always_inline)) void add_row(const S* grad_row,
+                                              const S* const (&input_row)[kTapRows],
+                                              const bool (&meets)[kTapRows], bool all, Sums& sums,
+                                              Vec<T, V>& total, Ahead& ahead) const {
+    const Phase& x = plan.x;
     const MapView& map = plan.input;
     const int64_t count = plan.grad_output.width, stride = map.stride_w;
     // Columns of grad_output of which every tap meets a column of the input.
     const Phase as_outputs = {0, 1, count, kTaps, x.origin, x.tap_step, x.out_step, 0, 1};
     const OutputRange whole = whole_outputs(as_outputs, map.width);
-    Vec<T, V> sums[kTapRows][kTaps], total = {};
+    for (int64_t c = 0; c < count; ++c) {
+      const Vec<T, V> g = element(grad_row + c * plan.grad_output.stride_w);
+      if (c % kColumnsPerStep == 0) ahead.step_runs();
+      total += g;
+      const bool inside = all && c >= whole.begin && c < whole.end;
+#pragma GCC unroll kUnroll
+      for (int n = 0; n < kTaps; ++n) {
+        const int64_t column = x.origin + c * x.tap_step + n * x.out_step;
+        if (inside) {
+#pragma GCC unroll kUnroll
+          for (int m = 0; m < kTapRows; ++m)
+            sums[m][n] += g * element(input_row[m] + column * stride);
+        } else if (column >= 0 && column < map.width) {
+#pragma GCC unroll kUnroll
+          for (int m = 0; m < kTapRows; ++m)
+            if (meets[m]) sums[m][n] += g * element(input_row[m] + column * stride);
+        }
+      }
+    }
+  }
+
+  // Of what a column of grad_output meets, the first kShared columns are kept from the one before.
+  // What does not exist is zero.
+  __attribute__((always_inline)) void add_row_of_shared(const S* grad_row,
+                                                        const S* const (&input_row)[kTapRows],
+                                                        const bool (&meets)[kTapRows], Sums& sums,
+                                                        Vec<T, V>& total, Ahead& ahead) const {
+    static const S zeros[V] = {};
+    const MapView& map = plan.input;
+    const int64_t count = plan.grad_output.width, origin = plan.x.origin;
+    const auto read = [&](int m, int64_t column) __attribute__((always_inline)) {
+      const bool exists = meets[m] && column >= 0 && column < map.width;
+      return element(exists ? input_row[m] + column * map.stride_w : zeros);
+    };
+    Vec<T, V> shared[kTapRows][kShared > 0 ? kShared : 1];
+#pragma GCC unroll kUnroll
+    for (int m = 0; m < kTapRows; ++m)
+#pragma GCC unroll kUnroll
+      for (int n = 0; n < kShared; ++n) shared[m][n] = read(m, origin + n);
+    // One column; `read_tap` gives what tap n of row m meets, if it is not shared.
+    const auto add_column = [&](const S* at, auto read_tap) __attribute__((always_inline)) {
+      Vec<T, V> g = element(at);
+      keep_in_register(g);
+      total += g;
+#pragma GCC unroll kUnroll
+      for (int m = 0; m < kTapRows; ++m) {
+        if (kTaps == 1 && !meets[m]) continue;  // of many rows, few may exist
+        Vec<T, V> value[kTaps];
+#pragma GCC unroll kUnroll
+        for (int n = 0; n < kTaps; ++n) {
+          value[n] = n < kShared ? shared[m][n] : read_tap(m, n);
+          sums[m][n] += g * value[n];
+        }
+#pragma GCC unroll kUnroll
+        for (int n = 0; n < kShared; ++n) shared[m][n] = value[n + kApart];
+      }
+    };
+    const auto add_with_care = [&](int64_t c, int64_t end) __attribute__((always_inline)) {
+      for (; c < end; ++c)
+        add_column(grad_row + c * plan.grad_output.stride_w,
+                   [&](int m, int n)
+                       __attribute__((always_inline)) { return read(m, origin + c * kApart + n); });
+    };
+    // Columns of which all that is not shared lies within the row.
+    constexpr int64_t kStep = kApart > 0 ? kApart : 1;
+    int64_t begin = origin + kShared < 0 ? ceil_div(-origin - kShared, kStep) : 0;
+    int64_t end = map.width >= origin + kTaps ? (map.width - origin - kTaps) / kStep + 1 : 0;
+    if (begin > count) begin = count;
+    if (end > count) end = count;
+    if (end < begin) end = begin;
+    add_with_care(0, begin);
+    const S *at = grad_row + begin * plan.grad_output.stride_w, *next[kTapRows];
+    int64_t step[kTapRows];  // a row that does not exist is one zero again and again
+    for (int m = 0; m < kTapRows; ++m) {
+      step[m] = meets[m] ? map.stride_w : 0;
+      next[m] = meets[m] ? input_row[m] + (origin + begin * kStep + kShared) * map.stride_w : zeros;
+    }
+    const auto add_next = [&]() __attribute__((always_inline)) {
+      add_column(at, [&](int m, int) __attribute__((always_inline)) {
+        const Vec<T, V> value = element(next[m]);
+        next[m] += step[m];
+        keep_in_register(next[m]);
+        return value;
+      });
+      at += plan.grad_output.stride_w;
+      keep_in_register(at);
+    };
+    int64_t c = begin;
+    for (; c + kColumnsPerStep <= end; c += kColumnsPerStep) {
+      ahead.step_runs();
+#pragma GCC unroll kUnroll
+      for (int i = 0; i < kColumnsPerStep; ++i) add_next();
+    }
+    if (c < end) ahead.step_runs();
+    for (; c < end; ++c) add_next();
+    add_with_care(end, count);
+  }
+
+  void add(int64_t row, int64_t rows, int64_t first_tap_row, T* gradient, T* bias,
+           Ahead& ahead) const {
+    const Phase& y = plan.y;
+    const MapView& map = plan.input;
+    Sums sums;
+    Vec<T, V> total = {};
 #pragma GCC unroll kUnroll
     for (int m = 0; m < kTapRows; ++m)
 #pragma GCC unroll kUnroll
@@ -427,65 +589,10 @@ struct InPlaceProducts {
         input_row[m] = input + at * map.stride_h;
         all = all && meets[m];
       }
-      // Any steps: every tap reads for itself.
-      const auto apart = [&] {
-        for (int64_t c = 0; c < count; ++c) {
-          const Vec<T, V> g = element(grad_row + c * plan.grad_output.stride_w);
-          if (c % kColumnsPerStep == 0) ahead.step_runs();
-          total += g;
-          const bool inside = all && c >= whole.begin && c < whole.end;
-#pragma GCC unroll kUnroll
-          for (int n = 0; n < kTaps; ++n) {
-            const int64_t column = x.origin + c * x.tap_step + n * x.out_step;
-            if (inside) {
-#pragma GCC unroll kUnroll
-              for (int m = 0; m < kTapRows; ++m)
-                sums[m][n] += g * element(input_row[m] + column * stride);
-            } else if (column >= 0 && column < map.width) {
-#pragma GCC unroll kUnroll
-              for (int m = 0; m < kTapRows; ++m)
-                if (meets[m]) sums[m][n] += g * element(input_row[m] + column * stride);
-            }
-          }
-        }
-      };
-      const auto columns = [&](auto every_row) __attribute__((always_inline)) {
-        Vec<T, V> shared[kTapRows][kShared > 0 ? kShared : 1];  // of the next column: its first
-        const auto read = [&](int m, int64_t column, bool inside) __attribute__((always_inline)) {
-          const bool there = inside || (column >= 0 && column < map.width);
-          return there ? element(input_row[m] + column * stride) : Vec<T, V>{};
-        };
-#pragma GCC unroll kUnroll
-        for (int m = 0; m < kTapRows; ++m)
-#pragma GCC unroll kUnroll
-          for (int n = 0; n < kShared; ++n)
-            shared[m][n] = every_row.value || meets[m] ? read(m, x.origin + n, false) : Vec<T, V>{};
-        for (int64_t c = 0, column = x.origin; c < count; ++c, column += kApart) {
-          const bool inside = c >= whole.begin && c < whole.end;
-          Vec<T, V> g = element(grad_row + c * plan.grad_output.stride_w);
-          keep_in_register(g);
-          if (c % kColumnsPerStep == 0) ahead.step_runs();
-          total += g;
-#pragma GCC unroll kUnroll
-          for (int m = 0; m < kTapRows; ++m) {
-            if (!every_row.value && !meets[m]) continue;
-            Vec<T, V> value[kTaps];
-#pragma GCC unroll kUnroll
-            for (int n = 0; n < kTaps; ++n) {
-              value[n] = n < kShared ? shared[m][n] : read(m, column + n, inside);
-              sums[m][n] += g * value[n];
-            }
-#pragma GCC unroll kUnroll
-            for (int n = 0; n < kShared; ++n) shared[m][n] = value[n + kApart];
-          }
-        }
-      };
-      if (kApart == 0)
-        apart();
-      else if (all)
-        columns(Constant<true>{});
+      if constexpr (kApart == 0)
+        add_row(grad_row, input_row, meets, all, sums, total, ahead);
       else
-        columns(Constant<false>{});
+        add_row_of_shared(grad_row, input_row, meets, sums, total, ahead);
     }
     const auto add_to = [&](T* to, const Vec<T, V>& sum) {
       Vec<T, V> added = sum;
