@@ -170,8 +170,9 @@ bool planar_serves(const ConvParams& p, int64_t taps_y, int64_t taps_x, const Ma
   const bool two_bytes = p.storage == Storage::bfloat16 || p.storage == Storage::float16;
   if (two_bytes && (taps_y == 7 || target.width <= kernels(p.storage).planar_half.lanes))
     return false;
-  return unit_steps(p) && small_square(taps_y, taps_x) &&  //
-         source.stride_w == 1 && target.stride_w == 1 &&   //
+  const bool single = taps_y == 1 && taps_x == 1;
+  return unit_steps(p) && (single || small_square(taps_y, taps_x)) &&  //
+         source.stride_w == 1 && target.stride_w == 1 &&               //
          target.height >= kFewestPlanarRows && target.width >= kFewestPlanarRows;
 }
 
@@ -781,7 +782,7 @@ PlannedWeightGradient plan_backward_weight(const ConvParams& p) {
     planned.kernel_name = "flat";
     return planned;
   }
-  if (planar_serves(p, plan.y.count, plan.x.count, p.input, p.output)) {
+  if (plan.y.count > 1 && planar_serves(p, plan.y.count, plan.x.count, p.input, p.output)) {
     plan_planar(planned);
     planned.kernel_name = "planar";
     return planned;

@@ -24,6 +24,7 @@ inline TapRange taps_of(const Phase& phase, int64_t j, int64_t source_size) {
 struct OutputRange {
   int64_t begin, end;
 };
+constexpr OutputRange kAllOutputs = {0, INT64_MAX};
 
 // Outputs of which every tap meets an element of the source.
 inline OutputRange whole_outputs(const Phase& phase, int64_t source_size) {
@@ -236,7 +237,7 @@ struct InPlaceRow {
   }
 
   // Outputs of one phase of columns, whatever its steps.
-  void outputs(int64_t phase) const {
+  void outputs(int64_t phase, OutputRange range) const {
     const Phase& x = plan.phases_x[phase];
     InPlaceSums<T, S> sums;
     sums.source_row = source_row;
@@ -269,8 +270,9 @@ struct InPlaceRow {
     };
     const OutputRange whole = whole_outputs(x, plan.source.width);
     constexpr int kOutputs = 4;  // side by side: enough for sums not to wait for themselves
-    for (int64_t output = 0; output < x.count;)
-      if (output >= whole.begin && output + kOutputs <= whole.end) {
+    const int64_t end = range.end < x.count ? range.end : x.count;
+    for (int64_t output = range.begin; output < end;)
+      if (output >= whole.begin && output + kOutputs <= (end < whole.end ? end : whole.end)) {
         some(Constant<kOutputs>{}, output, {0, x.taps});
         output += kOutputs;
       } else {
@@ -281,9 +283,9 @@ struct InPlaceRow {
 
   // Tiles of Row::kPhases phases of columns from `phase` on; the last of several overlaps the one
   // before. Of dilated taps, every `apart`-th output from `first` on, which meet every so many
-  // columns.
+  // columns. Those of them that begin in `range`.
   template <class Row>
-  void tiles(int64_t phase, int64_t first, int64_t apart) const {
+  void tiles(int64_t phase, int64_t first, int64_t apart, OutputRange range) const {
     const Phase& x = plan.phases_x[phase];                  // the first phase has the most outputs
     const int64_t out_apart = x.out_step == 1 ? apart : 1;  // else steps of outputs are the taps'
     InPlaceTile<T, S, Row> tile;
@@ -296,7 +298,8 @@ struct InPlaceRow {
     S* const target = out + (x.first_output + first * x.output_stride) * plan.target.stride_w;
     const auto every = [&](int64_t outputs) { return ceil_div(outputs - first, out_apart); };
     const int64_t count = every(x.count);
-    for (int64_t next = 0; next < count; next += Row::kOutputs) {
+    const int64_t end = range.end < count ? range.end : count;
+    for (int64_t next = range.begin; next < end; next += Row::kOutputs) {
       const int64_t last = count > Row::kOutputs ? count - Row::kOutputs : 0;
       const int64_t output = next < last ? next : last;
       const int64_t column = x.origin + first + output * Row::kStep * apart;
@@ -336,38 +339,38 @@ struct InPlaceRow {
           x[p].origin - x[0].origin != Row::kFirst[p])
         return false;
     }
-    tiles<Row>(0, 0, 1);
+    tiles<Row>(0, 0, 1, kAllOutputs);
     return true;
   }
 
   // One phase whose outputs or taps have unit steps, or both the same.
   template <class Row>
-  void unit_tiles(int64_t phase) const {
+  void unit_tiles(int64_t phase, OutputRange range) const {
     const Phase& x = plan.phases_x[phase];
     const int64_t apart = x.taps == 1 ? x.out_step : x.tap_step;  // of one, the step means nothing
     const int64_t ways = x.out_step == 1 ? apart : 1;
     for (int64_t first = 0; first < ways && first < x.count; ++first)
-      tiles<Row>(phase, first, apart);
+      tiles<Row>(phase, first, apart, range);
   }
-  bool unit_tiled(int64_t phase) const {
+  bool unit_tiled(int64_t phase, OutputRange range) const {
     const Phase& x = plan.phases_x[phase];
     if (x.out_step != 1 && x.out_step != x.tap_step && x.taps != 1) return false;
     const int64_t count = x.out_step == 1 ? ceil_div(x.count, x.tap_step) : x.count;
     switch (x.taps) {
-      case 1: unit_tiles<RowShape<1, 1>>(phase); return true;
-      case 2: unit_tiles<RowShape<1, 2>>(phase); return true;
+      case 1: unit_tiles<RowShape<1, 1>>(phase, range); return true;
+      case 2: unit_tiles<RowShape<1, 2>>(phase, range); return true;
       case 3:  // dilated, maps of 14 or 28 columns leave too few for tiles of 7
         if (ceil_div(count, 5) * 6 < ceil_div(count, 7) * 8)
-          unit_tiles<RowShape<1, 3, 0, 0, 5>>(phase);
+          unit_tiles<RowShape<1, 3, 0, 0, 5>>(phase, range);
         else
-          unit_tiles<RowShape<1, 3>>(phase);
+          unit_tiles<RowShape<1, 3>>(phase, range);
         return true;
-      case 4: unit_tiles<RowShape<1, 4>>(phase); return true;
-      case 5: unit_tiles<RowShape<1, 5>>(phase); return true;
-      case 7: unit_tiles<RowShape<1, 7>>(phase); return true;
+      case 4: unit_tiles<RowShape<1, 4>>(phase, range); return true;
+      case 5: unit_tiles<RowShape<1, 5>>(phase, range); return true;
+      case 7: unit_tiles<RowShape<1, 7>>(phase, range); return true;
       default:
         if (x.taps < 7) return false;
-        unit_tiles<LongRow>(phase);
+        unit_tiles<LongRow>(phase, range);
         return true;
     }
   }
@@ -377,8 +380,14 @@ struct InPlaceRow {
     if (tiled<RowShape<2, 3>>() || tiled<RowShape<2, 5>>() || tiled<RowShape<1, 1, 2>>() ||
         tiled<RowShape<1, 3, 2, 1>>() || tiled<RowShape<2, 7>>() || tiled<RowShape<1, 3, 4>>())
       return;
-    for (int64_t p = 0; p < plan.num_phases_x; ++p)
-      if (!unit_tiled(p)) outputs(p);
+    // Of several phases some outputs each, so that memory is written in about its order.
+    const bool side_by_side = plan.num_phases_x > 1 && plan.phases_x[0].tap_step == 1;
+    const int64_t together = side_by_side ? RowShape<1, 1>::kOutputs : plan.phases_x[0].count;
+    for (int64_t next = 0; next < plan.phases_x[0].count; next += together)
+      for (int64_t p = 0; p < plan.num_phases_x; ++p) {
+        const OutputRange range = {next, next + together};
+        if (!unit_tiled(p, range)) outputs(p, range);
+      }
   }
 };
 
@@ -621,7 +630,7 @@ void weight_gradient_in_place_as(const WeightGradientPlan& plan, int64_t begin, 
   const int64_t blocks = plan.lanes.blocks_per_image, height = grad.height;
   const int64_t apart = plan.x.out_step == 1 ? plan.x.tap_step : 0;
   // Narrow maps: several rows before sums leave the registers, the rows of an image in equal parts.
-  constexpr int64_t kTogether = sizeof(S) == 2 ? 28 : 16;
+  constexpr int64_t kTogether = 28;
   const int64_t most = grad.width < kTogether ? kTogether / grad.width : 1;
   const int64_t together = ceil_div(height, ceil_div(height, most));
   const auto first_row_of = [&](int64_t part) {

@@ -1,8 +1,9 @@
 // Depthwise convolution of planes whose rows are contiguous, for one instruction set: lanes hold
 // neighbouring columns of one plane, so that nothing is transposed.
 //
-// For square kernels of 3, 5 or 7 taps at stride and dilation 1. Larger ones gain more from the
-// lanes of depthwise_conv2d_kernel.h, which share the source among more taps.
+// For square kernels of 3, 5 or 7 taps at stride and dilation 1, and of one but for weights. Larger
+// ones gain more from the lanes of depthwise_conv2d_kernel.h, which share the source among more
+// taps.
 #pragma once
 
 #include "depthwise_plan.h"
@@ -495,6 +496,7 @@ void planar_convolve(const ConvolvePlan& plan, int64_t begin, int64_t end, void*
   with_storage<T>(plan.storage, [&](auto element) {
     using S = decltype(element);
     switch (plan.phases_y[0].taps) {
+      case 1: return convolve_planes<T, V, 1, S>(plan, begin, end, scratch);
       case 3: return convolve_planes<T, V, 3, S>(plan, begin, end, scratch);
       case 5: return convolve_planes<T, V, 5, S>(plan, begin, end, scratch);
       default: return convolve_planes<T, V, 7, S>(plan, begin, end, scratch);
