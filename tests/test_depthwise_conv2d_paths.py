@@ -11,7 +11,11 @@ from test_depthwise_conv2d import DTYPES, check_case
 from lka_kernels import depthwise_conv2d
 
 PLANAR = {
-    # Contiguous rows, 3, 5 or 7 taps: neighbouring columns share a vector.
+    # Contiguous rows, 3, 5 or 7 taps, or one: neighbouring columns share a vector.
+    "one tap": Case(3, 5, 14, 14, (1, 1)),
+    "one tap, narrow rows": Case(3, 5, 9, 5, (1, 1)),
+    "one tap, padding": Case(2, 5, 12, 37, (1, 1), padding=(1, 2)),
+    "one tap is left of three": Case(2, 5, 1, 1, (3, 3), padding=(4, 4)),
     "one vector a row": Case(3, 5, 14, 14, (3, 3), padding="same"),
     "half a vector a row": Case(3, 5, 7, 7, (5, 5), padding="same"),
     "narrow rows": Case(2, 4, 9, 4, (7, 7), padding="same"),
@@ -222,6 +226,16 @@ TILED = (
         "a stride of 4, 5 taps": Case(2, 20, 18, 23, (5, 5), (4, 4), padding=(2, 2), **LAST),
         "two vectors that overlap": Case(2, 24, 9, 14, (3, 3), padding="same", **LAST),
         "a row of taps": Case(2, 40, 8, 19, (1, 7), padding="same", **LAST),
+        **{
+            f"a row of {taps} taps": Case(2, 37, 3, 28, (1, taps), padding="same", **LAST)
+            for taps in range(8, 15)
+        },
+        "a long row in the middle": Case(2, 16, 3, 70, (1, 11), padding="same", **LAST),
+        "as long a row as is tiled": Case(2, 20, 3, 63, (1, 49), padding="same", **LAST),
+        "a row longer than the map": Case(2, 20, 3, 7, (1, 21), padding="same", **LAST),
+        "a long row, dilated": Case(2, 20, 3, 40, (1, 9), padding=(0, 8), dilation=(1, 2), **LAST),
+        "a long row, no padding": Case(2, 20, 3, 40, (1, 12), **LAST),
+        "a long row between rows of padding": Case(2, 20, 3, 21, (1, 9), padding=(2, 4), **LAST),
         "rows apart": Case(2, 20, 12, 13, (2, 2), layout="cropped_channels_last"),
         "no bias": Case(2, 20, 9, 9, (2, 2), **LAST, bias=False),
     }
