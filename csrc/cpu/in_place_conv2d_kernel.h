@@ -375,6 +375,33 @@ struct InPlaceRow {
     }
   }
 
+  // Where no output meets more than one tap: pixel by pixel, the order of memory.
+  void single_taps() const {
+    const int64_t weight_block = plan.packed_taps * V, whole = plan.channels / V * V;
+    const int64_t left = plan.channels - whole, back = overlap(left);
+    int64_t phase = 0, j = 0;
+    for (int64_t i = 0; i < plan.target.width; ++i) {
+      ahead.first.step_runs();
+      const Phase& x = plan.phases_x[phase];
+      const int64_t column = x.origin + j * x.out_step;
+      const bool meets = rows * x.taps > 0 && column >= 0 && column < plan.source.width;
+      const S* const from = source + column * plan.source.stride_w;
+      S* const to = out + i * plan.target.stride_w;
+      const T* const w = weight_of(phase);
+      const auto some = [&](int64_t block, int64_t channel, int count) {
+        Vec<T, V> sum = plan.bias ? load_aligned<V>(bias() + block * V) : Vec<T, V>{};
+        if (meets)
+          sum +=
+              load_aligned<V>(w + block * weight_block) * load_some<T, V, S>(from + channel, count);
+        store_some<T, V, S>(to + channel, sum, count);
+      };
+      int64_t block = 0;
+      for (int64_t c = 0; c < whole; c += V, ++block) some(block, c, V);
+      if (left > 0) some(block, whole - back, back > 0 ? V : int(left));
+      if (++phase == plan.num_phases_x) phase = 0, ++j;
+    }
+  }
+
   void convolve() const {
     // 3, 5 and 7 taps with stride 2 and the usual padding, forward and backward.
     if (tiled<RowShape<2, 3>>() || tiled<RowShape<2, 5>>() || tiled<RowShape<1, 1, 2>>() ||
@@ -397,6 +424,13 @@ void convolve_in_place_as(const ConvolvePlan& plan, int64_t begin, int64_t end) 
   const MapView &source = plan.source, &target = plan.target;
   const int64_t tiles = ceil_div(target.width, RowShape<2, 3>::kOutputs * plan.num_phases_x);
   const int64_t steps = tiles * ceil_div(plan.channels, V);
+  const auto one_at_most = [](const Phase* phases, int64_t count) {
+    for (int64_t p = 0; p < count; ++p)
+      if (phases[p].taps > 1) return false;
+    return true;
+  };
+  const bool single = one_at_most(plan.phases_y, plan.num_phases_y) &&
+                      one_at_most(plan.phases_x, plan.num_phases_x);
   Ahead ahead;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t image = task / plan.num_bands, first = task % plan.num_bands * plan.band;
@@ -414,19 +448,26 @@ void convolve_in_place_as(const ConvolvePlan& plan, int64_t begin, int64_t end) 
         const int64_t next_image = same_task ? image : (task + 1) / plan.num_bands;
         const int64_t next_read = plan.origin_y + next / y.output_stride * y.out_step;
         const int64_t read = plan.origin_y + j * y.out_step + plan.span_y;
-        ahead.first.begin(channels_region<S>(source, next_image * source.stride_b, plan.channels,
-                                             same_task ? read : next_read, next_read + plan.span_y),
-                          steps);
-        ahead.second.begin(
-            channels_region<S>(target, next_image * target.stride_b, plan.channels, next, next + 1),
-            steps, true);
+        Region region = channels_region<S>(source, next_image * source.stride_b, plan.channels,
+                                           same_task ? read : next_read, next_read + plan.span_y);
+        if (!single) {
+          ahead.first.begin(region, steps);
+          ahead.second.begin(channels_region<S>(target, next_image * target.stride_b, plan.channels,
+                                                next, next + 1),
+                             steps, true);
+        } else if (plan.phases_x[0].out_step > 1) {
+          // Memory in its order comes by itself, not so every so many pixels.
+          region.columns = ceil_div(region.columns, plan.phases_x[0].out_step);
+          region.column_step *= plan.phases_x[0].out_step;
+          ahead.first.begin(region, target.width);
+        }
       }
       const T* weight = static_cast<const T*>(plan.packed_weight);
       for (int64_t py = 0; py < phase; ++py)
         for (int64_t px = 0; px < plan.num_phases_x; ++px)
           weight += plan.phases_y[py].taps * plan.phases_x[px].taps * V;
       const TapRange taps = taps_of(y, j, source.height);
-      InPlaceRow<T, V, S>{
+      const InPlaceRow<T, V, S> in_place = {
           plan,
           from + (y.origin + j * y.out_step + taps.begin * y.tap_step) * source.stride_h,
           taps.end > taps.begin ? taps.end - taps.begin : 0,
@@ -435,8 +476,11 @@ void convolve_in_place_as(const ConvolvePlan& plan, int64_t begin, int64_t end) 
           y.taps,
           taps.begin,
           to + row * target.stride_h,
-          ahead}
-          .convolve();
+          ahead};
+      if (single)
+        in_place.single_taps();
+      else
+        in_place.convolve();
     }
   }
 }
@@ -444,19 +488,22 @@ void convolve_in_place_as(const ConvolvePlan& plan, int64_t begin, int64_t end) 
 // Kernel rows whose gradients are summed together, by the taps of a row.
 constexpr int tap_rows_together(int64_t taps) { return taps == 1 ? 7 : int(taps); }
 
-// Columns between two steps of loading ahead: a whole row's at once would stall the processor.
-constexpr int columns_per_step(int64_t taps, size_t element) { return 4; }
+// Columns of grad_output between two steps of loading ahead, whose cost stands beside few products;
+// but where each meets more of the input, so many lines at once would stall the processor.
+constexpr int columns_per_step(int64_t columns_apart, int64_t taps, size_t element) {
+  return columns_apart == 1 ? 4 : element == 2 || taps < 3 ? 2 : 1;
+}
 
 // Rows [row, row + rows) of grad_output of one image against what kTapRows kernel rows of kTaps
 // taps from first_tap_row on meet, for one block of channels: added to the gradients of those taps,
 // and where `bias` is wanted to that of the bias. Where kApart is 1 or 2, neighbouring columns of
-// grad_output meet input columns that are so far apart, neighbouring taps neighbouring ones: all
-// but so many of them are met again.
+// grad_output meet input columns that are so far apart, neighbouring taps neighbouring ones: a
+// column shares kTaps - kApart of its own with the next.
 template <class T, int V, class S, int kApart, int kTaps>
 struct InPlaceProducts {
   static constexpr int kTapRows = tap_rows_together(kTaps);
   static constexpr int kShared = kApart ? kTaps - kApart : 0;
-  static constexpr int kColumnsPerStep = columns_per_step(kTaps, sizeof(S));
+  static constexpr int kColumnsPerStep = columns_per_step(kApart, kTaps, sizeof(S));
   const WeightGradientPlan& plan;
   const S *grad, *input;  // at (0, 0)
   int channels;           // in the block; all of it unless kApart is 0
@@ -543,18 +590,18 @@ struct InPlaceProducts {
                        __attribute__((always_inline)) { return read(m, origin + c * kApart + n); });
     };
     // Columns of which all that is not shared lies within the row.
-    constexpr int64_t kStep = kApart > 0 ? kApart : 1;
-    int64_t begin = origin + kShared < 0 ? ceil_div(-origin - kShared, kStep) : 0;
-    int64_t end = map.width >= origin + kTaps ? (map.width - origin - kTaps) / kStep + 1 : 0;
+    int64_t begin = origin + kShared < 0 ? ceil_div(-origin - kShared, kApart) : 0;
+    int64_t end = map.width >= origin + kTaps ? (map.width - origin - kTaps) / kApart + 1 : 0;
     if (begin > count) begin = count;
     if (end > count) end = count;
     if (end < begin) end = begin;
     add_with_care(0, begin);
     const S *at = grad_row + begin * plan.grad_output.stride_w, *next[kTapRows];
-    int64_t step[kTapRows];  // a row that does not exist is one zero again and again
+    int64_t step[kTapRows];  // a row that does not exist is zeros again and again
     for (int m = 0; m < kTapRows; ++m) {
       step[m] = meets[m] ? map.stride_w : 0;
-      next[m] = meets[m] ? input_row[m] + (origin + begin * kStep + kShared) * map.stride_w : zeros;
+      next[m] =
+          meets[m] ? input_row[m] + (origin + begin * kApart + kShared) * map.stride_w : zeros;
     }
     const auto add_next = [&]() __attribute__((always_inline)) {
       add_column(at, [&](int m, int) __attribute__((always_inline)) {
@@ -655,7 +702,8 @@ void weight_gradient_in_place_as(const WeightGradientPlan& plan, int64_t begin, 
     for (int64_t row = first_row_of(part), rows; row < last_row; row += rows) {
       const int64_t image = row / height, i = row % height;
       rows = rows_from(row, last_row);
-      const int64_t columns = ceil_div(grad.width, columns_per_step(plan.x.count, sizeof(S)));
+      const int64_t columns =
+          ceil_div(grad.width, columns_per_step(apart, plan.x.count, sizeof(S)));
       const int64_t steps = (last_block - first_block) * rows * columns *
                             ceil_div(plan.y.count, tap_rows_together(plan.x.count));
       // Meanwhile the next rows, of this task or the one after it, and what they meet beyond these
