@@ -1,7 +1,8 @@
-// Depthwise convolution that reads channels_last maps where they stand, for kernels with few taps:
-// with any steps, and what row_tiles_kernel.h leaves of unit steps and dilation; and the weight
-// gradients of one to three taps in a row. Most other kernels unpack the source first, which pays
-// where each element meets many taps; with stride 2 an element meets a quarter as many.
+// Depthwise convolution that reads channels_last maps where they stand, for kernels with few taps
+// or one row of them: with any steps, and what row_tiles_kernel.h leaves of unit steps and
+// dilation; and the weight gradients of one to three taps in a row. Most other kernels unpack the
+// source first, which pays where each element meets many taps; with stride 2 an element meets a
+// quarter as many.
 #pragma once
 
 #include "correlate.h"
@@ -24,7 +25,6 @@ inline TapRange taps_of(const Phase& phase, int64_t j, int64_t source_size) {
 struct OutputRange {
   int64_t begin, end;
 };
-constexpr OutputRange kAllOutputs = {0, INT64_MAX};
 
 // Outputs of which every tap meets an element of the source.
 inline OutputRange whole_outputs(const Phase& phase, int64_t source_size) {
@@ -101,8 +101,8 @@ struct RowShape {
   static constexpr int64_t columns(int64_t) { return kColumns; }
 };
 
-// Any number of taps in a row with unit steps, as many at a time as registers hold.
-struct LongRow : RowShape<1, 7> {
+// Any number of neighbouring taps in a row, as many at a time as registers hold.
+struct LongRow : RowShape<1, 7, 0, 0, LKA_VECTOR_BYTES == 64 ? 14 : 7> {
   static constexpr bool kLong = true;
   static constexpr int64_t columns(int64_t taps) { return kOutputs - 1 + taps; }
 };
@@ -116,7 +116,7 @@ struct InPlaceTile {
   int64_t first_column, end_column;  // of the row's columns those that the source has
   int64_t outputs[2];                // of phases, those that the target has
   const T* weight[2];                // of phases
-  int64_t taps;                      // of a long row
+  int64_t row_taps;                  // of a long row
   const T* bias;
   S* out;
   int64_t out_column, out_phase;
@@ -162,10 +162,10 @@ struct InPlaceTile {
   template <int V, bool kWhole>
   __attribute__((always_inline)) void add_long(const S* from, const T* tap, int channels,
                                                Sums<V>& sums) const {
-    int64_t first = first_column, end = end_column, left = taps;
+    int64_t first = first_column, end = end_column, left = row_taps;
     const auto some = [&](auto many) __attribute__((always_inline)) {
-      add<RowShape<1, decltype(many)::value>, V, kWhole>(from, {tap, tap}, first, end, channels,
-                                                         sums);
+      add<RowShape<1, decltype(many)::value, 0, 0, Row::kOutputs>, V, kWhole>(
+          from, {tap, tap}, first, end, channels, sums);
     };
     constexpr int kTogether = Row::kMostTaps;
     for (; left >= kTogether; left -= kTogether) {
@@ -197,7 +197,7 @@ struct InPlaceTile {
     for (int64_t m = 0; m < rows; ++m) {
       const S* from = source + m * source_row;
       if constexpr (Row::kLong) {
-        add_long<V, kWhole>(from, weight[0] + m * taps * V, channels, sums);
+        add_long<V, kWhole>(from, weight[0] + m * row_taps * V, channels, sums);
       } else {
         const T* const first_tap[2] = {weight[0] + m * Row::kTaps[0] * V,
                                        weight[1] + m * Row::kTaps[1] * V};
@@ -237,7 +237,7 @@ struct InPlaceRow {
   }
 
   // Outputs of one phase of columns, whatever its steps.
-  void outputs(int64_t phase, OutputRange range) const {
+  void outputs(int64_t phase) const {
     const Phase& x = plan.phases_x[phase];
     InPlaceSums<T, S> sums;
     sums.source_row = source_row;
@@ -270,9 +270,8 @@ struct InPlaceRow {
     };
     const OutputRange whole = whole_outputs(x, plan.source.width);
     constexpr int kOutputs = 4;  // side by side: enough for sums not to wait for themselves
-    const int64_t end = range.end < x.count ? range.end : x.count;
-    for (int64_t output = range.begin; output < end;)
-      if (output >= whole.begin && output + kOutputs <= (end < whole.end ? end : whole.end)) {
+    for (int64_t output = 0; output < x.count;)
+      if (output >= whole.begin && output + kOutputs <= whole.end) {
         some(Constant<kOutputs>{}, output, {0, x.taps});
         output += kOutputs;
       } else {
@@ -283,9 +282,9 @@ struct InPlaceRow {
 
   // Tiles of Row::kPhases phases of columns from `phase` on; the last of several overlaps the one
   // before. Of dilated taps, every `apart`-th output from `first` on, which meet every so many
-  // columns. Those of them that begin in `range`.
+  // columns.
   template <class Row>
-  void tiles(int64_t phase, int64_t first, int64_t apart, OutputRange range) const {
+  void tiles(int64_t phase, int64_t first, int64_t apart) const {
     const Phase& x = plan.phases_x[phase];                  // the first phase has the most outputs
     const int64_t out_apart = x.out_step == 1 ? apart : 1;  // else steps of outputs are the taps'
     InPlaceTile<T, S, Row> tile;
@@ -294,12 +293,11 @@ struct InPlaceRow {
     tile.source_column = apart * plan.source.stride_w;
     tile.out_column = x.output_stride * out_apart * plan.target.stride_w;
     tile.out_phase = plan.target.stride_w;
-    tile.taps = x.taps;
+    tile.row_taps = x.taps;
     S* const target = out + (x.first_output + first * x.output_stride) * plan.target.stride_w;
     const auto every = [&](int64_t outputs) { return ceil_div(outputs - first, out_apart); };
     const int64_t count = every(x.count);
-    const int64_t end = range.end < count ? range.end : count;
-    for (int64_t next = range.begin; next < end; next += Row::kOutputs) {
+    for (int64_t next = 0; next < count; next += Row::kOutputs) {
       const int64_t last = count > Row::kOutputs ? count - Row::kOutputs : 0;
       const int64_t output = next < last ? next : last;
       const int64_t column = x.origin + first + output * Row::kStep * apart;
@@ -339,38 +337,38 @@ struct InPlaceRow {
           x[p].origin - x[0].origin != Row::kFirst[p])
         return false;
     }
-    tiles<Row>(0, 0, 1, kAllOutputs);
+    tiles<Row>(0, 0, 1);
     return true;
   }
 
   // One phase whose outputs or taps have unit steps, or both the same.
   template <class Row>
-  void unit_tiles(int64_t phase, OutputRange range) const {
+  void unit_tiles(int64_t phase) const {
     const Phase& x = plan.phases_x[phase];
     const int64_t apart = x.taps == 1 ? x.out_step : x.tap_step;  // of one, the step means nothing
     const int64_t ways = x.out_step == 1 ? apart : 1;
     for (int64_t first = 0; first < ways && first < x.count; ++first)
-      tiles<Row>(phase, first, apart, range);
+      tiles<Row>(phase, first, apart);
   }
-  bool unit_tiled(int64_t phase, OutputRange range) const {
+  bool unit_tiled(int64_t phase) const {
     const Phase& x = plan.phases_x[phase];
     if (x.out_step != 1 && x.out_step != x.tap_step && x.taps != 1) return false;
     const int64_t count = x.out_step == 1 ? ceil_div(x.count, x.tap_step) : x.count;
     switch (x.taps) {
-      case 1: unit_tiles<RowShape<1, 1>>(phase, range); return true;
-      case 2: unit_tiles<RowShape<1, 2>>(phase, range); return true;
+      case 1: unit_tiles<RowShape<1, 1>>(phase); return true;
+      case 2: unit_tiles<RowShape<1, 2>>(phase); return true;
       case 3:  // dilated, maps of 14 or 28 columns leave too few for tiles of 7
         if (ceil_div(count, 5) * 6 < ceil_div(count, 7) * 8)
-          unit_tiles<RowShape<1, 3, 0, 0, 5>>(phase, range);
+          unit_tiles<RowShape<1, 3, 0, 0, 5>>(phase);
         else
-          unit_tiles<RowShape<1, 3>>(phase, range);
+          unit_tiles<RowShape<1, 3>>(phase);
         return true;
-      case 4: unit_tiles<RowShape<1, 4>>(phase, range); return true;
-      case 5: unit_tiles<RowShape<1, 5>>(phase, range); return true;
-      case 7: unit_tiles<RowShape<1, 7>>(phase, range); return true;
+      case 4: unit_tiles<RowShape<1, 4>>(phase); return true;
+      case 5: unit_tiles<RowShape<1, 5>>(phase); return true;
+      case 7: unit_tiles<RowShape<1, 7>>(phase); return true;
       default:
         if (x.taps < 7) return false;
-        unit_tiles<LongRow>(phase, range);
+        unit_tiles<LongRow>(phase);
         return true;
     }
   }
@@ -407,14 +405,8 @@ struct InPlaceRow {
     if (tiled<RowShape<2, 3>>() || tiled<RowShape<2, 5>>() || tiled<RowShape<1, 1, 2>>() ||
         tiled<RowShape<1, 3, 2, 1>>() || tiled<RowShape<2, 7>>() || tiled<RowShape<1, 3, 4>>())
       return;
-    // Of several phases some outputs each, so that memory is written in about its order.
-    const bool side_by_side = plan.num_phases_x > 1 && plan.phases_x[0].tap_step == 1;
-    const int64_t together = side_by_side ? RowShape<1, 1>::kOutputs : plan.phases_x[0].count;
-    for (int64_t next = 0; next < plan.phases_x[0].count; next += together)
-      for (int64_t p = 0; p < plan.num_phases_x; ++p) {
-        const OutputRange range = {next, next + together};
-        if (!unit_tiled(p, range)) outputs(p, range);
-      }
+    for (int64_t p = 0; p < plan.num_phases_x; ++p)
+      if (!unit_tiled(p)) outputs(p);
   }
 };
 
@@ -422,7 +414,9 @@ struct InPlaceRow {
 template <class T, int V, class S>
 void convolve_in_place_as(const ConvolvePlan& plan, int64_t begin, int64_t end) {
   const MapView &source = plan.source, &target = plan.target;
-  const int64_t tiles = ceil_div(target.width, RowShape<2, 3>::kOutputs * plan.num_phases_x);
+  const bool long_row = plan.phases_x[0].taps > LongRow::kMostTaps;
+  const int64_t outputs = long_row ? LongRow::kOutputs : RowShape<2, 3>::kOutputs;
+  const int64_t tiles = ceil_div(target.width, outputs * plan.num_phases_x);
   const int64_t steps = tiles * ceil_div(plan.channels, V);
   const auto one_at_most = [](const Phase* phases, int64_t count) {
     for (int64_t p = 0; p < count; ++p)
@@ -503,6 +497,7 @@ template <class T, int V, class S, int kApart, int kTaps>
 struct InPlaceProducts {
   static constexpr int kTapRows = tap_rows_together(kTaps);
   static constexpr int kShared = kApart ? kTaps - kApart : 0;
+  static_assert(kShared >= 0, "columns are read one after the other");
   static constexpr int kColumnsPerStep = columns_per_step(kApart, kTaps, sizeof(S));
   const WeightGradientPlan& plan;
   const S *grad, *input;  // at (0, 0)
@@ -597,7 +592,7 @@ struct InPlaceProducts {
     if (end < begin) end = begin;
     add_with_care(0, begin);
     const S *at = grad_row + begin * plan.grad_output.stride_w, *next[kTapRows];
-    int64_t step[kTapRows];  // a row that does not exist is zeros again and again
+    int64_t step[kTapRows];  // a row that does not exist is a vector of zeros again and again
     for (int m = 0; m < kTapRows; ++m) {
       step[m] = meets[m] ? map.stride_w : 0;
       next[m] =

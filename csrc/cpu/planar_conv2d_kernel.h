@@ -1,9 +1,9 @@
 // Depthwise convolution of planes whose rows are contiguous, for one instruction set: lanes hold
 // neighbouring columns of one plane, so that nothing is transposed.
 //
-// For square kernels of 3, 5 or 7 taps at stride and dilation 1, and of one but for weights. Larger
-// ones gain more from the lanes of depthwise_conv2d_kernel.h, which share the source among more
-// taps.
+// For square kernels of 3, 5 or 7 taps at stride and dilation 1; forward and for the input of 1
+// too. Larger ones gain more from the lanes of depthwise_conv2d_kernel.h, which share the source
+// among more taps.
 #pragma once
 
 #include "depthwise_plan.h"

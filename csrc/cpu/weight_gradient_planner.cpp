@@ -165,6 +165,7 @@ PlannedWeightGradient plan_backward_weight(const ConvParams& p) {
     planned.kernel_name = "flat";
     return planned;
   }
+  // Of one tap there is no planar weight gradient.
   if (plan.y.count > 1 && planar_serves(p, plan.y.count, plan.x.count, p.input, p.output)) {
     plan_planar(planned);
     planned.kernel_name = "planar";
