@@ -23,13 +23,21 @@ def collect(device: str, dtype: torch.dtype) -> dict:
         "commit": commit(),
         "cpus": os.cpu_count(),
         "load_before": round(os.getloadavg()[0], 2),
-        # glibc returns large freed tensors to the system, and fresh pages cost time, unless told.
-        "malloc": {k: v for k, v in sorted(os.environ.items()) if k.startswith("MALLOC_")},
+        "malloc": malloc_settings(),
     }
     if device == "cuda":
         found["cudnn_benchmark"] = torch.backends.cudnn.benchmark
         found["cudnn_allow_tf32"] = torch.backends.cudnn.allow_tf32
     return found
+
+
+def malloc_settings() -> dict[str, str]:
+    """What glibc was told: on its own it returns large tensors, or hands out others."""
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"
+    }
 
 
 def commit() -> str:

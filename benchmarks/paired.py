@@ -8,14 +8,14 @@ divided by ours: below 1 we are slower. The two take turns within a round, so th
 machine's load meets both; what is timed is the whole public call, without gradients, or its
 backward alone. glibc returns large freed outputs to the system, and a fresh page costs as much as
 the arithmetic at K = 3: raise MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ to measure the
-convolution rather than the pages.
+convolution rather than the pages. GLIBC_TUNABLES=glibc.malloc.tcache_count=0 keeps it from handing
+out another block of several MB at every call, as chance will have it, which a cache does not hold.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import statistics
 import sys
 from collections.abc import Callable
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import measure, shapes
+from benchmarks import facts, measure, shapes
 from benchmarks.measure import timed
 from lka_kernels import depthwise_conv2d, info
 
@@ -47,6 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--stride", type=int, default=1)
     parser.add_argument("--match", default="", help="shapes whose name contains this")
     options = parser.parse_args(arguments)
+    selected = [s for s in SMALL + shapes.DEPTHWISE if options.match in s.name]
+    if not selected:
+        parser.error(f"no shape's name contains {options.match!r}")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     dtype = getattr(torch, options.dtype)
@@ -55,12 +58,10 @@ def main(arguments: list[str] | None = None) -> int:
         f"{options.threads} thread(s), {options.dtype}, stride {options.stride}: "
         "torch's time / ours"
     )
-    print(" ".join(f"{k}={v}" for k, v in os.environ.items() if k.startswith("MALLOC_")))
+    print(" ".join(f"{k}={v}" for k, v in facts.malloc_settings().items()))
     print(f"{'shape':34}{'layout':>15}" + "".join(f"{d:>24}" for d in DIRECTIONS), flush=True)
     worst: dict[str, list[float]] = {direction: [] for direction in DIRECTIONS}
-    for shape in SMALL + shapes.DEPTHWISE:
-        if options.match not in shape.name:
-            continue
+    for shape in selected:
         for layout in (torch.contiguous_format, torch.channels_last):
             cells = []
             for direction in DIRECTIONS:

@@ -39,8 +39,9 @@ def depthwise_conv2d(
             rounding errors follow the largest elements of a channel's map, and an overflow or an
             element that is not finite reaches all of it. "implicit_gemm", "auto" under
             ``use_backend("cuda")``, and "direct" in bfloat16 on a CPU, may let such an element
-            reach neighbouring outputs, of a map of at most 28 × 28 all of them, and in weight
-            gradients the taps that it meets only in the padding or, with a stride, between outputs.
+            reach neighbouring outputs, of a map of at most 28 × 28 all of them. In weight
+            gradients these, and "direct" in every dtype on a CPU, may let it reach the taps that it
+            meets only in the padding or, with a stride, between outputs.
 
     Returns:
         (B, C, H', W') with the dtype and memory format that ``F.conv2d`` returns. Differentiable
