@@ -92,12 +92,13 @@ format: $(VENV)/.packages
 	@$(BIN)/clang-format -i $(SOURCES) $(HEADERS) $(TEST_SOURCES)
 
 # glibc gives large tensors back to the system when they are freed, and new pages cost as much as
-# the convolution of a small kernel: keep them, to measure the latter. Without its cache of small
-# pieces (tcache), which keeps blocks from growing together again, it gives every call the same block.
+# the convolution of a small kernel: keep them, to measure the latter. Its cache of small pieces
+# (tcache) keeps blocks from growing together again: without it every call gets the same block.
 bench: install
 	@mkdir -p benchmarks/results
 	@MALLOC_TRIM_THRESHOLD_=16000000000 MALLOC_MMAP_THRESHOLD_=8000000000 \
-	  GLIBC_TUNABLES=glibc.malloc.tcache_count=0 $(BIN)/python -m pytest benchmarks/ --benchmark-only --bench-device cpu \
+	  GLIBC_TUNABLES=glibc.malloc.tcache_count=0 \
+	  $(BIN)/python -m pytest benchmarks/ --benchmark-only --bench-device cpu \
 	  $(if $(BENCH_JSON),--benchmark-json $(BENCH_JSON)) $(BENCH_ARGS)
 
 # By way of the source distribution, so that the wheel holds nothing that happens to lie around.

@@ -32,7 +32,9 @@ def collect(device: str, dtype: torch.dtype) -> dict:
 
 
 def malloc_settings() -> dict[str, str]:
-    """What glibc was told: on its own it returns large tensors, or hands out others."""
+    """What glibc was told, which else gives large tensors back to the system, so that fresh pages
+    cost time, or hands out another block at every call.
+    """
     return {
         name: value
         for name, value in sorted(os.environ.items())

@@ -15,7 +15,6 @@ PLANAR = {
     "one tap": Case(3, 5, 14, 14, (1, 1)),
     "one tap, narrow rows": Case(3, 5, 9, 5, (1, 1)),
     "one tap, padding": Case(2, 5, 12, 37, (1, 1), padding=(1, 2)),
-    "one tap is left of three": Case(2, 5, 1, 1, (3, 3), padding=(4, 4)),
     "one vector a row": Case(3, 5, 14, 14, (3, 3), padding="same"),
     "half a vector a row": Case(3, 5, 7, 7, (5, 5), padding="same"),
     "narrow rows": Case(2, 4, 9, 4, (7, 7), padding="same"),
