@@ -81,6 +81,14 @@ PyObject* built_with_cuda(PyObject*, PyObject*) {
 #endif
 }
 
+PyObject* finds_cuda_stream(PyObject*, PyObject*) {
+#ifdef LKA_WITH_CUDA
+  return PyBool_FromLong(lka::cuda::finds_current_stream());
+#else
+  return PyBool_FromLong(0);
+#endif
+}
+
 // why_cuda_device_cannot(device, tensor_cores): a text, empty if it can.
 PyObject* why_cuda_device_cannot(PyObject*, PyObject* arguments) {
   int device, tensor_cores;
@@ -170,6 +178,8 @@ PyMethodDef methods[] = {
     {"instruction_set", instruction_set, METH_NOARGS,
      "The instruction set the CPU kernels run with."},
     {"built_with_cuda", built_with_cuda, METH_NOARGS, "Whether CUDA kernels were compiled in."},
+    {"finds_cuda_stream", finds_cuda_stream, METH_NOARGS,
+     "Whether torch has the function by which CUDA launches find their stream."},
     {"why_cuda_device_cannot", why_cuda_device_cannot, METH_VARARGS,
      "Why a CUDA device cannot run the kernels: see csrc/cuda/device_code.h."},
     {"depthwise_kernel_name", depthwise_kernel_name, METH_VARARGS,

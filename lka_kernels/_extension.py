@@ -14,7 +14,7 @@ _BUILD_HINT = "reinstall with a C++17 compiler (g++) and without LKA_NO_EXTENSIO
 # What the compiled module must have: one left from an earlier version must not break the import.
 _FUNCTIONS = (
     *("instruction_set", "built_with_cuda", "depthwise_kernel_name"),
-    "why_cuda_device_cannot",
+    *("finds_cuda_stream", "why_cuda_device_cannot"),
 )
 
 
@@ -80,6 +80,11 @@ def depthwise_kernel_name(
 def built_with_cuda() -> bool:
     """True if the compiled library holds the CUDA kernels."""
     return MODULE is not None and MODULE.built_with_cuda()
+
+
+def finds_cuda_stream() -> bool:
+    """True if CUDA launches find torch's current stream; False beside a torch without CUDA."""
+    return MODULE is not None and MODULE.finds_cuda_stream()
 
 
 def why_cuda_device_cannot(index: int, tensor_cores: bool) -> str | None:

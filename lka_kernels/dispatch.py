@@ -139,6 +139,8 @@ def _cuda_status() -> str:
         )
     if not torch.cuda.is_available():
         return "CUDA kernels are built, but torch finds no CUDA device"
+    if not _extension.finds_cuda_stream():
+        return f"torch {torch.__version__} does not tell its current CUDA stream"
     return _extension.why_cuda_device_cannot(torch.cuda.current_device(), False) or "ready"
 
 

@@ -60,6 +60,25 @@ def same_state_for_every_test():
     remembered_calls.forget_all()
 
 
+@pytest.fixture(autouse=True)
+def kernels_have_finished(request):
+    """What a GPU kernel did wrong is the error of the test that launched it.
+
+    A failed kernel leaves CUDA unusable in its process: what follows would fail for its sake.
+    """
+    yield
+    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        message = f"{request.node.nodeid} left CUDA unusable: {error}"
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            sys.__stderr__.write(message + "\n")
+            os._exit(3)  # pytest-xdist names the test, and starts another worker
+        pytest.exit(message, returncode=3)
+
+
 @pytest.fixture
 def compiled_cpu():
     """Skip where the compiled CPU kernels are not there, with the reason."""

@@ -426,6 +426,13 @@ def test_no_device_no_refusal():
     assert _extension.why_cuda_device_cannot(torch.cuda.device_count(), True) is None
 
 
+def test_launches_find_the_stream_of_torch():
+    """Python loads torch's libraries without making their names global."""
+    if not _extension.built_with_cuda() or torch.version.cuda is None:
+        pytest.skip("a build without CUDA, of this library or of torch")
+    assert _extension.finds_cuda_stream()
+
+
 @pytest.mark.usefixtures("ready_cuda")
 def test_operators_of_the_cuda_backend():
     with use_backend("cuda"):

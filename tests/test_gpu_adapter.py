@@ -230,5 +230,7 @@ def test_tf32_only_where_torch_allows_it():
                 results.append(large_kernel_adapter(*arguments, residual=residual, **options))
         finally:
             switch.fp32_precision = before
-    difference = (results[0] - results[1]).abs().max()
-    assert 0 < difference < 1e-2
+    # Of what the adapter adds: two products, each of two factors that are cut to 10 bits.
+    exact = results[0] - tensors["residual"]
+    difference = (results[0] - results[1]).norm() / exact.norm()
+    assert 0 < difference < 4 * 2**-10

@@ -30,6 +30,8 @@ DeviceCode code_of(int device) {
 
 }  // namespace
 
+bool finds_current_stream() { return find_current_stream() != nullptr; }
+
 std::string why_device_cannot(int device, bool tensor_cores) {
   static std::mutex mutex;
   static std::map<int, DeviceCode> known;

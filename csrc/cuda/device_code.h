@@ -36,4 +36,7 @@ inline std::string why_device_cannot(const DeviceCode& code, bool tensor_cores) 
 // The same of a device, or nothing where the index names none. Found once for each device.
 std::string why_device_cannot(int device, bool tensor_cores);
 
+// Whether this process's torch has the function by which launches find their stream.
+bool finds_current_stream();
+
 }  // namespace lka::cuda

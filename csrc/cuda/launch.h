@@ -12,11 +12,24 @@
 
 namespace lka::cuda {
 
-// Looked up when first needed, so that the library also loads beside a torch without CUDA.
+// torch's function for the current stream, or null. Looked up when first needed, so that the
+// library also loads beside a torch without CUDA. Python loads torch's libraries without making
+// their names global, so that the one that has it must be asked.
+using GetStream = int32_t (*)(int32_t, void**);
+inline GetStream find_current_stream() {
+  static const GetStream found = [] {
+    constexpr const char* kName = "aoti_torch_get_current_cuda_stream";
+    void* symbol = dlsym(RTLD_DEFAULT, kName);
+    if (symbol == nullptr)
+      if (void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD))
+        symbol = dlsym(library, kName);
+    return reinterpret_cast<GetStream>(symbol);
+  }();
+  return found;
+}
+
 inline cudaStream_t current_stream(int device) {
-  using Get = int32_t (*)(int32_t, void**);
-  static const Get get =
-      reinterpret_cast<Get>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  const GetStream get = find_current_stream();
   STD_TORCH_CHECK(get != nullptr, "this torch has no CUDA stream to launch on");
   void* stream = nullptr;
   STD_TORCH_CHECK(get(device, &stream) == 0, "no current stream on CUDA device ", device);
