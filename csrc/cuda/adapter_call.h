@@ -99,6 +99,8 @@ inline bool tiles_begin_at_multiples(const AdapterParams& p, int64_t vector) {
   return t.x_tiles == 1 || t.columns % vector == 0;
 }
 
+// Elements of the widest vector by which address, strides and the length of a row divide: a vector
+// beyond the end of the last row could leave the memory.
 inline int32_t widest(int64_t element, const void* data, std::initializer_list<int64_t> strides) {
   int64_t vector = 16 / element;
   const auto divides = [&] {
@@ -118,9 +120,10 @@ inline TokenTensor token_access(TokenTensor t, const AdapterParams& p, int64_t e
   // A dimension of one element is never stepped along.
   const int64_t b = p.batch > 1 ? t.stride_b : 0;
   const int64_t tokens = p.tokens > 1 ? t.stride_t : 0, c = p.channels > 1 ? t.stride_c : 0;
-  if (!turned && (c == 1 || p.channels == 1)) t.vector = widest(element, t.data, {b, tokens});
+  if (!turned && (c == 1 || p.channels == 1))
+    t.vector = widest(element, t.data, {b, tokens, p.channels});
   if (turned && (tokens == 1 || p.tokens == 1)) {
-    t.vector = widest(element, t.data, {b, c});
+    t.vector = widest(element, t.data, {b, c, p.tokens});
     while (!tiles_begin_at_multiples(p, t.vector)) t.vector /= 2;
   }
   return t;

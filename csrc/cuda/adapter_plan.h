@@ -321,6 +321,9 @@ inline AdapterForward plan_adapter_forward(const AdapterCall& call, int64_t mult
 
   AdapterParams& up = plan.up.params = p;
   if (convolves_apart(call)) up.convolved = detail::plan_correlation(call, false, plan.correlate);
+  // Then the grid's tokens of c are read from the first of them on.
+  if (up.convolved)
+    while (up.prefix % up.rank_vector != 0) up.rank_vector /= 2;
   int64_t convolution_end = rank_tile;
   if (!up.convolved) {
     convolution_end = detail::place_convolution(up, rank_tile, detail::kConvolutionBudget, up.rank);

@@ -1,7 +1,8 @@
 // What launches have to do, counted from their parameters, and how long an H100 takes for it: pure
 // functions, plain C++. All of it is an estimate: instructions were counted by hand, as the source
-// and the machine code for compute capability 9.0 have them, and no GPU has been asked.
-// tests/offline/cuda_estimates.py has a table of all benchmark shapes.
+// and the machine code for compute capability 9.0 have them. A GPU has been asked only how two
+// forms compare, kRowsTakeLonger. tests/offline/cuda_estimates.py has a table of all benchmark
+// shapes.
 #pragma once
 
 #include <algorithm>
@@ -334,7 +335,15 @@ Work work_of_sum(const Params& p, double element) {
   return work;
 }
 
-// Whether the dense form is estimated to take less than the row-Toeplitz form; of many images as of
+// How much longer than estimated the row-Toeplitz form takes, beside the dense form. Measured on an
+// H100 (bfloat16, 64 images, contiguous), µs by rows and dense: on 28² with K = 29 784 and 104, 7
+// 184 and 147, 5 56 and 52, 7 dilated by 3 78 and 54, 5×51 182 and 79; on 14² with 27 517 and 33, 7
+// 156 and 43; on 7² with 13 233 and 41, 7 270 and 47; of weight gradients on 14² 340 and 130, 439
+// and 137, on 7² 379 and 58, 553 and 82. The quotients are those of the estimates times 1.4 to 4.8;
+// on 28², where the choice is close, times 2.8 or more.
+constexpr double kRowsTakeLonger = 2.75;
+
+// Whether the dense form is expected to take less than the row-Toeplitz form; of many images as of
 // 256.
 inline bool prefers_dense(ConvParams call, bool backward) {
   call.batch = std::min<int64_t>(call.batch, 256);
@@ -344,8 +353,9 @@ inline bool prefers_dense(ConvParams call, bool backward) {
   if (dense_plan.refusal != nullptr) return false;
   CorrelateParams rows;
   const Plan plan = plan_correlate(correlation, rows);
-  return plan.refusal != nullptr || times_of(work_of(dense, dense_plan.shape)).between() <
-                                        times_of(work_of(rows, plan.shape)).between();
+  return plan.refusal != nullptr ||
+         times_of(work_of(dense, dense_plan.shape)).between() <
+             kRowsTakeLonger * times_of(work_of(rows, plan.shape)).between();
 }
 
 // The same of weight gradients.
@@ -359,7 +369,7 @@ inline bool prefers_dense_weight_gradient(ConvParams call, int multiprocessors) 
   const auto time = [](const auto& p, const Plan& of) {
     return times_of(work_of(p, of.shape)).between() + times_of(work_of_sum(p, 2)).between();
   };
-  return plan.refusal != nullptr || time(dense, dense_plan) < time(rows, plan);
+  return plan.refusal != nullptr || time(dense, dense_plan) < kRowsTakeLonger * time(rows, plan);
 }
 
 }  // namespace lka::cuda

@@ -44,7 +44,8 @@ inline Taps taps_that_touch(int64_t size, int64_t out_size, int64_t taps, int64_
   return {first, std::max<int64_t>(1, end - first), before - first * dilation};
 }
 
-// How 16-bit elements of a map may be accessed: vectors by which address and strides divide.
+// How 16-bit elements of a map may be accessed: vectors by which address and strides divide, and
+// the width, as beyond the last row the memory may end.
 inline MapAccess access_of(const MapView& view, int64_t batch, int64_t channels) {
   MapAccess access;
   access.view = view;
@@ -58,7 +59,7 @@ inline MapAccess access_of(const MapView& view, int64_t batch, int64_t channels)
   };
   if (view.stride_w == 1 || view.width == 1) {
     access.row_vector = 8;
-    while (!divide(access.row_vector, {b, c, h})) access.row_vector /= 2;
+    while (!divide(access.row_vector, {b, c, h, view.width})) access.row_vector /= 2;
   } else if (view.stride_c == 1 && channels % 8 == 0 && divide(8, {b, h, w})) {
     access.channel_vector = 8;
   }

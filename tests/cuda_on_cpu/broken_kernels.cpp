@@ -16,6 +16,7 @@ constexpr size_t kSharedBytes = 1024;
 float memory[2048];
 float* const input = memory + 512;
 float* const output = memory + 1536;
+float* const cut_off = memory + 1024;  // two elements, fewer than a vector
 
 float* floats(char* shared) { return reinterpret_cast<float*>(shared); }
 int thread() { return int(threadIdx.x); }
@@ -39,6 +40,11 @@ void global_load_unaligned(char*) {
 }
 void global_store_above(char*) { store_global(output + 1 + thread(), 0.0f); }
 void global_store_to_input(char*) { store_global(input, 0.0f); }
+void global_load_unwritten(char*) {
+  if (thread() != 5) store_global(output + thread(), 0.0f);
+  __syncthreads();
+  load_global(output + 5);
+}
 void shared_load_above(char* shared) { load_shared(floats(shared) + 256); }
 void shared_store_below(char* shared) { store_shared(floats(shared) - 1, 0.0f); }
 void shared_load_unaligned(char* shared) {
@@ -85,6 +91,13 @@ void copy_of_another_thread(char* shared) {
 void copy_out_of_range(char* shared) {
   cp_async<4>(floats(shared) + thread(), input + 200 + thread(), 4);
 }
+void copy_of_a_part(char* shared) {
+  if (thread() == 0) cp_async<16>(shared, input + 252, 4);
+}
+// Of 16 bytes 8 are beyond the end, though only the 8 before it are copied.
+void copy_of_a_part_beyond_the_end(char* shared) {
+  if (thread() == 0) cp_async<16>(shared, cut_off, 8);
+}
 void copy_of_nothing_out_of_range(char* shared) {
   cp_async<4>(floats(shared) + thread(), input + 100'000, 0);
 }
@@ -122,6 +135,7 @@ const std::map<std::string, void (*)(char*)> kernels = {
     LKA_KERNEL(global_load_unaligned),
     LKA_KERNEL(global_store_above),
     LKA_KERNEL(global_store_to_input),
+    LKA_KERNEL(global_load_unwritten),
     LKA_KERNEL(shared_load_above),
     LKA_KERNEL(shared_store_below),
     LKA_KERNEL(shared_load_unaligned),
@@ -133,6 +147,8 @@ const std::map<std::string, void (*)(char*)> kernels = {
     LKA_KERNEL(copy_waited_for_too_little),
     LKA_KERNEL(copy_of_another_thread),
     LKA_KERNEL(copy_out_of_range),
+    LKA_KERNEL(copy_of_a_part),
+    LKA_KERNEL(copy_of_a_part_beyond_the_end),
     LKA_KERNEL(copy_of_nothing_out_of_range),
     LKA_KERNEL(copy_beyond_shared),
     LKA_KERNEL(copy_unaligned),
@@ -149,9 +165,11 @@ const std::map<std::string, void (*)(char*)> kernels = {
 extern "C" const char* run_kernel(const char* name) {
   static std::string said;
   for (int i = 0; i < 256; ++i) input[i] = float(i);
+  char written[2 * kThreads] = {};
   const cuda_on_cpu::Range ranges[] = {{"input", input, 256 * sizeof(float), false},
-                                       {"output", output, kThreads * sizeof(float), true}};
-  said = cuda_on_cpu::run({2, kThreads, kSharedBytes}, ranges, 2, kernels.at(name));
+                                       {"cut off", cut_off, 2 * sizeof(float), false},
+                                       {"output", output, kThreads * sizeof(float), true, written}};
+  said = cuda_on_cpu::run({2, kThreads, kSharedBytes}, ranges, 3, kernels.at(name));
   if (said.empty() && std::string(name) == "sound")
     for (int i = 0; i < kThreads; ++i)
       if (output[i] != float((kThreads - 1 - i) ^ 1)) said = "a wrong result";

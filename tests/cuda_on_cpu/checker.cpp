@@ -1,5 +1,6 @@
 #include "checker.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace cuda_on_cpu {
@@ -30,6 +31,12 @@ void Checker::global(const void* at, size_t bytes, bool store) const {
     const auto* begin = static_cast<const char*>(ranges_[i].begin);
     if (address < begin || address + bytes > begin + ranges_[i].bytes) continue;
     if (store && !ranges_[i].writable) fail("global store to " + std::string(ranges_[i].name));
+    if (ranges_[i].written == nullptr) return;
+    char* first = ranges_[i].written + (address - begin) / 2;
+    if (store)
+      std::fill_n(first, (bytes + 1) / 2, char(1));
+    else if (std::count(first, first + (bytes + 1) / 2, char(0)) > 0)
+      fail("global load of " + std::string(ranges_[i].name) + " that was never written");
     return;
   }
   std::string nearest;
@@ -120,7 +127,7 @@ void cp_async(void* shared, const void* global, int bytes, int valid) {
   if (reinterpret_cast<uintptr_t>(global) % bytes != 0)
     fail("asynchronous copy from an address that is not aligned");
   checker().begin_copy(shared, bytes);
-  for (int i = 0; i < valid; i += 2) check_global_load(static_cast<const char*>(global) + i, 2);
+  if (valid > 0) check_global_load(global, bytes);
   memcpy(shared, global, valid);
   memset(static_cast<char*>(shared) + valid, 0, bytes - valid);
 }

@@ -25,6 +25,9 @@ struct Range {
   const void* begin;
   size_t bytes;
   bool writable;
+  // Of every two bytes, whether a kernel has written them: no other may be read. Null: all are
+  // given.
+  char* written = nullptr;
 };
 
 struct Launch {

@@ -40,9 +40,16 @@ class Runner {
   explicit Runner(Storage storage) : storage_(storage) {}
 
   void add(const char* name, const void* data, int64_t bytes, bool writable) {
-    if (data != nullptr) ranges_.push_back({name, data, size_t(bytes), writable});
+    if (data != nullptr) add({name, data, size_t(bytes), writable});
   }
-  void add(const Range& range) { ranges_.push_back(range); }
+  // Only what kernels do not write is there before they run.
+  void add(Range range) {
+    if (range.writable) {
+      written_.emplace_back((range.bytes + 1) / 2, char(0));
+      range.written = written_.back().data();
+    }
+    ranges_.push_back(range);
+  }
 
   float* floats(int64_t count) { return reinterpret_cast<float*>(make("partial sums", 4 * count)); }
   void* rank_tensor(const cuda::AdapterCall& call) {
@@ -174,7 +181,7 @@ class Runner {
 
   Storage storage_;
   std::vector<Range> ranges_;
-  std::deque<std::vector<char>> memory_;
+  std::deque<std::vector<char>> memory_, written_;
   std::string said_;
 };
 

@@ -122,6 +122,12 @@ CASES = {
     "tensor cores, class token": AdapterCase(2, 8, 20, (9, 16), (7, 31), prefix=1),
     "tensor cores, skip": AdapterCase(2, 8, 20, (9, 10), (7, 7), prefix=2, prefix_mode="skip"),
     "tensor cores, zero": AdapterCase(2, 8, 20, (9, 10), (7, 7), prefix=2, prefix_mode="zero"),
+    "tensor cores, odd prefix": AdapterCase(2, 8, 20, (3, 7), (5, 9), prefix=3, dropout=0.1),
+    "tensor cores, whole prefix": AdapterCase(2, 8, 20, (4, 8), (5, 9), prefix=8),
+    "tensor cores, prefix tiles": AdapterCase(1, 8, 20, (4, 9), (5, 9), prefix=131),
+    "tensor cores, rows": AdapterCase(1, 4, 3, (9, 90), (9, 9), prefix=1),
+    "a token alone": AdapterCase(1, 13, 3, (1, 1), (3, 3), residual=True),
+    "a channel alone": AdapterCase(1, 1, 3, (3, 5), (3, 3), layout="channels_first"),
     "prefix tiles": AdapterCase(1, 12, 3, (3, 4), (3, 3), prefix=131, prefix_mode="center_tap"),
     **{
         f"{mode} of many": AdapterCase(3, 24, 4, (4, 4), (3, 3), prefix=3, prefix_mode=mode)

@@ -67,6 +67,22 @@ def test_every_width(width):
         run(Case(2, 1, 5, width, kernel, padding), torch.float16, False, "contiguous")
 
 
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("width", [1, 5, 12, 13, 30])
+def test_vectors_end_with_the_map(width, backward):
+    """A row alone, and rows so far apart that vectors divide: their memory ends with the last."""
+    alone = Case(1, 1, 1, width, (1, 3), (0, 1, 0, 1))
+    run(alone, torch.float16, backward, "contiguous")
+    case = Case(2, 3, 4, width, (3, 3), (1, 1, 1, 1))
+    given = torch.full((2, 3, 4, 32), torch.nan).half()[..., :width]
+    source, weight = given.copy_(torch.randn(case.shape)), torch.randn(3, 1, 3, 3).half()
+    result = torch.full(case.shape, torch.nan).half()
+    maps = (result, source) if backward else (source, result)
+    on_cpu.correlate(on_cpu.params(*maps, (3, 3), (1, 1), (1, 1)), backward, weight, None)
+    direction = case.backward_input if backward else case.forward
+    case.check(result, direction(source.double(), weight.double()))
+
+
 @pytest.mark.parametrize("height", [*range(1, 10), 17])
 @pytest.mark.parametrize("batch", [1, 5, 16])
 def test_every_height(height, batch):

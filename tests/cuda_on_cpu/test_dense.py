@@ -98,6 +98,15 @@ def test_backward_weight(case, dtype):
     gradients(case, dtype)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 13), (2, 3), (6, 5), (7, 7), (5, 6), (3, 4)])
+def test_vectors_end_with_the_map(size):
+    """A plane alone, of no whole number of vectors: its memory ends with it."""
+    case = same(1, 1, *size, (3, 3))
+    for backward in (False, True):
+        run(case, torch.float16, backward)
+    gradients(case, torch.float16)
+
+
 @pytest.mark.parametrize("multiprocessors", [1, 132])
 def test_groups_add_up(multiprocessors):
     """One group or many, the same bits for the same device."""

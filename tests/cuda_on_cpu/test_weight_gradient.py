@@ -40,6 +40,12 @@ def test_backward_weight(case, dtype):
     gradients(case, dtype, "contiguous" if case.layout == "cropped" else case.layout)
 
 
+@pytest.mark.parametrize("width", [1, 5, 12, 13, 30])
+def test_vectors_end_with_the_map(width):
+    """A row alone: its memory ends with it."""
+    gradients(same(1, 1, 1, width, (1, 3)), torch.float16, "contiguous")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("grad_layout", LAYOUTS)

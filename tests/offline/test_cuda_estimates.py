@@ -108,8 +108,20 @@ def test_transforms_count_spectra_and_their_sums():
     assert sums.cache == 2 * maps + (2 * shape.batch - groups) * written
 
 
+ROWS_TAKE_LONGER = 2.75  # kRowsTakeLonger of depthwise_estimate.h
+# Dense was faster on an H100, in every direction or where the map is not too large for it.
+MEASURED = {"replknet-3", "replknet-4", "convnext-l-3", "convnext-l-4"}
+MEASURED_ON_28 = {"replknet-2", "convnext-l-2", "van-2-5", "van-2-dilated", "slak-2-wide"}
+
+
+def between(estimate) -> float:
+    """Seconds of all launches, if some of each overlaps."""
+    times = [launch.seconds.values() for launch in estimate.launches]
+    return sum((max(t) + sum(t)) / 2 for t in times)
+
+
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_the_dense_form_is_chosen_where_it_is_estimated_to_pay(direction):
+def test_the_dense_form_is_chosen_where_it_is_expected_to_pay(direction):
     chosen = {s.name for s in SHAPES if cuda_estimates.prefers_dense(s, direction)}
     for shape in SHAPES:
         dense = served(shape, direction, "dense", torch.bfloat16)
@@ -117,11 +129,11 @@ def test_the_dense_form_is_chosen_where_it_is_estimated_to_pay(direction):
         if dense is None:
             assert shape.name not in chosen
         else:
-            pays = dense.least + dense.most < rows.least + rows.most
+            pays = between(dense) < ROWS_TAKE_LONGER * between(rows)
             assert pays == (shape.name in chosen), shape.name
-    assert chosen >= {"replknet-3", "replknet-4", "convnext-l-3", "convnext-l-4"}
-    assert not chosen & {"replknet-1", "convnext-l-1", "convnext-l-2", "table-32-k31"}
-    assert ("replknet-2" in chosen) == (direction != "backward_weight")
+    assert chosen >= MEASURED
+    assert chosen & MEASURED_ON_28 == (set() if direction == "backward_weight" else MEASURED_ON_28)
+    assert not chosen & {"replknet-1", "convnext-l-1", "table-32-k31"}
 
 
 def test_channels_last_has_no_dense_form():

@@ -84,8 +84,7 @@ class AdapterUpBlock : AdapterBlock<Storage> {
     };
     // Ahead of the steps' copies: what comes behind them need not be waited for.
     if (p.convolved) {
-      stage_matrix(Base::read_only(this->rank_matrix(p.c, tile)), p.rank_rows, p.tiling.slots,
-                   this->rank_tile_, this->token_pitch_);
+      stage_grid_of_c(tile);
       cp_async_commit();
     }
     this->begin_steps(steps, stage);
@@ -108,6 +107,20 @@ class AdapterUpBlock : AdapterBlock<Storage> {
   }
 
  private:
+  // What the correlation has left of c. Nobody has written its prefix tokens yet: they are left to
+  // run_prefix, but for the rows of zeros below the rank, which are factors too.
+  LKA_DEVICE void stage_grid_of_c(const TokenTile& tile) const {
+    auto grid = Base::read_only(this->rank_matrix(p.c, tile));
+    grid.data += tile.prefix;
+    grid.columns -= tile.prefix;
+    stage_matrix(grid, p.rank_rows, p.tiling.slots - tile.prefix, this->rank_tile_ + tile.prefix,
+                 this->token_pitch_);
+    const int end = p.rank_rows * tile.prefix;
+    for (int i = p.rank * tile.prefix + threadIdx.x; i < end; i += blockDim.x)
+      store_shared(this->rank_tile_ + i / tile.prefix * this->token_pitch_ + i % tile.prefix,
+                   Element());
+  }
+
   // Leaves dropout(act(c)) in the rank tile; c is kept for backward, which sees it as it is stored.
   LKA_DEVICE void convolve(const TokenTile& tile, bool keep) {
     const auto* bias = static_cast<const Element*>(p.conv_bias);

@@ -7,7 +7,8 @@
 namespace lka::cuda {
 
 // Copies `valid` of kBytes bytes (4, 8 or 16) and fills the rest with zeros; both addresses are
-// multiples of kBytes. With valid = 0 nothing is read.
+// multiples of kBytes. With valid = 0 nothing is read; otherwise all kBytes must be memory that may
+// be read: how much of it the copy touches is the machine's choice.
 template <int kBytes>
 LKA_DEVICE void cp_async(void* shared, const void* global, int valid) {
 #ifdef __CUDACC__

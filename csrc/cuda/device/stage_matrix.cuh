@@ -6,7 +6,8 @@
 namespace lka::cuda {
 
 // A matrix in global memory. Vectors of `vector` neighbouring columns are one access: address and
-// row stride divide by it, and where it is more than 1, the column stride is 1.
+// row stride divide by it, and where it is more than 1, the column stride is 1. The last vector of
+// a row may hold more than its columns, but only what lies in the same row of the tensor.
 template <class Element>
 struct MatrixView {
   Element* data;
@@ -78,7 +79,7 @@ LKA_DEVICE void store_vectors(const Element* from, int pitch, const MatrixView<E
 }  // namespace detail
 
 // Copies a matrix and zeros around it, up to full_rows × full_columns; the latter is a multiple of
-// 16 bytes. Copies may be under way when this returns.
+// the vector. Copies may be under way when this returns.
 template <class Element>
 LKA_DEVICE void stage_matrix(const MatrixView<const Element>& from, int full_rows, int full_columns,
                              Element* to, int pitch) {

@@ -8,7 +8,7 @@
 namespace lka::cuda {
 
 // How a map of 16-bit elements is read and written, decided before the launch. Widths are powers
-// of two by which base address and strides divide; channels count as strides where they are 1.
+// of two by which base address, strides and what is in a row divide.
 struct MapAccess {
   MapView view;
   int32_t row_vector = 0;      // neighbouring columns in one access; 0 where columns are no run
