@@ -24,7 +24,8 @@ class AdapterTiles(NamedTuple):
         block_c: channels of the width at a time.
         block_r: channels of the rank, a power of two not below r.
         pad: whether the rank must be padded to twice its block for a product.
-        convolve_in_up: whether the up-projection's program convolves its own tokens.
+        convolve_apart: whether the convolution and its gradients are launches of depthwise
+            convolution; else the up-projection's program convolves its own tokens.
         weights_apart: whether the gradients of the projections' weights have launches of their own.
         blocks_of_c: blocks of channels that one program of the up-projection writes.
         unroll: taps of a kernel row that are unrolled.
@@ -35,7 +36,7 @@ class AdapterTiles(NamedTuple):
     block_c: int
     block_r: int
     pad: bool
-    convolve_in_up: bool
+    convolve_apart: bool
     weights_apart: bool
     blocks_of_c: int
     unroll: int
@@ -74,21 +75,45 @@ _ADAPTER_FLOAT32 = {
     256: (16, 16, 16, 2),
 }
 MOST_RANK = max(_ADAPTER_16_BIT)
+# A program that convolves its own tokens loads the map once for every tap. On an H100 (bfloat16)
+# all programs together made about a million of these loads in a microsecond, where a launch of
+# depthwise convolution, which loads a row once for all of its taps, took 5 of them at least:
+# forward 30 µs against 33 with 4.9 million loads (14²+1 tokens), 134 against 87 with 79 million
+# (56²). Backward has two convolutions, of which that of the taps' gradient took 2 to 4 times more:
+# 110 µs against 90, 518 against 183.
+_MOST_LOADS_OF_TAPS = {"forward": 6_000_000, "backward": 1_500_000}
 
 
 def adapter_tiles(
-    num_tokens: int, dim: int, r: int, taps: tuple[int, int], dtype: torch.dtype, num_sms: int
+    num_tokens: int,
+    dim: int,
+    r: int,
+    taps: tuple[int, int],
+    dtype: torch.dtype,
+    num_sms: int,
+    direction: str = "forward",
 ) -> AdapterTiles:
-    """Tiles for ``num_tokens`` tokens of ``dim`` channels; ``taps`` are those that can touch."""
+    """Tiles for ``num_tokens`` tokens of ``dim`` channels; ``taps`` are those that can touch.
+
+    ``direction`` is "forward" or "backward".
+    """
     # 8 is the narrowest column block of the matrix instructions. Their sums have at least 16
     # terms; in float32 Triton 3.6 compiles none of fewer either, though 3.8 does.
     block_r = max(8, next_power_of_2(r))
     pad = block_r < 16
     table = _ADAPTER_FLOAT32 if dtype == torch.float32 else _ADAPTER_16_BIT
     block_t, block_c, num_warps, num_stages = table[max(16, block_r)]
-    if block_t == 128 and num_tokens >= 4 * 256 * num_sms:
-        # Many tokens: half as many partial sums. Two stages, to leave room for a second program.
-        block_t, num_warps, num_stages = 256, 8, 2
+    if block_t == 128:
+        # Measured on an H100, r = 8, 7×7, batch 64: forward takes 71 µs on 56² × 96 with 64 tokens
+        # and 128 channels, 79 with 128 and 64, 87 with 256 and 64. Backward takes 82 on 14²+1 × 768
+        # with 64 and 128, 88 with 128 and 128, 90 with 64 and 64; on 56² × 96, where tiles of 64
+        # tokens have too many partial sums, 167 with 128 and 32, and 177 with 128 and 64.
+        many = num_tokens >= 8 * 128 * num_sms
+        block_t = 128 if direction == "backward" and many else 64
+        block_c = 128
+        if direction == "backward" and dim < 256:
+            block_c = next((block for block in (128, 64, 32) if dim % block == 0), 64)
+        num_stages = 4 if block_t == 64 else 3
     while block_t > 32 and num_tokens < block_t * num_sms:
         block_t //= 2  # few tokens: rather use every multiprocessor
         num_stages = min(6, num_stages + 2)  # and have as many loads under way as before
@@ -98,14 +123,13 @@ def adapter_tiles(
     # hide: with few, several convolve the same tokens, each for a part of the channels. The
     # rank-r tensor is in the cache, and the convolution is short.
     splits = max(1, min(blocks, 4 * num_sms // max(1, programs)))
-    # A tap, channel and token takes about 5 instructions of the 128 that a multiprocessor makes in
-    # a cycle; a channel of x, y and the residual takes 6 bytes of the 13 that an H100's memory
-    # gives each of them: below about 8 taps a channel the convolution hides behind memory.
-    # Sums of more than 16 channels would leave the projection too few registers.
+    # Programs that share tokens should not convolve them again and again, and sums of more than 16
+    # channels would leave the projection too few registers.
+    loads = num_tokens * taps[0] * taps[1] * r
     affordable = 8 * dim // max(1, taps[0] * taps[1] * r)
     needed = max(1, min(splits, num_sms // max(1, programs)))
-    convolve_in_up = block_r <= 16 and affordable >= needed
-    if convolve_in_up:
+    convolve_apart = block_r > 16 or affordable < needed or loads > _MOST_LOADS_OF_TAPS[direction]
+    if not convolve_apart:
         splits = min(splits, affordable)
     # Written and read once, float32 partial sums for every tile cost 8·r bytes a channel; to read
     # the tile once more costs its own bytes.
@@ -115,7 +139,7 @@ def adapter_tiles(
         block_c=block_c,
         block_r=block_r,
         pad=pad,
-        convolve_in_up=convolve_in_up,
+        convolve_apart=convolve_apart,
         weights_apart=weights_apart,
         blocks_of_c=-(-blocks // splits),
         # All loads of an unrolled row are under way together; longer rows take it in pieces.
@@ -234,11 +258,11 @@ def two_launch_clocks(
     # The residual is read and y written, and one block of channels waits for the one before.
     block = _stream(2 * tile, 2 * tile, min(up_programs, num_sms))
     block = _Part(t.blocks_of_c * block.alone, t.blocks_of_c * block.busy)
-    channels = r if t.convolve_in_up else min(r, 8)
+    channels = min(r, 8) if t.convolve_apart else r
     convolve = _Part(_LATENCY, 0) + _convolve(t.block_t, channels, taps, 2 * _NEAR_LATENCY)
-    up = block + convolve if t.convolve_in_up else block + _Part(_LATENCY, 0)
+    up = block + _Part(_LATENCY, 0) if t.convolve_apart else block + convolve
     clocks = _launch_clocks(programs, num_sms, _RESIDENT, down)
-    if not t.convolve_in_up:
+    if t.convolve_apart:
         clocks += _launch_clocks(programs * ceil_div(r, 8), num_sms, _RESIDENT, convolve)
     return clocks + _launch_clocks(up_programs, num_sms, _RESIDENT, up)
 
@@ -271,7 +295,9 @@ def one_launch_tiles(
         block_w = max(16, min(most_w, next_power_of_2(window)))
         num_stages = max(2, min(6, _MOST_STAGED_BYTES // ((block_w + 16) * block_c * size)))
         programs = batch * ceil_div(tokens, block_t)
-        if programs > _RESIDENT_ONE_LAUNCH * num_sms or window * r * size > _MOST_SCRATCH_BYTES:
+        # More than one for a multiprocessor: 25 µs on an H100 for 64 × 14² × 384, where two
+        # launches take 21.
+        if programs > num_sms or window * r * size > _MOST_SCRATCH_BYTES:
             continue
         busy_sms = min(programs, num_sms)
         chunks = ceil_div(window, block_w)
@@ -472,6 +498,10 @@ def patch_tiles(call: Correlation) -> PatchTiles:
         # one builds the next chunk of its matrix, others must have products to make.
         block_k = 32 if window % 32 == 0 else 16
         for block_m in (16, 32, 64, 128, 256):
+            # Measured on an H100 for 7×7: 238 µs with 256 rows and eight warps, 214 with 128 and
+            # four, on 56² × 192; larger kernels share what they build among more rows.
+            if block_m == 256 and call.taps[1] <= 13:
+                continue
             lanes = 32 * _product_warps(block_m, rows * bx)
             # At most eight loads of a lane: each has an address of its own in two registers.
             if block_m * rows * bx > 16384 or block_m * block_k > 8 * call.vector * lanes:
@@ -696,7 +726,9 @@ def product_sum_block(row: int, num_sms: int) -> int:
 def sum_tiles(rows: int) -> tuple[int, int]:
     """Elements and rows at a time of a program that adds ``rows`` rows of partial sums.
 
-    16 loads of a thread are under way together; with few rows, all of them.
+    16 loads of a thread are under way together; with few rows, all of them. A program waits for one
+    such step after the other: 784 rows in steps of 32 took 19 µs on an H100, 1568 took 36. 16
+    elements are two sectors of the cache.
     """
-    at_a_time = min(32, next_power_of_2(rows))
+    at_a_time = min(128, next_power_of_2(rows))
     return min(512, 2048 // at_a_time), at_a_time

@@ -58,6 +58,8 @@ def same_state_for_every_test():
     torch.set_num_threads(threads)
     dispatch._Requested.backend = "auto"
     remembered_calls.forget_all()
+    if "lka_kernels.backends.triton.replay" in sys.modules:
+        sys.modules["lka_kernels.backends.triton.replay"].forget_all()
 
 
 @pytest.fixture(autouse=True)

@@ -44,18 +44,34 @@ def in_one_launch(monkeypatch, **changes):
     monkeypatch.setattr(tiles, "one_launch_tiles", forced)
 
 
-@pytest.mark.parametrize("launches", [1, 2])
+def with_convolution_apart(monkeypatch):
+    """As calls of many tokens have it."""
+    choose = tiles.adapter_tiles
+    monkeypatch.setattr(
+        tiles, "adapter_tiles", lambda *a, **k: choose(*a, **k)._replace(convolve_apart=True)
+    )
+    in_two_launches(monkeypatch)
+
+
+FORWARDS = {
+    "one launch": in_one_launch,
+    "two launches": in_two_launches,
+    "convolution apart": with_convolution_apart,
+}
+
+
+@pytest.mark.parametrize("launches", FORWARDS)
 @pytest.mark.parametrize("case", DEFINED, ids=str)
 def test_equals_the_specification(case, launches, monkeypatch):
-    (in_one_launch if launches == 1 else in_two_launches)(monkeypatch)
+    FORWARDS[launches](monkeypatch)
     check_backend(case, torch.float32, "triton", DEVICE)
 
 
-@pytest.mark.parametrize("launches", [1, 2])
+@pytest.mark.parametrize("launches", FORWARDS)
 @pytest.mark.parametrize("case", DEFINED[:6], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=names)
 def test_equals_the_specification_in_16_bits(case, dtype, launches, monkeypatch):
-    (in_one_launch if launches == 1 else in_two_launches)(monkeypatch)
+    FORWARDS[launches](monkeypatch)
     check_backend(case, dtype, "triton", DEVICE)
 
 
@@ -73,11 +89,12 @@ def test_any_call_in_float16(case):
 
 # Every way through the launches, on shapes that would not choose it by themselves.
 PATHS = {
-    "convolution in the up-projection": {"convolve_in_up": True},
-    "convolution apart": {"convolve_in_up": False},
+    "convolution in the up-projection": {"convolve_apart": False},
+    "convolution apart": {"convolve_apart": True},
     "weights' gradients apart": {"weights_apart": True},
+    "all of these apart": {"weights_apart": True, "convolve_apart": True},
     "weights' gradients with the rest": {"weights_apart": False},
-    "channels split over programs": {"blocks_of_c": 1, "convolve_in_up": True, "block_c": 16},
+    "channels split over programs": {"blocks_of_c": 1, "convolve_apart": False, "block_c": 16},
     "several tiles of tokens": {"block_t": 16},
     "kernel rows in pieces": {"unroll": 2},
     "kernel rows whole": {"unroll": 5},
@@ -97,8 +114,8 @@ PATHS = {
 def test_every_path(path, dtype, case, monkeypatch):
     choose = tiles.adapter_tiles
 
-    def forced(*arguments):
-        return choose(*arguments)._replace(**PATHS[path])
+    def forced(*arguments, **options):
+        return choose(*arguments, **options)._replace(**PATHS[path])
 
     monkeypatch.setattr(tiles, "adapter_tiles", forced)
     in_two_launches(monkeypatch)
@@ -185,10 +202,11 @@ def test_dropout_is_that_of_every_backend(shape):
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1, 2), (3,), (4,), (5,), (6,), (2, 4, 6), (0, 5)])
-@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("apart", [(False, False), (False, True), (True, False), (True, True)])
 def test_only_the_gradients_asked_for(wanted, apart, monkeypatch):
     choose = tiles.adapter_tiles
-    monkeypatch.setattr(tiles, "adapter_tiles", lambda *a: choose(*a)._replace(weights_apart=apart))
+    changes = dict(zip(("weights_apart", "convolve_apart"), apart, strict=True))
+    monkeypatch.setattr(tiles, "adapter_tiles", lambda *a, **k: choose(*a, **k)._replace(**changes))
     case = AdapterCase(dropout=0.2, position="both", prefix=1)
     tensors = {k: t.to(DEVICE) for k, t in case.tensors(torch.float32).items() if t is not None}
     leaves = list(tensors.values())

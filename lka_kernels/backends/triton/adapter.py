@@ -14,9 +14,12 @@ from torch import Tensor
 from lka_kernels import philox, tiles
 from lka_kernels.backends.reference import center_tap_index
 from lka_kernels.backends.triton import adapter_kernels as kernels
+from lka_kernels.backends.triton import depthwise
 from lka_kernels.backends.triton.adapter_one_launch_kernel import forward_kernel
+from lka_kernels.backends.triton.depthwise_weight import plan_partial_sums
 from lka_kernels.backends.triton.launch import Launch, dot_precision
 from lka_kernels.backends.triton.partial_sums import PartialSums
+from lka_kernels.backends.triton.replay import remembered
 from lka_kernels.backends.triton.run import run
 from lka_kernels.checks import same_padding
 from lka_kernels.fft_plan import touching_taps
@@ -51,6 +54,17 @@ class _Call(NamedTuple):
             "PRECISION": self.precision,
         }
 
+    @property
+    def prefix(self) -> dict:
+        """Constants of every kernel that has prefix tokens meet their tap, for themselves."""
+        taps = self.kernel["KH"] * self.kernel["KW"]
+        return {"TAPS": taps, **{name: self.kernel[name] for name in ("PREFIX", "CENTER")}}
+
+    def maps(self, tensor: Tensor) -> Tensor:
+        """The grid of a rank-r tensor (B, r, T) as a batch of maps (B, r, H, W)."""
+        prefix, height, width = self.grid
+        return tensor[:, :, prefix:].unflatten(2, (height, width))
+
     def launch(self, kernel, programs: int, *arguments, **constants) -> Launch:
         """A launch with this call's rank, number of warps and stages."""
         constants = {"R": self.r, **constants}
@@ -72,6 +86,8 @@ def _describe(
     activation: str,
     activation_position: str,
     dropout_p: float,
+    *,
+    direction: str,
 ) -> _Call:
     batch, num_tokens, dim = x.shape
     r = down_weight.shape[0]
@@ -81,7 +97,9 @@ def _describe(
     columns = touching_taps(width, width, kernel_width, 1, left, dilation)
     taps = (rows[1] - rows[0], columns[1] - columns[0])
     num_sms = tiles.multiprocessors(x.device)
-    chosen = tiles.adapter_tiles(batch * num_tokens, dim, r, taps, x.dtype, num_sms)
+    chosen = tiles.adapter_tiles(
+        batch * num_tokens, dim, r, taps, x.dtype, num_sms, direction=direction
+    )
     before = (top - rows[0] * dilation) * width + left - columns[0] * dilation
     after = ((rows[1] - 1) * dilation - top) * width + (columns[1] - 1) * dilation - left
     reach = (max(0, before), max(0, after))
@@ -145,7 +163,7 @@ def plan_forward(
     down_bias, conv_bias, up_bias = (
         None if b is None else b.contiguous() for b in (down_bias, conv_bias, up_bias)
     )
-    call = _describe(x, down_weight, conv_weight, seed, *geometry)
+    call = _describe(x, down_weight, conv_weight, seed, *geometry, direction="forward")
     t = call.tiles
     y = torch.empty_like(x)
     z = x.new_empty((batch, r, num_tokens))
@@ -172,29 +190,25 @@ def plan_forward(
             **call.matrices,
         )
     ]
-    if not t.convolve_in_up:
-        block_r = min(t.block_r, 8)
-        launches.append(
-            call.launch(
-                kernels.convolve_kernel,
-                programs * tiles.ceil_div(r, block_r),
-                source,
-                conv_weight,
-                conv_bias,
-                c,
-                *call.tokens,
-                *call.grid,
-                *call.geometry,
-                **call.kernel,
-                BLOCK_T=t.block_t,
-                BLOCK_R=block_r,
-            )
+    convolving = source, conv_weight, conv_bias
+    if t.convolve_apart:
+        top, left, dilation = call.geometry[:3]
+        launches += depthwise.plan_correlation(
+            call.maps(source),
+            conv_weight,
+            conv_bias,
+            call.maps(c),
+            (top, left),
+            (dilation, dilation),
+            reverse=False,
         )
+        if call.kernel["PREFIX"] is None:
+            convolving = None, None, None
     launches.append(
         call.launch(
             kernels.up_kernel,
             programs * tiles.ceil_div(dim, t.blocks_of_c * t.block_c),
-            *((source, conv_weight, conv_bias) if t.convolve_in_up else (None, None, None)),
+            *convolving,
             c,
             up_weight,
             up_bias,
@@ -209,7 +223,7 @@ def plan_forward(
             *y.stride(),
             *((0, 0, 0) if residual is None else residual.stride()),
             **call.kernel,
-            CONVOLVE=t.convolve_in_up,
+            CONVOLVE=not t.convolve_apart,
             ACTIVATION=call.post,
             PAD=t.pad,
             BLOCKS_OF_C=t.blocks_of_c,
@@ -301,7 +315,7 @@ def plan_backward(
     down_weight, conv_weight, up_weight = (
         w.contiguous() for w in (down_weight, conv_weight, up_weight)
     )
-    call = _describe(x, down_weight, conv_weight, seed, *geometry)
+    call = _describe(x, down_weight, conv_weight, seed, *geometry, direction="backward")
     shapes = ((r, dim), (r,), conv_weight.shape, (r,), (dim, r), (dim,))
     grads = [torch.empty_like(x) if output_mask[0] else None] + [
         x.new_empty(shape) if asked else None
@@ -315,6 +329,11 @@ def plan_backward(
     num_sms = tiles.multiprocessors(x.device)
     programs = tiles.ceil_div(call.tokens[0], call.tiles.block_t)
     apart = call.tiles.weights_apart
+    maps_apart = call.tiles.convolve_apart and x.numel() > 0
+    # What the gradient of the taps needs and the programs of grad_y can leave for it.
+    a = None
+    if grad_conv is not None and maps_apart:
+        a = z if call.pre == "none" else torch.empty_like(z)
     sums = PartialSums()
     launches = []
 
@@ -325,8 +344,10 @@ def plan_backward(
                 programs,
                 grad_output,
                 c,
+                z,
                 up_weight,
                 grad_c,
+                None if a is z else a,
                 None if apart else sums.rows(grad_up, programs),
                 sums.rows(grad_up_bias, programs),
                 sums.rows(grad_conv_bias, programs),
@@ -337,6 +358,7 @@ def plan_backward(
                 call.grid[0],
                 *grad_output.stride(),
                 PREFIX=call.kernel["PREFIX"],
+                BEFORE=call.pre,
                 ACTIVATION=call.post,
                 **call.matrices,
             )
@@ -349,7 +371,9 @@ def plan_backward(
                 activation=call.post,
             )
         )  # fmt: skip
-    if need_z or grad_conv is not None:
+    if maps_apart:
+        launches += _convolve_backward(call, grad_c, a, conv_weight, grad_z, grad_conv, sums)
+    elif need_z or grad_conv is not None:
         block_r = min(call.tiles.block_r, 8)
         input_programs = programs * tiles.ceil_div(r, block_r) if need_z else 0
         block_kx = min(8, tiles.next_power_of_2(conv_weight.shape[3]))
@@ -377,13 +401,20 @@ def plan_backward(
                 BLOCK_KX=block_kx,
             )
         )
-    if grad_x is not None or grad_down_bias is not None or (grad_down is not None and not apart):
+    finish = maps_apart and need_z
+    if (
+        finish
+        or grad_x is not None
+        or grad_down_bias is not None
+        or (grad_down is not None and not apart)
+    ):
         own_residual = grad_output if residual_is_x and grad_x is not None else None
         launches.append(
             call.launch(
                 kernels.down_backward_kernel,
                 programs,
                 grad_z,
+                *((grad_c, conv_weight, z) if finish else (None, None, None)),
                 x,
                 own_residual,
                 down_weight,
@@ -392,9 +423,13 @@ def plan_backward(
                 sums.rows(grad_down_bias, programs),
                 *call.tokens,
                 dim,
+                call.grid[0],
                 *x.stride(),
                 *grad_output.stride(),
                 *((0, 0, 0) if grad_x is None else grad_x.stride()),
+                **call.prefix,
+                FINISH=finish,
+                ACTIVATION=call.pre,
                 PAD=call.tiles.pad,
                 **call.matrices,
             )
@@ -402,6 +437,56 @@ def plan_backward(
     if grad_down is not None and apart:
         launches.append(_weight_backward(call, x, grad_z, grad_down, (1, dim), sums, num_sms))
     return launches + sums.launches(), grads
+
+
+def _convolve_backward(
+    call: _Call,
+    grad_c: Tensor,
+    a: Tensor | None,
+    conv_weight: Tensor,
+    grad_a: Tensor | None,
+    grad_conv: Tensor | None,
+    sums: PartialSums,
+) -> list[Launch]:
+    """The gradients of a, on the grid alone, and of the taps, by depthwise convolution."""
+    launches = []
+    top, left, dilation = call.geometry[:3]
+    if grad_a is not None:
+        height, width = conv_weight.shape[2:]
+        launches += depthwise.plan_correlation(
+            call.maps(grad_c),
+            conv_weight,
+            None,
+            call.maps(grad_a),
+            (dilation * (height - 1) - top, dilation * (width - 1) - left),
+            (dilation, dilation),
+            reverse=True,
+        )
+    if grad_conv is not None:
+        prefix = call.grid[0]
+        # Prefix tokens that meet the center tap add a row of their own.
+        more_rows = int(call.kernel["PREFIX"] == "center_tap" and call.kernel["CENTER"] >= 0)
+        found, partials = plan_partial_sums(
+            sums,
+            grad_conv,
+            call.maps(grad_c),
+            call.maps(a),
+            (top, left),
+            (dilation, dilation),
+            more_rows=more_rows,
+        )
+        launches += found
+        if more_rows:
+            batch, num_tokens = grad_c.shape[0], grad_c.shape[2]
+            taps = conv_weight.shape[2] * conv_weight.shape[3]
+            constants = {
+                "BLOCK_T": min(256, tiles.next_power_of_2(batch * prefix)),
+                "BLOCK_TAPS": min(256, tiles.next_power_of_2(taps)),
+                "CENTER": call.kernel["CENTER"],
+            }
+            arguments = (grad_c, a, partials[-1], batch, num_tokens, prefix, call.r, taps)
+            launches.append(Launch(kernels.prefix_taps_kernel, call.r, arguments, constants, 4, 1))
+    return launches
 
 
 def _groups(call: _Call, programs_per_group: int, num_sms: int) -> tuple[int, int]:
@@ -450,6 +535,11 @@ def _weight_backward(
     )
 
 
+# The switches that ``dot_precision`` reads, that of the convolutions in their own launches too.
+_SWITCHES = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+
+
+@remembered("adapter forward", *_SWITCHES)
 def forward(x: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor]:
     """The operator ``large_kernel_adapter_forward_triton``."""
     launches, results = plan_forward(x, *arguments)
@@ -458,6 +548,7 @@ def forward(x: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor]:
     return results
 
 
+@remembered("adapter backward", *_SWITCHES)
 def backward(grad_output: Tensor, x: Tensor, *arguments) -> tuple[Tensor, ...]:
     """The operator ``large_kernel_adapter_backward_triton``."""
     launches, grads = plan_backward(grad_output, x, *arguments)

@@ -6,12 +6,12 @@ is smaller than a tile. x, y and their gradients have any strides. The rank-r te
 their gradients are channel-major, (B, r, T): a tap of the convolution then reads neighbouring
 tokens from neighbouring addresses.
 
-Forward: ``down`` reads x once; ``up`` convolves (or reads what ``convolve`` has left), and writes y
-once; few tokens take one launch (``adapter_one_launch_kernel``). Backward: ``up_backward`` reads
-grad_y once, ``convolve_backward`` works on r channels,
-``down_backward`` reads x once and writes grad_x. Each leaves partial sums of weight gradients, one
-row for every program (for large ranks, ``weight_backward`` does), which ``partial_sums.py`` adds in
-a fixed order.
+Forward: ``down`` reads x once; ``up`` convolves (or reads what launches of depthwise convolution
+have left of the grid), and writes y once; few tokens take one launch
+(``adapter_one_launch_kernel``). Backward: ``up_backward`` reads grad_y once, ``convolve_backward``
+or launches of depthwise convolution work on r channels, ``down_backward`` reads x once and writes
+grad_x. Each leaves partial sums of weight gradients, one row for every program (for large ranks,
+``weight_backward`` does), which ``partial_sums.py`` adds in a fixed order.
 
 What is read once is marked to leave the cache first, so that what the next launch reads (the rank-r
 tensors, the partial sums) stays.
@@ -209,13 +209,36 @@ def _convolve(
                 tap = tl.load(first_tap + j, mask=has_tap, other=0.0).to(tl.float32)
                 sums += value.to(tl.float32) * tap[:, None]
     if PREFIX is not None:
-        own = tl.load(
-            source + offsets, mask=(is_token & (n < 0))[None, :] & valid_r[:, None], other=0.0
-        ).to(tl.float32)
-        if PREFIX == "skip":
-            sums += own
-        elif CENTER >= 0:
-            sums += own * tl.load(taps + CENTER, mask=valid_r, other=0.0).to(tl.float32)[:, None]
+        sums += _prefix_sums(
+            source, weight, offsets, is_token & (n < 0), r, R, KH * KW, PREFIX, CENTER
+        )
+    return sums
+
+
+@triton.jit
+def _prefix_sums(
+    source,
+    weight,
+    offsets,
+    is_prefix,
+    r,
+    R: tl.constexpr,
+    TAPS: tl.constexpr,
+    PREFIX: tl.constexpr,
+    CENTER: tl.constexpr,
+):
+    """What prefix tokens meet, [channels, tokens]: one tap, themselves, or nothing; 0 for others.
+
+    Either way it is its own transpose: the same for the gradient.
+    """
+    valid = is_prefix[None, :] & (r < R)[:, None]
+    if PREFIX == "skip":
+        sums = tl.load(source + offsets, mask=valid, other=0.0).to(tl.float32)
+    elif CENTER >= 0:
+        tap = tl.load(weight + r * TAPS + CENTER, mask=r < R, other=0.0).to(tl.float32)
+        sums = tl.load(source + offsets, mask=valid, other=0.0).to(tl.float32) * tap[:, None]
+    else:
+        sums = tl.zeros(offsets.shape, tl.float32)
     return sums
 
 
@@ -256,47 +279,6 @@ def convolve_with_bias(
             b = tl.where((t >= P)[None, :], b, 0.0)
         sums += b
     return sums
-
-
-@triton.jit
-def convolve_kernel(
-    source,
-    weight,
-    bias,
-    c,
-    M,
-    T,
-    P,
-    H,
-    W,
-    TOP,
-    LEFT,
-    D,
-    KY0,
-    KY1,
-    KX0,
-    KX1,
-    R: tl.constexpr,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    UNROLL: tl.constexpr,
-    WHOLE_ROW: tl.constexpr,
-    PREFIX: tl.constexpr,
-    CENTER: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """c = convolution of ``source``: where it costs more than to write and read c once again."""
-    blocks_r = tl.cdiv(R, BLOCK_R)
-    m = tl.program_id(0) // blocks_r * BLOCK_T + tl.arange(0, BLOCK_T)
-    r = tl.program_id(0) % blocks_r * BLOCK_R + tl.arange(0, BLOCK_R)
-    offsets = rank_offsets(m, r, T, R)
-    sums = convolve_with_bias(
-        source, weight, bias, offsets, m % T, m < M, r, P, H, W, R, TOP, LEFT, D,
-        KY0, KY1, KX0, KX1, KH, KW, UNROLL, WHOLE_ROW, PREFIX, CENTER,
-    )  # fmt: skip
-    valid = (r < R)[:, None] & (m < M)[None, :]
-    tl.store(c + offsets, sums.to(c.dtype.element_ty), mask=valid)
 
 
 @triton.jit
@@ -424,7 +406,8 @@ def up_kernel(
 ):
     """y = residual + scale·(dropout(act(c))·weightᵀ + bias) for BLOCKS_OF_C blocks of channels.
 
-    With CONVOLVE, c is computed from ``source`` and kept for backward; otherwise it is read.
+    With CONVOLVE, c is computed from ``source`` and kept for backward; otherwise it is read, and
+    only that of prefix tokens is computed and kept.
     """
     width: tl.constexpr = BLOCKS_OF_C * BLOCK_C
     splits = tl.cdiv(C, width)
@@ -442,6 +425,17 @@ def up_kernel(
         if split == 0:
             tl.store(c + offsets, rounded, mask=valid)
         sums = rounded.to(tl.float32)  # backward sees c as it is stored
+    elif PREFIX is not None:
+        is_prefix = (m < M) & (m % T < P)
+        own = _prefix_sums(source, conv_weight, offsets, is_prefix, r, R, KH * KW, PREFIX, CENTER)
+        if PREFIX != "skip" and conv_bias is not None:
+            own += tl.load(conv_bias + r, mask=r < R, other=0.0).to(tl.float32)[:, None]
+        rounded = own.to(c.dtype.element_ty)
+        if split == 0:
+            tl.store(c + offsets, rounded, mask=valid & is_prefix[None, :])
+        # Not what is being stored: no program may wait for another.
+        rest = tl.load(c + offsets, mask=valid & (m % T >= P)[None, :], other=0.0)
+        sums = tl.where(is_prefix[None, :], rounded, rest).to(tl.float32)
     else:
         sums = tl.load(c + offsets, mask=valid, other=0.0).to(tl.float32)
     project_up(
@@ -455,8 +449,10 @@ def up_kernel(
 def up_backward_kernel(
     grad_y,
     c,
+    z,
     weight,
     grad_c,
+    a,
     weight_partials,
     bias_partials,
     conv_bias_partials,
@@ -473,6 +469,7 @@ def up_backward_kernel(
     stride_gc,
     R: tl.constexpr,
     PREFIX: tl.constexpr,
+    BEFORE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -481,13 +478,17 @@ def up_backward_kernel(
 ):
     """grad_c, and partial sums of the gradients of weight (C, R), bias (C) and conv bias (R).
 
-    What is None is not asked for, or left to ``weight_backward_kernel``.
+    What is None is not asked for, or left to ``weight_backward_kernel``. ``a`` = act(z) is for
+    launches of depthwise convolution.
     """
     pid = tl.program_id(0)
     m = pid * BLOCK_T + tl.arange(0, BLOCK_T)
     r = tl.arange(0, BLOCK_R)
     offsets = rank_offsets(m, r, T, R)
     valid = (r < R)[:, None] & (m < M)[None, :]
+    if a is not None:
+        values = activate(tl.load(z + offsets, mask=valid, other=0.0).to(tl.float32), BEFORE)
+        tl.store(a + offsets, values.to(a.dtype.element_ty), mask=valid)
     if weight_partials is not None:
         e = activate(tl.load(c + offsets, mask=valid, other=0.0).to(tl.float32), ACTIVATION)
         if seed is not None:
@@ -767,8 +768,43 @@ def convolve_backward_kernel(
 
 
 @triton.jit
+def prefix_taps_kernel(
+    grad_c,
+    source,
+    partials,
+    B,
+    T,
+    P,
+    R,
+    TAPS,
+    BLOCK_T: tl.constexpr,
+    BLOCK_TAPS: tl.constexpr,
+    CENTER: tl.constexpr,
+):
+    """A row of partial sums (R, TAPS) of the taps' gradients: what prefix tokens add.
+
+    They meet the tap CENTER alone, for which one program adds over all of them in a fixed order.
+    """
+    r = tl.program_id(0)
+    sums = tl.zeros([BLOCK_T], tl.float32)
+    for i0 in range(0, B * P, BLOCK_T):
+        i = i0 + tl.arange(0, BLOCK_T)
+        b = i // P
+        at = (b.to(tl.int64) * R + r) * T + (i - b * P)
+        value = tl.load(source + at, mask=i < B * P, other=0.0).to(tl.float32)
+        sums += value * tl.load(grad_c + at, mask=i < B * P, other=0.0).to(tl.float32)
+    total = tl.sum(sums, axis=0)
+    for tap0 in range(0, TAPS, BLOCK_TAPS):
+        tap = tap0 + tl.arange(0, BLOCK_TAPS)
+        tl.store(partials + r * TAPS + tap, tl.where(tap == CENTER, total, 0.0), mask=tap < TAPS)
+
+
+@triton.jit
 def down_backward_kernel(
     grad_z,
+    grad_c,
+    conv_weight,
+    z,
     x,
     grad_y,
     weight,
@@ -778,6 +814,7 @@ def down_backward_kernel(
     M,
     T,
     C,
+    P,
     stride_xb,
     stride_xt,
     stride_xc,
@@ -788,6 +825,11 @@ def down_backward_kernel(
     stride_gt,
     stride_gc,
     R: tl.constexpr,
+    TAPS: tl.constexpr,
+    PREFIX: tl.constexpr,
+    CENTER: tl.constexpr,
+    FINISH: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     PAD: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -797,13 +839,29 @@ def down_backward_kernel(
     """grad_x = grad_z·weight (+ grad_y), and partial sums of grad weight (R, C) and grad bias (R).
 
     What is None is not asked for, or left to ``weight_backward_kernel``; ``grad_y`` is None unless
-    x is its own residual.
+    x is its own residual. With FINISH, ``grad_z`` holds the gradient of a on the grid, as depthwise
+    convolution left it, and becomes that of z: in place, as no other program reads it before.
     """
     pid = tl.program_id(0)
     m = pid * BLOCK_T + tl.arange(0, BLOCK_T)
     r = tl.arange(0, BLOCK_R)
     valid = (r < R)[:, None] & (m < M)[None, :]
-    g = tl.load(grad_z + rank_offsets(m, r, T, R), mask=valid, other=0.0)
+    offsets = rank_offsets(m, r, T, R)
+    if FINISH:
+        if PREFIX is not None:
+            t = m % T
+            sums = tl.load(grad_z + offsets, mask=valid & (t >= P)[None, :], other=0.0)
+            sums = sums.to(tl.float32) + _prefix_sums(
+                grad_c, conv_weight, offsets, (m < M) & (t < P), r, R, TAPS, PREFIX, CENTER
+            )
+        else:
+            sums = tl.load(grad_z + offsets, mask=valid, other=0.0).to(tl.float32)
+        if ACTIVATION != "none":
+            sums *= slope(tl.load(z + offsets, mask=valid, other=0.0).to(tl.float32), ACTIVATION)
+        g = tl.where(valid, sums, 0.0).to(grad_z.dtype.element_ty)
+        tl.store(grad_z + offsets, g, mask=valid)
+    else:
+        g = tl.load(grad_z + offsets, mask=valid, other=0.0)
     if bias_partials is not None:
         own = bias_partials + pid.to(tl.int64) * R
         tl.store(own + r, tl.sum(g.to(tl.float32), axis=1), mask=r < R)

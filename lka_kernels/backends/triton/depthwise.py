@@ -31,6 +31,7 @@ from lka_kernels.backends.triton.depthwise_geometry import (
 from lka_kernels.backends.triton.depthwise_planes import as_planes, move
 from lka_kernels.backends.triton.depthwise_weight import plan_backward_weight
 from lka_kernels.backends.triton.launch import Launch
+from lka_kernels.backends.triton.replay import remembered
 from lka_kernels.backends.triton.run import run
 from lka_kernels.checks import depthwise_output_size
 
@@ -267,8 +268,23 @@ def _plan_correlate(call: _Correlate, form: str) -> list[Launch]:
     return [_CORRELATE[form](call, sizes)]
 
 
-def _plan(source, weight, bias, result, *geometry, reverse: bool, form: str) -> list[Launch]:
-    """Launches, with those that move channels_last maps to planes where this pays."""
+def plan_correlation(
+    source: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    result: Tensor,
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    *,
+    reverse: bool,
+    form: str = "auto",
+) -> list[Launch]:
+    """The launches that fill ``result`` (B, C, OH, OW) from ``source`` (B, C, H, W).
+
+    ``padding`` is (top, left); ``reverse`` takes the taps from the last to the first. channels_last
+    maps are moved to planes where this pays.
+    """
+    geometry = (*padding, dilation)
     call = _describe(source, weight, bias, result, *geometry, reverse)
     moves = channels_in_lanes(source), channels_in_lanes(result)
     sixteen_bit = source.dtype != torch.float32
@@ -305,8 +321,10 @@ def plan_forward(
         memory_format=ops.memory_format(channels_last),
     )
     top, left = padding[:2]
-    geometry = (top, left, dilation)
-    return _plan(input, weight, bias, output, *geometry, reverse=False, form=form), output
+    launches = plan_correlation(
+        input, weight, bias, output, (top, left), dilation, reverse=False, form=form
+    )
+    return launches, output
 
 
 def plan_backward_input(
@@ -328,12 +346,13 @@ def plan_backward_input(
     )
     # The input at y meets tap ky on its way to the output at y + top - ky·DY.
     top, left = (dilation[i] * (weight.shape[2 + i] - 1) - padding[i] for i in (0, 1))
-    geometry = (top, left, dilation)
-    return _plan(
-        grad_output, weight, None, grad_input, *geometry, reverse=True, form=form
-    ), grad_input
+    launches = plan_correlation(
+        grad_output, weight, None, grad_input, (top, left), dilation, reverse=True, form=form
+    )
+    return launches, grad_input
 
 
+@remembered("depthwise forward", torch.backends.cudnn.conv)
 def forward(input: Tensor, *arguments) -> Tensor:
     """Schema ``depthwise_conv2d_forward``, and a form."""
     launches, output = plan_forward(input, *arguments)
@@ -341,6 +360,7 @@ def forward(input: Tensor, *arguments) -> Tensor:
     return output
 
 
+@remembered("depthwise backward_input", torch.backends.cudnn.conv)
 def backward_input(grad_output: Tensor, *arguments) -> Tensor:
     """Schema ``depthwise_conv2d_backward_input``, and a form."""
     launches, grad_input = plan_backward_input(grad_output, *arguments)
@@ -348,6 +368,7 @@ def backward_input(grad_output: Tensor, *arguments) -> Tensor:
     return grad_input
 
 
+@remembered("depthwise backward_weight", torch.backends.cudnn.conv)
 def backward_weight(grad_output: Tensor, *arguments) -> tuple[Tensor, Tensor]:
     """Schema ``depthwise_conv2d_backward_weight``, and a form."""
     launches, grads = plan_backward_weight(grad_output, *arguments)

@@ -34,6 +34,7 @@ class _Call(NamedTuple):
     columns: Taps
     kernel_size: tuple[int, int]
     dilation: tuple[int, int]
+    more_rows: int = 0  # of partial sums, behind those of the groups
 
     @property
     def taps(self) -> tuple[int, int]:
@@ -87,7 +88,8 @@ class _Call(NamedTuple):
         images = min(images, most_images)
         groups = tiles.ceil_div(batch, images)
         row = channels * (self.kernel_size[0] * self.kernel_size[1] + 1)
-        return images, groups, self.input.new_empty((groups, row), dtype=torch.float32)
+        rows = groups + self.more_rows
+        return images, groups, self.input.new_empty((rows, row), dtype=torch.float32)
 
 
 def _plan_direct(call: _Call) -> Launch:
@@ -273,19 +275,45 @@ def plan_backward_weight(
         grad_weight.zero_()
         grad_bias.zero_()
         return [], (grad_weight, grad_bias)
+    sums = PartialSums()
+    launches, partials = plan_partial_sums(
+        sums, grad_weight, grad_output, input, padding, dilation, form
+    )
+    sums.add(partials[:, grad_weight.numel() :], grad_bias)
+    return [*launches, *sums.launches()], (grad_weight, grad_bias)
+
+
+def plan_partial_sums(
+    sums: PartialSums,
+    grad_weight: Tensor,
+    grad_output: Tensor,
+    input: Tensor,
+    padding,
+    dilation,
+    form: str = "auto",
+    more_rows: int = 0,
+) -> tuple[list[Launch], Tensor]:
+    """The launches that leave partial sums of ``grad_weight`` (C, 1, kH, kW), added to ``sums``.
+
+    Also the partial sums (rows, C·kH·kW + C): of the weight's gradient, which are the first total
+    of ``sums``, and behind them those of the bias's. The last ``more_rows`` rows are left to the
+    caller to fill.
+    """
+    kernel_size = grad_weight.shape[2:]
     rows, columns = (
         taps_that_touch(
             input.shape[2 + i], grad_output.shape[2 + i], kernel_size[i], padding[i], dilation[i]
         )
         for i in (0, 1)
     )
-    call = _Call(grad_output, input, rows, columns, tuple(kernel_size), tuple(dilation))
+    call = _Call(grad_output, input, rows, columns, tuple(kernel_size), tuple(dilation), more_rows)
     call, moves = _moved(call, form)
     launch = _plan_partials(call, form)
     partials = launch.arguments[2]
-    weights = grad_weight.numel()
-    sums = PartialSums()
-    sums.add(partials[:, :weights], grad_weight)
-    sums.add(partials[:, weights:], grad_bias)
-    sums.keep_taps((rows.first, columns.first), call.taps, kernel_size)
-    return [*moves, launch, *sums.launches()], (grad_weight, grad_bias)
+    sums.add_taps(
+        partials[:, : grad_weight.numel()],
+        grad_weight,
+        (rows.first, columns.first),
+        call.taps,
+    )
+    return [*moves, launch], partials

@@ -20,6 +20,7 @@ from torch import Tensor
 from lka_kernels import ops, tiles
 from lka_kernels.backends.triton import fft_kernels as kernels
 from lka_kernels.backends.triton.launch import Launch, Transform
+from lka_kernels.backends.triton.replay import remembered
 from lka_kernels.backends.triton.run import run as run_launches
 from lka_kernels.checks import depthwise_output_size
 from lka_kernels.fft_plan import DimensionPlan, plan_dimension
@@ -280,16 +281,19 @@ def _run(step: Launch | Transform) -> None:
         run_launches([step], step.arguments[0].device)
 
 
+@remembered("fft forward")
 def forward(*arguments) -> Tensor:
     """Schema ``depthwise_conv2d_forward``."""
     return steps_forward(*arguments, _run)
 
 
+@remembered("fft backward_input")
 def backward_input(*arguments) -> Tensor:
     """Schema ``depthwise_conv2d_backward_input``."""
     return steps_backward_input(*arguments, _run)
 
 
+@remembered("fft backward_weight")
 def backward_weight(*arguments) -> tuple[Tensor, Tensor]:
     """Schema ``depthwise_conv2d_backward_weight``."""
     return steps_backward_weight(*arguments, _run)

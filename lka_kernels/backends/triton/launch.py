@@ -42,9 +42,12 @@ def dot_precision(dtype: torch.dtype, switch) -> str:
     return "tf32" if dtype == torch.float32 and switch.fp32_precision == "tf32" else "ieee"
 
 
-def run_one(launch: Launch) -> None:
-    """Run a launch on the current device and stream."""
-    launch.kernel[(launch.programs,)](
+def run_one(launch: Launch):
+    """Run a launch on the current device and stream.
+
+    Returns the compiled kernel, None from the interpreter.
+    """
+    return launch.kernel[(launch.programs,)](
         *launch.arguments,
         **launch.constants,
         num_warps=launch.num_warps,

@@ -34,10 +34,16 @@ class PartialSums:
         """Add ``partials`` (rows, elements of ``total``), with any stride of its rows."""
         self._segments.append((partials, total))
 
-    def keep_taps(self, first: tuple[int, int], count: tuple[int, int], kernel_size) -> None:
-        """Of the first total, kernels (C, 1, *kernel_size), only these taps have partial sums."""
-        if tuple(count) != tuple(kernel_size):
-            height, width = kernel_size
+    def add_taps(
+        self, partials: Tensor, total: Tensor, first: tuple[int, int], count: tuple[int, int]
+    ) -> None:
+        """Add those of kernels (C, 1, kH, kW) as the first total.
+
+        Only ``count`` taps from ``first`` on have partial sums, the others are 0.
+        """
+        self._segments.insert(0, (partials, total))
+        height, width = total.shape[2:]
+        if tuple(count) != (height, width):
             self._taps = (*first, *count, width, height * width)
 
     def launches(self) -> list[Launch]:

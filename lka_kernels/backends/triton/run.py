@@ -7,6 +7,7 @@ import os
 
 import torch
 
+from lka_kernels.backends.triton import replay
 from lka_kernels.backends.triton.launch import Launch, run_one
 from lka_kernels.backends.triton.tuning import tuned
 
@@ -16,6 +17,8 @@ def run(launches: list[Launch], device: torch.device) -> None:
     # Triton launches on the current device, whatever device its arguments are on.
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     tune = os.environ.get("LKA_TRITON_TUNE") == "1"
+    recorder = replay.recorder()
+    run_watched = run_one if recorder is None else recorder.run
     with guard:
         for launch in launches:
-            run_one(tuned(launch, device) if tune else launch)
+            run_watched(tuned(launch, device) if tune else launch)
