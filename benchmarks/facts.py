@@ -44,8 +44,11 @@ def malloc_settings() -> dict[str, str]:
 
 def commit() -> str:
     """The commit of this source tree, marked if files differ from it; "unknown" outside git."""
-    result = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    try:
+        result = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    except OSError:  # there is no git
+        return "unknown"
     return result.stdout.strip() or "unknown"

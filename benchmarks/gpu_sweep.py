@@ -3,10 +3,12 @@
 `python -m benchmarks.gpu_sweep --out FILE`
 
 The host is left out: calls on several buffers are captured into a CUDA graph, and its replays are
-timed by events. One line of JSON a measurement goes to ``--out`` as soon as it is made. What a line
-has: the case, the family, the median seconds of a call ("seconds"), the seconds that the host needs
-to issue one ("host"), the largest difference from torch relative to the largest element ("error"),
-or why there is no number ("refused").
+timed by events. One line of JSON a measurement goes to ``--out`` as soon as it is made; the first
+line has the device, the date and the versions. What a line has: the case in words and its sizes as
+numbers, the family, the median seconds of a call ("seconds"), the seconds that the host needs to
+issue one ("host"), the norm of the difference from torch relative to the norm ("error"), or why
+there is no number ("refused"). ``python -m benchmarks.gpu_choices`` makes of such files what
+``lka_kernels.gpu_choice`` reads.
 
 ``--warm N`` runs every case once in N processes, without timing: Triton's kernels are then compiled
 and in its cache. A case that leaves the CUDA context unusable ends its process; a new one goes on
@@ -16,6 +18,7 @@ with the next case.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import statistics
@@ -28,7 +31,7 @@ from pathlib import Path
 import torch
 
 import lka_kernels  # noqa: F401 registers the operators
-from benchmarks import measure, peers, shapes
+from benchmarks import facts, measure, peers, shapes
 from lka_kernels import FusedLKA, ops
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -116,11 +119,15 @@ def depthwise_call(shape, direction, layout, dtype, family):
 
         def call(i):
             if direction == "forward":
-                return torch.ops.aten.convolution(inputs[i], weight, bias, *rest)
+                result = torch.ops.aten.convolution(inputs[i], weight, bias, *rest)
+                # As all families: in the layout of the case, by a copy if that is what it takes.
+                return result.contiguous(memory_format=LAYOUTS[layout])
             found = torch.ops.aten.convolution_backward(
                 grads[i], inputs[i], weight, [shape.channels], *rest, mask
             )
-            return found[0] if direction == "dX" else found[1]
+            if direction == "dX":
+                return found[0].contiguous(memory_format=LAYOUTS[layout])
+            return found[1]
 
         return call, len(inputs)
     operators = ops.DEPTHWISE[family]
@@ -176,6 +183,27 @@ def adapter_call(shape, direction, dtype, family):
         return operators.backward(grads[i], inputs[i], z, c, *weights, *rest, True, [True] * 7)[0]
 
     return call, len(inputs)
+
+
+def first_line() -> dict:
+    """What the numbers mean nothing without."""
+    found = facts.collect("cuda", torch.bfloat16)
+    return {
+        "device": found["device_name"],
+        "date": datetime.date.today().isoformat(),
+        "commit": found["commit"],
+        "versions": {name: found["versions"][name] for name in ("lka_kernels", "torch", "triton")},
+    }
+
+
+def numbers(operator: str, shape) -> dict[str, int]:
+    """The sizes of a case, by the names that ``lka_kernels.gpu_choice.SIZES`` has."""
+    if operator == "adapter":
+        return {name: getattr(shape, name) for name in
+                ("batch", "side", "dim", "rank", "kernel", "prefix")}  # fmt: skip
+    found = {name: getattr(shape, name) for name in ("batch", "channels", "height", "width")}
+    found |= {"kernel_height": shape.kernel[0], "kernel_width": shape.kernel[1]}
+    return {**found, "dilation": shape.dilation}
 
 
 def build(case):
@@ -239,8 +267,10 @@ def main() -> None:
         del own[at : at + 2]
         started = [
             subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.gpu_sweep", *own, "--once", "--slice", str(i)]
-                + [str(options.warm), "--out", f"{options.out}.{i}"]
+                [
+                    *(sys.executable, "-m", "benchmarks.gpu_sweep", *own, "--once"),
+                    *("--slice", str(i), str(options.warm), "--out", f"{options.out}.{i}"),
+                ]
             )
             for i in range(options.warm)
         ]
@@ -260,6 +290,8 @@ def main() -> None:
     first, step = options.slice
     reference = None, None
     with options.out.open("a") as out:
+        if not options.once and out.tell() == 0:
+            out.write(json.dumps(first_line()) + "\n")
         for index, case in enumerate(everything):
             # All families of one case in one process.
             if index < options.start or (hash_of(case[:-1]) % step) != first:
@@ -267,6 +299,7 @@ def main() -> None:
             operator, shape, direction, layout, dtype, family = case
             line = {
                 "operator": operator, "shape": shape.name, "size": shape.size,
+                **numbers(operator, shape),
                 "direction": direction, "layout": layout, "dtype": dtype, "family": family,
             }  # fmt: skip
             fatal = False

@@ -48,7 +48,6 @@ def _ours(x, weight, bias, padding, dilation, method="auto") -> Tensor:
 
 
 def _ours_in_triton(x, weight, bias, padding, dilation, method="auto") -> Tensor:
-    # "auto" leaves CUDA tensors to torch until this has been measured.
     with use_backend("triton"):
         return _ours(x, weight, bias, padding, dilation, method)
 
@@ -70,9 +69,15 @@ def _fft_on_cuda(x, weight, bias, padding, dilation) -> Tensor:
     return _ours_on_cuda(x, weight, bias, padding, dilation, method="fft")
 
 
-def _cuda_refuses(shape, dtype) -> str | None:
-    status = available_backends()["cuda"]
-    return None if status == "ready" else status
+def _status_refuses(backend: str) -> Callable[[object, torch.dtype], str | None]:
+    def refuses(shape, dtype) -> str | None:
+        status = available_backends()[backend]
+        return None if status == "ready" else status
+
+    return refuses
+
+
+_cuda_refuses, _triton_refuses = _status_refuses("cuda"), _status_refuses("triton")
 
 
 def _cuda_fft_refuses(shape, dtype) -> str | None:
@@ -95,12 +100,13 @@ def _torch(x, weight, bias, padding, dilation) -> Tensor:
 
 
 def depthwise_peers(device: str, methods: bool) -> list[Peer]:
-    """The peers of ``depthwise_conv2d``, ours first.
+    """The peers of ``depthwise_conv2d``, ours first: the library as it is without a choice.
 
-    ``methods`` adds the methods that "auto" chooses from.
+    ``methods`` adds the methods that "auto" chooses from on a CPU. On a GPU what it chooses from is
+    always there.
     """
     found = [
-        Peer(OURS, _ours_in_triton if device == "cuda" else _ours),
+        Peer(OURS, _ours),
         Peer("torch_contiguous", _torch, torch.contiguous_format),
         Peer("torch_channels_last", _torch, torch.channels_last),
         Peer("torch_fft", torch_fft.depthwise_conv2d, torch.contiguous_format),
@@ -112,6 +118,7 @@ def depthwise_peers(device: str, methods: bool) -> list[Peer]:
         found.append(Peer("ours_implicit_gemm", _implicit_gemm))
     if device == "cuda":
         found += [
+            Peer("ours_triton", _ours_in_triton, refuses=_triton_refuses),
             Peer("ours_cuda", _ours_on_cuda, refuses=_cuda_refuses),
             Peer("ours_cuda_fft", _fft_on_cuda, refuses=_cuda_fft_refuses),
             Peer("torch_compiled", _torch, compiled="max-autotune-no-cudagraphs"),
@@ -185,7 +192,6 @@ def _ours_adapter(x, *weights_and_prefix) -> Tensor:
 
 
 def _ours_adapter_in_triton(*arguments) -> Tensor:
-    # "auto" leaves CUDA tensors to torch until this has been measured.
     with use_backend("triton"):
         return _ours_adapter(*arguments)
 
@@ -208,7 +214,7 @@ def adapter_peers(device: str) -> list[Peer]:
     on_gpu = device == "cuda"
     mode = "max-autotune-no-cudagraphs" if on_gpu else "default"
     found = [
-        Peer(OURS, _ours_adapter_in_triton if on_gpu else _ours_adapter),
+        Peer(OURS, _ours_adapter),
         Peer("eager_contiguous", _eager_contiguous),
         Peer("eager_channels_last", _eager_channels_last),
         # Compilation takes a minute for each shape on a small CPU.
@@ -216,7 +222,9 @@ def adapter_peers(device: str) -> list[Peer]:
     ]
     if on_gpu:
         found += [
+            Peer("ours_triton", _ours_adapter_in_triton, refuses=_triton_refuses),
             Peer("ours_cuda", _ours_adapter_on_cuda, refuses=_cuda_refuses),
+            Peer("ours_graphed", _ours_adapter, graphed=True),
             Peer("eager_graphed", _eager_channels_last, graphed=True),
         ]
     return found

@@ -5,21 +5,23 @@ import importlib.util
 import pytest
 
 from benchmarks import cases, measure, replay, training_problem
-from benchmarks.training_problem import NETWORKS, VARIANTS
+from benchmarks.session import RUN
+from benchmarks.training_problem import VARIANTS
 
 pytestmark = [
     pytest.mark.benchmark(timer=replay.CLOCK.read),
     pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed"),
 ]
 
-# Adapters are a few per cent of a step of half a second: enough rounds to see them in its noise.
-LEAST_SECONDS = 24
+# Adapters are a few per cent of a step: enough rounds to see them in its noise, where a step takes
+# half a second on a CPU, and a tenth on a GPU.
+LEAST_SECONDS = {"cpu": 24, "cuda": 4}
 
 
 def pytest_generate_tests(metafunc):
     parameters = [
         pytest.param(case, variant, id=f"{network.name}-{variant}")
-        for network in NETWORKS
+        for network in training_problem.networks(metafunc.config.stash[RUN].device)
         for case in [cases.Case("training_step", network, "step", "images")]
         for variant in training_problem.variants(network)
     ]
@@ -28,7 +30,7 @@ def pytest_generate_tests(metafunc):
 
 def test_training_step(benchmark, run, case, peer):
     network, dtype = case.shape, run.facts["dtype"]
-    seconds = max(run.seconds, LEAST_SECONDS)
+    seconds = max(run.seconds, LEAST_SECONDS[run.device])
     measured = run.measure(
         case,
         lambda chosen: training_problem.build(network, chosen, run.device, run.dtype),

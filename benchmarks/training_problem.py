@@ -40,6 +40,15 @@ NETWORKS = [
     Network("convnext-t", "convnext_tiny", "stem.0", replaced=True),
 ]
 
+# Images of a step: as many as two cores take in half a second, and as one trains with on a GPU.
+BATCHES = {"cpu": 2, "cuda": 64}
+
+
+def networks(device: str) -> list[Network]:
+    """The networks with the batch of a device."""
+    return [network._replace(batch=BATCHES[device]) for network in NETWORKS]
+
+
 VARIANTS = {
     "ours": "adapters and head; adapters fused",
     "adapters_torch": "adapters and head; adapters through plain PyTorch",

@@ -7,6 +7,8 @@ the operators.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -57,22 +59,28 @@ _FAMILIES = {
     ("cuda", "direct"): "cuda_direct",
     ("cuda", "implicit_gemm"): "cuda_gemm",
     ("cuda", "fft"): "cuda_fft",
+    ("gpu", "fft"): "gpu_fft",
 }
 _STRIDE_1_ONLY = {
     ("cpu", "fft"),
     *(("triton", method) for method in ("auto", "direct", "implicit_gemm")),
     ("cuda", "implicit_gemm"),
     ("cuda", "fft"),
+    ("gpu", "auto"),
+    ("gpu", "fft"),
 }
+# What the device of the tensors has to be; Triton's is asked for.
+_DEVICES = {"cpu": "cpu", "cuda": "cuda", "gpu": "cuda"}
 
 
 def depthwise_methods() -> list[tuple[str, str]]:
     """Every (backend, method) that serves ``depthwise_conv2d``; "fft" is torch.fft, on any device.
 
-    A backend with one method has no choice to make between methods by sizes, hence no "auto".
+    A backend with one method has no choice to make between methods by sizes, hence no "auto". "gpu"
+    is what ``use_backend("auto")`` takes on CUDA tensors: sizes choose the backend too.
     """
     found = []
-    for backend in BACKENDS:
+    for backend in (*BACKENDS, "gpu"):
         own = [method for name, method in _FAMILIES if name == backend]
         found += [(backend, method) for method in (["auto", *own] if own else ["direct"])]
     return [*found, ("fft", "fft")]
@@ -180,6 +188,64 @@ def _device_refuses(backend: str, tensor: Tensor, tensor_cores: bool) -> str | N
     return None if refusal is None else f"{tensor.device}: {refusal}"
 
 
+def _not_installed() -> dict[str, str]:
+    """Backend -> "ready", or why it can serve no GPU, as far as this is known without a device."""
+    if torch.version.hip is not None:
+        return dict.fromkeys(("cuda", "triton"), "ROCm devices are not supported")
+    found = {"cuda": "ready", "triton": "ready"}
+    if not _extension.built_with_cuda():
+        found["cuda"] = (
+            "the compiled library was built without CUDA kernels"
+            if _extension.loaded()
+            else _extension.STATUS
+        )
+    if importlib.util.find_spec("triton") is None:
+        found["triton"] = "the package triton is not installed"
+    return found
+
+
+# Found once, as a traced call cannot ask.
+_INSTALLED = _not_installed()
+
+
+def gpu_backends(index: int) -> dict[str, str]:
+    """Backend -> "ready", or why the operators of "gpu" do not take it on a device.
+
+    A device is asked once. Where CUDA is not in use, as with tensors that have no storage, only
+    what is installed counts.
+    """
+    return _asked(index) if torch.cuda.is_initialized() else _INSTALLED
+
+
+@functools.cache
+def _asked(index: int) -> dict[str, str]:
+    with torch.cuda.device(index):
+        found = {name: _STATUS[name]() for name in ("cuda", "triton")}
+    if found["cuda"] == "ready":
+        found["cuda"] = _extension.why_cuda_device_cannot(index, True) or "ready"
+    if found["triton"] == "ready" and triton_backend.interpreting():
+        found["triton"] = "TRITON_INTERPRET=1 runs its kernels on CPU tensors"
+    return found
+
+
+def _gpu_refuses(input: Tensor, names: tuple[str, ...] = ("cuda", "triton")) -> str | None:
+    """Why none of the backends can serve the device of ``input``, or None if one can.
+
+    A call that is traced takes what is installed at its word; the operators go to PyTorch on a
+    device that does not serve them.
+    """
+    if torch.compiler.is_compiling():
+        found = _INSTALLED
+    else:
+        found = gpu_backends(input.device.index or 0)
+    reasons = []
+    for name in names:
+        if found[name] == "ready":
+            return None
+        reasons.append(f"{name}: {found[name]}")
+    return "; ".join(reasons)
+
+
 def requested_backend() -> str:
     """The backend that ``use_backend`` asked for last, or "auto"."""
     return _Requested.backend
@@ -205,10 +271,10 @@ def _cannot_run_depthwise(
         return None
     if (refusal := _not_strided(input, weight)) is not None:
         return refusal
-    device = {"cpu": "cpu", "cuda": "cuda", "triton": triton_backend.device_type()}[backend]
+    device = triton_backend.device_type() if backend == "triton" else _DEVICES[backend]
     if input.device.type != device:
         return f"it serves {device} tensors; input is on {input.device}"
-    dtypes = TRITON_DTYPES if backend == "triton" else FLOAT_DTYPES
+    dtypes = TRITON_DTYPES if backend in ("triton", "gpu") else FLOAT_DTYPES
     if backend == "cuda":
         dtypes = CUDA_DTYPES.get(method, FLOAT_DTYPES)
     if input.dtype not in dtypes:
@@ -289,6 +355,12 @@ def choose_depthwise(
             if refusal is None:
                 return _COMPILED_CPU[method]
             return Choice("torch", "direct", f"the compiled CPU kernels cannot: {refusal}")
+        if input.device.type == "cuda" and method == "auto":
+            refusal = _cannot_run_depthwise("gpu", input, weight, stride)
+            refusal = refusal or _gpu_refuses(input)
+            if refusal is None:
+                return _GPU
+            return Choice("torch", "direct", f"the GPU kernels cannot: {refusal}")
         return Choice("torch", "direct", _why_torch(input))
     refusal = _cannot_run_depthwise(requested, input, weight, stride)
     refusal = refusal or _device_refuses(requested, input, tensor_cores=False)
@@ -333,13 +405,18 @@ _COMPILED_CPU = {
 }
 
 
+_GPU = Choice("gpu", "auto", "GPU kernels or PyTorch's; sizes choose by measured times")
+
+
 def _why_torch(input: Tensor) -> str:
     if input.device.type == "cpu":
         return f"no compiled CPU kernels: {_extension.STATUS}"
-    return (
-        f"no kernel of this library is measured to be faster on {input.device.type} yet; "
-        "use_backend('cuda') or use_backend('triton') asks for one"
-    )
+    if input.device.type == "cuda":
+        return (
+            "direct sums on cuda are PyTorch's; "
+            "use_backend('cuda') or use_backend('triton') asks for others"
+        )
+    return f"no kernel of this library serves {input.device.type} tensors"
 
 
 _FFT_OF_GPUS = {
@@ -367,12 +444,18 @@ def _choose_fft(input: Tensor, weight: Tensor, stride: tuple[int, int]) -> Choic
             return Choice(backend, "fft", f"{asked}; {_FFT_OF_GPUS[backend]}")
         return Choice("fft", "fft", f"{asked}; torch.fft alone, as backend {backend!r}: {refusal}")
     if _Requested.backend == "auto" and input.device.type == "cuda":
+        refusal = cannot_run_depthwise("gpu", "fft", input, weight, stride)
+        refusal = refusal or _gpu_refuses(input, ("cuda",))
+        if refusal is None:
+            return Choice(
+                "gpu",
+                "fft",
+                f"{asked}; sizes choose transforms of at most 128 × 128 in one launch or torch.fft",
+            )
         return Choice(
             "fft",
             "fft",
-            f"{asked}; torch.fft alone: use_backend('triton') joins the steps between transforms, "
-            "use_backend('cuda') puts small ones into one launch, "
-            "both not measured to be faster yet",
+            f"{asked}; torch.fft alone, as the transforms in one launch cannot: {refusal}",
         )
     return Choice("fft", "fft", f"{asked}; torch.fft on any device")
 
@@ -384,6 +467,11 @@ def choose_adapter(x: Tensor, activation: str, r: int) -> Choice:
         RuntimeError: a backend asked for by ``use_backend`` cannot serve the call.
     """
     requested = _Requested.backend
+    if requested == "auto" and x.device.type == "cuda":
+        refusal = cannot_run_adapter("gpu", x, activation, r) or _gpu_refuses(x)
+        if refusal is None:
+            return _FUSED_GPU
+        return Choice("torch", "reference", f"the fused GPU kernels cannot: {refusal}")
     backend = "cpu" if requested == "auto" else requested
     if backend == "cpu" and _extension.MODULE is None:
         refusal = _extension.STATUS
@@ -402,13 +490,14 @@ def choose_adapter(x: Tensor, activation: str, r: int) -> Choice:
 
 
 _FUSED_CPU = Choice("cpu", "fused", "one fused CPU operator forward and one backward")
+_FUSED_GPU = Choice("gpu", "fused", "fused GPU kernels; sizes choose by measured times")
 
 
 def cannot_run_adapter(backend: str, x: Tensor, activation: str, r: int) -> str | None:
     """Why ``backend`` cannot serve this adapter wherever it can run at all, or None if it can."""
     if backend == "torch":
         return None
-    device = {"cpu": "cpu", "cuda": "cuda", "triton": triton_backend.device_type()}[backend]
+    device = triton_backend.device_type() if backend == "triton" else _DEVICES[backend]
     if x.device.type != device:
         return f"it serves {device} tensors; x is on {x.device}"
     dtypes = FLOAT_DTYPES if backend == "cpu" else GPU_ADAPTER_DTYPES

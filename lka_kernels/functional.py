@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lka_kernels import _extension, autograd, checks, dispatch, philox, remembered_calls
 from lka_kernels.backends import fft as _fft  # noqa: F401  (registers the FFT operators)
-from lka_kernels.backends import reference
+from lka_kernels.backends import gpu, reference
 
 
 def depthwise_conv2d(
@@ -35,19 +35,20 @@ def depthwise_conv2d(
             Triton, or under ``use_backend("cuda")``, for float16 and bfloat16, by CUDA. "fft"
             under ``use_backend("cuda")`` is one launch where stride is 1 and dtype not float64; it
             raises where a map, with the padding that taps reach, has more than 128 rows or
-            columns. With "fft", and with "auto" where it chooses that (large kernels on a CPU),
-            rounding errors follow the largest elements of a channel's map, and an overflow or an
-            element that is not finite reaches all of it. "implicit_gemm", "auto" under
-            ``use_backend("cuda")``, and "direct" in bfloat16 on a CPU, may let such an element
-            reach neighbouring outputs, of a map of at most 28 × 28 all of them. In weight
-            gradients these, and "direct" in every dtype on a CPU, may let it reach the taps that it
-            meets only in the padding or, with a stride, between outputs.
+            columns, which "fft" on a GPU without ``use_backend`` leaves to torch.fft. With "fft",
+            and with "auto" where it chooses that (large kernels), rounding errors follow the
+            largest elements of a channel's map, and an overflow or an element that is not finite
+            reaches all of it. "implicit_gemm", "auto" on a GPU, and "direct" in bfloat16 on a CPU,
+            may let such an element reach neighbouring outputs, of a map of at most 28 × 28 all of
+            them. In weight gradients these, and "direct" in every dtype on a CPU, may let it reach
+            the taps that it meets only in the padding or, with a stride, between outputs.
 
     Returns:
         (B, C, H', W') with the dtype and memory format that ``F.conv2d`` returns. Differentiable
         twice in input, weight and bias. Under autocast the arguments are cast as for ``F.conv2d``.
         Gradients of weight and bias are the same from run to run, and with method "auto" or
-        "direct" for every number of threads.
+        "direct" for every number of threads; where PyTorch serves a call on a GPU, they are as
+        ``torch.backends.cudnn.deterministic`` has them.
 
     Raises:
         ValueError: a shape or value is not accepted, or ``method`` cannot serve the call.
@@ -419,6 +420,18 @@ def explain(
             )
         ]
         lines.append(f"sizes choose {', '.join(kernels) or 'nothing: the result is empty'}")
+    if choice.backend == "gpu" and choice.method == "auto" and input.numel():
+        chosen = gpu.explained(
+            tuple(input.shape),
+            tuple(weight.shape[2:]),
+            stride,
+            padding,
+            dilation,
+            input.dtype,
+            layout,
+            input.device.index or 0,
+        )
+        lines.append(f"sizes choose {chosen}")
     others = {k: v for k, v in dispatch.available_backends().items() if v != "ready"}
     lines += [f"not available: {name}: {reason}" for name, reason in others.items()]
     return "\n".join(lines)

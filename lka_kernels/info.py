@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from lka_kernels import _extension, available_backends
+from lka_kernels import _extension, available_backends, gpu_choice
 from lka_kernels.version import __version__
 
 PACKAGES = ("torch", "triton", "timm", "torchvision", "numpy")
@@ -84,6 +84,7 @@ def collect(mebibytes: int = 256, repeats: int = 11) -> dict:
             "compiled": _extension.built_with_cuda(),
             "architectures": cuda_architectures(),
         },
+        "gpu_times": gpu_choice.facts(),
         "devices": [
             {"device": name, "name": full_name, "copy": copy_bandwidth(name, mebibytes, repeats)}
             for name, full_name in devices
@@ -196,6 +197,7 @@ def as_text(found: dict) -> str:
         f"{'instruction set':20}{found['instruction_set']}",
         f"{'threads':20}{found['threads']}",
         f"{'CUDA kernels built':20}{compiled}",
+        f"{'GPU choices by':20}{_times_in_words(found['gpu_times'])}",
         "",
     ]
     for device in found["devices"]:
@@ -207,6 +209,13 @@ def as_text(found: dict) -> str:
             f"{copy['slowest']:.1f} to {copy['fastest']:.1f})",
         ]
     return "\n".join(lines)
+
+
+def _times_in_words(facts: dict) -> str:
+    if facts["device"] is None:
+        return "rules: no measured times are installed"
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    return f"times on {facts['device']}, {facts['date']}, {versions}"
 
 
 if __name__ == "__main__":

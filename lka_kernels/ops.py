@@ -193,6 +193,7 @@ _ADAPTER_FAKES = {
     "cpu": {"forward": _fake_adapter_forward, "backward": _fake_adapter_backward},
     "triton": _GPU_ADAPTER_FAKES,
     "cuda": _GPU_ADAPTER_FAKES,
+    "gpu": _GPU_ADAPTER_FAKES,
 }
 
 
@@ -207,7 +208,8 @@ def _define(operator: str, backend: str, schemas: dict, fakes: dict) -> list:
 
 
 _CPU = ("cpu", "cpu_direct", "cpu_fft")
-# Family -> operators; see ``dispatch.Choice.family``. "fft" runs on any device. The other backends
+# Family -> operators; see ``dispatch.Choice.family``. "fft" runs on any device, "gpu" chooses by
+# sizes among the families of GPUs and PyTorch, and "gpu_fft" among transforms. The other backends
 # have one family more for each method that can be asked for.
 DEPTHWISE: dict[str, DepthwiseOps] = {
     name: DepthwiseOps(
@@ -222,6 +224,7 @@ DEPTHWISE: dict[str, DepthwiseOps] = {
         *(*_CPU, "fft"),
         *("cuda", "cuda_direct", "cuda_gemm", "cuda_fft"),
         *("triton", "triton_direct", "triton_gemm", "triton_fft"),
+        *("gpu", "gpu_fft"),
     )
 }
 ADAPTER: dict[str, AdapterOps] = {

@@ -32,7 +32,9 @@ def depthwise_key(input, weight, bias, stride, padding, dilation, method) -> tup
             weight.shape,
             weight.stride(),
             weight.dtype,
-            None if bias is None else (bias.shape, bias.dtype),
+            None if bias is None else (bias.shape, bias.dtype, bias.get_device()),
+            input.get_device(),
+            weight.get_device(),
             (stride, padding, dilation, method, dispatch.requested_backend()),
             # True and 1.0 equal 1, but are not accepted.
             _types(stride),
@@ -55,6 +57,7 @@ def adapter_key(tensors: tuple[Tensor | None, ...], options: tuple) -> tuple | N
         elif _plain(t):
             found.append(t.shape)
             found.append(t.dtype)
+            found.append(t.get_device())
         else:
             return None
     return _hashable(tuple(found))
@@ -72,11 +75,12 @@ def _ordinary() -> bool:
         or dispatch.transformed()
         or torch._C._len_torch_dispatch_stack()  # make_fx, FakeTensorMode and the like
         or torch.is_autocast_enabled("cpu")
+        or torch.is_autocast_enabled("cuda")
     )
 
 
 def _plain(t) -> bool:
-    return type(t) in _PLAIN and t.is_cpu and t.layout is torch.strided
+    return type(t) in _PLAIN and (t.is_cpu or t.is_cuda) and t.layout is torch.strided
 
 
 def _hashable(key: tuple) -> tuple | None:

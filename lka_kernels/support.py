@@ -39,6 +39,7 @@ class Support(NamedTuple):
 
     Attributes:
         operator: "depthwise_conv2d" or "large_kernel_adapter".
+        backend: of ``dispatch``; "gpu" is what "auto" takes on CUDA tensors.
         method: of ``depthwise_conv2d``; "fused" or "reference" for the adapter.
         devices, dtypes, layouts, strides: those of the values asked about that are served.
         most_rank: of the adapter, None for any.
@@ -62,7 +63,7 @@ def support() -> list[Support]:
     with FakeTensorMode():
         for backend, method in dispatch.depthwise_methods():
             found += _depthwise(backend, method)
-        for backend in dispatch.BACKENDS:
+        for backend in (*dispatch.BACKENDS, "gpu"):
             found += _adapter(backend)
     return found
 
@@ -170,7 +171,7 @@ def _cells(row: Support) -> tuple[str, ...]:
     rank = "any" if row.most_rank is None else f"at most {row.most_rank}"
     return (
         f"`{row.operator}`",
-        f"`{row.backend}`",
+        "`auto`" if row.backend == "gpu" else f"`{row.backend}`",
         row.method,
         devices,
         dtypes,

@@ -1,5 +1,7 @@
 """Which backend serves a call: choices, reasons, use_backend and explain."""
 
+import contextlib
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -7,6 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lka_kernels import FusedLKA, _extension, available_backends, dispatch, explain, use_backend
+from lka_kernels.backends import gpu
 from lka_kernels.functional import depthwise_conv2d, large_kernel_adapter
 
 READY = [name for name, status in available_backends().items() if status == "ready"]
@@ -341,8 +344,12 @@ def test_a_kernel_name_is_not_told_of_what_no_call_has(changes, named):
 def ready_cuda(monkeypatch):
     """As on a machine with a GPU; tensors on it have no memory."""
     monkeypatch.setattr(dispatch, "_cuda_status", lambda: "ready")
+    ready = {"cuda": "ready", "triton": "ready"}
+    monkeypatch.setattr(dispatch, "gpu_backends", lambda index: ready)
+    gpu.forget()
     with FakeTensorMode():
         yield
+    gpu.forget()
 
 
 def on_cuda(dtype=torch.bfloat16) -> dict:
@@ -361,7 +368,7 @@ def test_the_cuda_backend_is_asked_for_by_name():
         assert text.startswith(f"backend={choice.backend} method={choice.method}: {choice.reason}")
         return choice.backend, choice.method, choice.family
 
-    assert served() == ("torch", "direct", "torch")
+    assert served() == ("gpu", "auto", "gpu")
     with use_backend("cuda"):
         assert served() == ("cuda", "auto", "cuda")
         assert served("direct") == ("cuda", "direct", "cuda_direct")
@@ -386,9 +393,9 @@ def test_why_torch_fft_serves_what_the_cuda_backend_does_not():
         assert "torch.fft alone, as backend 'cuda': it serves float32, bfloat16, float16" in text
         text = explain(**on_cuda(), method="fft", stride=2)
         assert "as backend 'cuda': it serves stride 1; stride is (2, 2)" in text
-    text = explain(**on_cuda(), method="fft")
+    text = explain(**on_cuda(), method="fft", stride=2)
     assert text.startswith("backend=fft method=fft")
-    assert "use_backend('cuda')" in text
+    assert "transforms in one launch cannot: it serves stride 1; stride is (2, 2)" in text
 
 
 @pytest.mark.usefixtures("ready_cuda")
@@ -440,6 +447,152 @@ def test_operators_of_the_cuda_backend():
         for method, family in families.items():
             operators = served_by(lambda m=method: depthwise_conv2d(**on_cuda(), method=m))
             assert operators == [f"depthwise_conv2d_forward_cuda{family}"]
+
+
+@pytest.mark.usefixtures("ready_cuda")
+def test_what_auto_takes_on_cuda():
+    def served(method="auto", dtype=torch.bfloat16, stride=(1, 1), **changes):
+        given = {**on_cuda(dtype), **changes}
+        choice = dispatch.choose_depthwise(given["input"], given["weight"], method, stride)
+        assert explain(**given, method=method, stride=stride).startswith(
+            f"backend={choice.backend} method={choice.method}: {choice.reason}"
+        )
+        return choice.family, choice.reason
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert served(dtype=dtype)[0] == "gpu"
+        assert served("fft", dtype=dtype)[0] == "gpu_fft"
+        assert served("direct", dtype=dtype)[0] == "torch"
+    for method in ("auto", "fft"):
+        by_torch = {"auto": "torch", "fft": "fft"}[method]
+        family, reason = served(method, torch.float64)
+        assert family == by_torch
+        assert "it serves float32, bfloat16, float16; input is torch.float64" in reason
+        family, reason = served(method, stride=(2, 2))
+        assert family == by_torch
+        assert "it serves stride 1; stride is (2, 2)" in reason
+    several = torch.zeros(8, 1, 3, 3, device="cuda", dtype=torch.bfloat16)
+    assert served(weight=several) == (
+        "torch",
+        "the GPU kernels cannot: it serves one filter per channel; weight has 8 filters "
+        "for 4 channels",
+    )
+    batch = on_cuda()["input"]
+    assert served(input=batch[0])[0] == "torch"
+    assert "use_backend('cuda') or use_backend('triton')" in served("direct")[1]
+
+
+@pytest.mark.usefixtures("ready_cuda")
+def test_the_adapter_that_auto_takes_on_cuda():
+    def chosen(r=8, **options):
+        return dispatch.choose_adapter(torch.empty(2, 9, 16, **options), "gelu", r)
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert chosen(device="cuda", dtype=dtype).backend == "gpu"
+    assert "x is torch.float64" in chosen(device="cuda", dtype=torch.float64).reason
+    assert "a rank r of at most 256" in chosen(257, device="cuda").reason
+    assert chosen(257, device="cuda").backend == "torch"
+
+
+@pytest.mark.usefixtures("ready_cuda")
+def test_operators_that_auto_takes_on_cuda():
+    for method, family in (("auto", "gpu"), ("fft", "gpu_fft")):
+        operators = served_by(lambda m=method: depthwise_conv2d(**on_cuda(), method=m))
+        assert operators == [f"depthwise_conv2d_forward_{family}"]
+    assert served_by(lambda: depthwise_conv2d(**on_cuda(), method="direct")) == ["convolution"]
+    shapes = ((2, 9, 16), (8, 16), (8,), (8, 1, 7, 7), (8,), (16, 8), (16,))
+    arguments = [torch.zeros(shape, device="cuda") for shape in shapes]
+    operators = served_by(lambda: large_kernel_adapter(*arguments))
+    assert operators == ["large_kernel_adapter_forward_gpu"]
+
+
+@pytest.mark.usefixtures("ready_cuda")
+def test_explain_names_the_family_of_each_direction():
+    def explained(size, kernel, layout, dtype=torch.bfloat16):
+        x = torch.zeros(size, device="cuda", dtype=dtype).contiguous(memory_format=layout)
+        weight = torch.zeros(size[1], 1, kernel, kernel, device="cuda", dtype=dtype)
+        (line,) = (
+            line
+            for line in explain(x, weight, padding=kernel // 2).splitlines()
+            if line.startswith("sizes choose ")
+        )
+        return line.removeprefix("sizes choose ")
+
+    fft = "cuda_fft (transforms in one launch)"
+    for layout in (torch.contiguous_format, torch.channels_last):
+        text = explained((64, 128, 56, 56), 31, layout)
+        assert text == f"forward: {fft}, dX: {fft}, dW: {fft}"
+    text = explained((64, 192, 56, 56), 7, torch.channels_last)
+    assert text.endswith("dW: torch (aten.convolution)")
+    text = explained((64, 512, 14, 14), 27, torch.contiguous_format)
+    assert text.startswith("forward: cuda (dense or rows), ")
+
+
+def test_a_gpu_that_no_kernel_serves_is_served_by_torch(monkeypatch):
+    """Whatever is the matter is in the reason; a traced call asks nothing."""
+    reasons = {"cuda": "no kernels for it", "triton": "8.0 is needed"}
+    monkeypatch.setattr(dispatch, "gpu_backends", lambda index: reasons)
+    monkeypatch.setattr(dispatch, "_INSTALLED", {"cuda": "ready", "triton": "ready"})
+    with FakeTensorMode():
+        given, tokens = on_cuda(), torch.zeros(2, 9, 16, device="cuda")
+        why = "cannot: cuda: no kernels for it; triton: 8.0 is needed"
+        assert dispatch.choose_depthwise(*given.values(), "auto").family == "torch"
+        assert dispatch.choose_depthwise(*given.values(), "auto").reason.endswith(why)
+        assert dispatch.choose_adapter(tokens, "gelu", 8).reason.endswith(why)
+        choice = dispatch.choose_depthwise(*given.values(), "fft")
+        assert choice.family == "fft"
+        assert choice.reason.endswith("cannot: cuda: no kernels for it")
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert dispatch.choose_depthwise(*given.values(), "auto").family == "gpu"
+
+
+def test_a_gpu_is_asked_once(monkeypatch):
+    asked = []
+
+    def status(name):
+        asked.append(name)
+        return "ready"
+
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(_extension, "why_cuda_device_cannot", lambda *_: "it needs 8.0")
+    monkeypatch.setattr(dispatch.triton_backend, "interpreting", lambda: False)
+    for name in ("cuda", "triton"):
+        monkeypatch.setitem(dispatch._STATUS, name, lambda n=name: status(n))
+    dispatch._asked.cache_clear()
+    try:
+        for _ in range(2):
+            assert dispatch.gpu_backends(0) == {"cuda": "it needs 8.0", "triton": "ready"}
+        assert asked == ["cuda", "triton"]
+    finally:
+        dispatch._asked.cache_clear()
+
+
+def test_a_traced_call_on_cuda_takes_any_batch_and_map():
+    """One operator, whose result has the sizes that the input will have."""
+
+    class Convolution(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(4, 1, 31, 31, device="cuda"))
+
+        def forward(self, x):
+            return depthwise_conv2d(x, self.weight, padding="same")
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        module, x = Convolution(), torch.zeros(5, 4, 40, 50, device="cuda")
+        sizes = {name: torch.export.Dim(name, min=2, max=1000) for name in ("b", "h", "w")}
+        dynamic = {"x": {0: sizes["b"], 2: sizes["h"], 3: sizes["w"]}}
+        program = torch.export.export(module, (x,), dynamic_shapes=dynamic, strict=True)
+    called = [
+        str(node.target)
+        for part in program.graph_module.modules()
+        for node in part.graph.nodes
+        if node.op == "call_function"
+    ]
+    installed = "ready" in dispatch._INSTALLED.values()
+    name = "lka_kernels.depthwise_conv2d_forward_gpu.default" if installed else "aten.conv2d"
+    assert any(name in target for target in called)
 
 
 def test_explain_raises_what_the_call_raises():

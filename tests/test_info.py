@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 
-from lka_kernels import _extension, available_backends, info
+from lka_kernels import _extension, available_backends, gpu_choice, info
 
 SMALL = ["--mebibytes", "2", "--repeats", "3"]
 
@@ -37,6 +37,9 @@ def test_text_names_every_backend_with_its_reason(capsys):
     for name, status in available_backends().items():
         assert f"{name:14}{status}" in text
     assert "median of 3, 2 MiB buffers" in text
+    assert f"GPU choices by      times on {gpu_choice.facts()['device']}, " in text
+    without = info.collect(2, 1) | {"gpu_times": dict.fromkeys(gpu_choice.facts())}
+    assert "GPU choices by      rules" in info.as_text(without)
 
 
 @pytest.mark.parametrize("arguments", [SMALL, ["--support-table"]])

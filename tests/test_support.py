@@ -22,7 +22,7 @@ def test_every_family_of_operators_is_in_a_row():
     rows = [r for r in support.support() if r.operator == "depthwise_conv2d"]
     families = {dispatch.Choice(r.backend, r.method, "").family for r in rows}
     assert families == {*ops.DEPTHWISE, "torch"}
-    assert {r.backend for r in rows} == {*dispatch.BACKENDS, "fft"}
+    assert {r.backend for r in rows} == {*dispatch.BACKENDS, "gpu", "fft"}
 
 
 def test_values_are_those_of_the_predicates():
@@ -41,6 +41,17 @@ def test_values_are_those_of_the_predicates():
     cuda = row("cuda", "fused", "large_kernel_adapter")
     assert cuda.most_rank == tiles.MOST_RANK
     assert torch.float64 not in cuda.dtypes
+
+
+def test_what_auto_takes_on_a_gpu_is_called_auto():
+    for method in ("auto", "fft"):
+        found = row("gpu", method)
+        assert found.devices == ("cuda",)
+        assert found.strides == ((1, 1),)
+        assert torch.float64 not in found.dtypes
+    assert row("gpu", "fused", "large_kernel_adapter").most_rank == tiles.MOST_RANK
+    assert "| `depthwise_conv2d` | `auto` | auto | cuda | float32, " in support.as_markdown()
+    assert "`gpu`" not in support.as_markdown()
 
 
 def test_a_predicate_that_changes_changes_the_table(monkeypatch):

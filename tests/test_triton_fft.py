@@ -206,6 +206,4 @@ def test_not_chosen_on_a_gpu_unasked():
     with FakeTensorMode():
         x = torch.empty(2, 4, 9, 9, device="cuda")
         text = explain(x, torch.empty(4, 1, 3, 3, device="cuda"), method="fft")
-    assert text.startswith("backend=fft method=fft")
-    assert "use_backend('triton') joins the steps between transforms" in text
-    assert "not measured to be faster yet" in text
+    assert not text.startswith("backend=triton")
