@@ -285,13 +285,15 @@ def main() -> None:
                     part.unlink()
         return
     torch.backends.cudnn.benchmark = True
+    facts_line = first_line()
+    # PyTorch 2.11 refuses to tell the older of the two switches from here on.
     torch.backends.cudnn.conv.fp32_precision = "ieee"
     everything = cases(options)
     first, step = options.slice
     reference = None, None
     with options.out.open("a") as out:
         if not options.once and out.tell() == 0:
-            out.write(json.dumps(first_line()) + "\n")
+            out.write(json.dumps(facts_line) + "\n")
         for index, case in enumerate(everything):
             # All families of one case in one process.
             if index < options.start or (hash_of(case[:-1]) % step) != first:

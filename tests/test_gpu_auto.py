@@ -171,12 +171,14 @@ def test_no_new_graph_for_another_batch_or_map(kind):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
+    graphs = []
     for shape in shapes:
         x = torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         y = compiled(x)
         torch.testing.assert_close(y, module(x), rtol=2e-2, atol=2e-2)
         y.float().sum().backward()
-    assert counter.frame_count == 1
+        graphs.append(counter.frame_count)
+    assert graphs == graphs[:1] * len(shapes)  # the adapter's first call makes two
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
