@@ -22,7 +22,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu')
 HEADERS := $(shell find csrc -name '*.h' -o -name '*.cuh')
 TEST_SOURCES := $(shell find tests -name '*.cpp' -o -name '*.h')
 
-.PHONY: help demo test lint format bench wheel gpu sanitize install clean distclean
+.PHONY: help demo test lint format bench wheel gpu gpu-sanitize sanitize install clean distclean
 .DEFAULT_GOAL := help
 
 help:
@@ -33,6 +33,7 @@ help:
 	@echo "make bench     the CPU benchmarks, up to ten minutes (BENCH_ARGS, BENCH_JSON)"
 	@echo "make wheel     dist/*.whl with CUDA code for $(WHEEL_ARCHITECTURES)"
 	@echo "make gpu       the tests and benchmarks that need a GPU"
+	@echo "make gpu-sanitize  small calls of the CUDA kernels under compute-sanitizer, on a GPU"
 	@echo "make sanitize  the operator tests under AddressSanitizer and UBSan (SANITIZE_TESTS)"
 	@echo "make install   .venv and the compiled library, which every target above makes itself"
 	@echo "make clean     remove builds and caches; make distclean removes .venv too"
@@ -119,6 +120,17 @@ gpu: install
 	    print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()))'); \
 	  $(BIN)/python -m pytest benchmarks/ --benchmark-only --bench-device cuda \
 	  --benchmark-json benchmarks/results/$$name-$(shell date +%F).json $(BENCH_ARGS)
+
+# Without torch's cache of memory, in which what lies beyond a tensor is mostly another's.
+GPU_SANITIZE_TESTS ?= tests/test_gpu_depthwise_small.py \
+  tests/test_gpu_adapter.py::test_defined_cases
+gpu-sanitize: install
+	@for tool in memcheck initcheck racecheck synccheck; do \
+	  echo "compute-sanitizer --tool $$tool"; \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
+	    $(BIN)/python -m pytest -m gpu $(GPU_SANITIZE_TESTS) -k "float16 or defined" $(TEST_ARGS) \
+	    || exit 1; \
+	done
 
 # A second build beside the first, for the CPU. Python is not instrumented, so the sanitizer's
 # library (and the C++ one, whose exceptions it intercepts) must be loaded before it.
