@@ -68,6 +68,8 @@ def depthwise_conv2d(
         batched = input.dim() == 4
         channels_last = batched and (_like_channels_last(input) or _like_channels_last(weight))
         backend = dispatch.choose_depthwise(input, weight, method, stride, padding).family
+        if backend == "gpu" and gpu.left_to_torch(input, weight, *geometry, channels_last):
+            backend = "torch"
         if key is not None:
             remembered_calls.remember(key, (*geometry, channels_last, backend))
     if backend == "torch":

@@ -108,7 +108,7 @@ def adapter_tiles(
         # and 128 channels, 79 with 128 and 64, 87 with 256 and 64. Backward takes 82 on 14²+1 × 768
         # with 64 and 128, 88 with 128 and 128, 90 with 64 and 64; on 56² × 96, where tiles of 64
         # tokens have too many partial sums, 167 with 128 and 32, and 177 with 128 and 64.
-        many = num_tokens >= 8 * 128 * num_sms
+        many = num_tokens >= 2 * 128 * num_sms
         block_t = 128 if direction == "backward" and many else 64
         block_c = 128
         if direction == "backward" and dim < 256:

@@ -85,6 +85,31 @@ def depthwise_family(
     )
 
 
+def left_to_torch(input, weight, stride, padding, dilation, channels_last: bool) -> bool:
+    """Whether PyTorch serves forward and both gradients, by the sizes of a call that is not traced.
+
+    Then its own operator is called, whose gradients need no Python.
+    """
+    if torch.compiler.is_compiling() or not input.numel():
+        return False
+    layout = _layout_of(input, channels_last)
+    return all(
+        depthwise_family(
+            direction,
+            layout,
+            input.dtype,
+            tuple(input.shape),
+            tuple(weight.shape[2:]),
+            stride,
+            padding,
+            dilation,
+            input.device.index or 0,
+        )
+        == "torch"
+        for direction in gpu_choice.DIRECTIONS
+    )
+
+
 @functools.lru_cache(maxsize=4096)
 def fft_family(
     size: tuple[int, int],
