@@ -58,20 +58,23 @@ def depthwise_conv2d(
     key = remembered_calls.depthwise_key(input, weight, bias, stride, padding, dilation, method)
     known = remembered_calls.find(key)
     if known is not None:
-        stride, padding, dilation, channels_last, backend = known
+        stride, padding, dilation, channels_last, backend, casts = known
+        if casts:
+            input, weight, bias = _autocast(input.device.type, input, weight, bias)
     else:
         geometry = _check_depthwise(input, weight, bias, stride, padding, dilation, method)
-        if _autocast_enabled(input.device.type):
+        casts = _autocast_enabled(input.device.type)
+        if casts:
             input, weight, bias = _autocast(input.device.type, input, weight, bias)
         checks.dtypes_and_devices_agree("input", input, (("weight", weight), ("bias", bias)))
         stride, padding, dilation = geometry
         batched = input.dim() == 4
         channels_last = batched and (_like_channels_last(input) or _like_channels_last(weight))
         backend = dispatch.choose_depthwise(input, weight, method, stride, padding).family
-        if backend == "gpu" and gpu.left_to_torch(input, weight, *geometry, channels_last):
-            backend = "torch"
-        if key is not None:
-            remembered_calls.remember(key, (*geometry, channels_last, backend))
+        if key is not None:  # what a tracer sees depends on no sizes
+            if backend == "gpu" and gpu.left_to_torch(input, weight, *geometry, channels_last):
+                backend = "torch"
+            remembered_calls.remember(key, (*geometry, channels_last, backend, casts))
     if backend == "torch":
         if input.dim() == 3:
             return reference.depthwise_conv2d(input[None], weight, bias, stride, padding, dilation)[
@@ -233,10 +236,13 @@ def large_kernel_adapter(
     known = remembered_calls.find(key)
     late_residual = None
     if known is not None:
-        grid_size, backend = known
+        grid_size, backend, casts = known
+        if casts:
+            x, *weights = _autocast(x.device.type, x, *weights)
     else:
         grid_size = _check_adapter(x, *weights, residual, grid_size, *options, dropout_p, scale)
-        if _autocast_enabled(x.device.type):
+        casts = _autocast_enabled(x.device.type)
+        if casts:
             x, *weights = _autocast(x.device.type, x, *weights)
         names = ("down_weight", "down_bias", "conv_weight", "conv_bias", "up_weight", "up_bias")
         checks.dtypes_and_devices_agree("x", x, zip(names, weights, strict=True))
@@ -245,7 +251,7 @@ def large_kernel_adapter(
         if residual is not None and residual.dtype != x.dtype:
             late_residual, residual = residual, None
         elif key is not None:
-            remembered_calls.remember(key, (grid_size, backend))
+            remembered_calls.remember(key, (grid_size, backend, casts))
     seed = philox.new_seed(x.device) if training and dropout_p > 0 else None
     own_residual = residual is x  # autograd.large_kernel_adapter makes use of it
     tokens = x.flatten(1, 2) if x.dim() == 4 else x

@@ -35,6 +35,7 @@ def depthwise_key(input, weight, bias, stride, padding, dilation, method) -> tup
             None if bias is None else (bias.shape, bias.dtype, bias.get_device()),
             input.get_device(),
             weight.get_device(),
+            _autocast_dtype(input),
             (stride, padding, dilation, method, dispatch.requested_backend()),
             # True and 1.0 equal 1, but are not accepted.
             _types(stride),
@@ -46,9 +47,9 @@ def depthwise_key(input, weight, bias, stride, padding, dilation, method) -> tup
 
 def adapter_key(tensors: tuple[Tensor | None, ...], options: tuple) -> tuple | None:
     """The same for ``large_kernel_adapter``, whose checks look at no strides."""
-    if not _ordinary():
+    if not _ordinary() or not _plain(tensors[0]):
         return None
-    found = ["adapter", dispatch.requested_backend(), options]
+    found = ["adapter", dispatch.requested_backend(), options, _autocast_dtype(tensors[0])]
     for option in options:
         found.append(_types(option))
     for t in tensors:
@@ -66,17 +67,21 @@ def adapter_key(tensors: tuple[Tensor | None, ...], options: tuple) -> tuple | N
 def _ordinary() -> bool:
     """Whether a call may be remembered.
 
-    Not under autocast, and not while it is being traced or transformed: what a tracer sees must
-    not depend on earlier calls.
+    Not while it is being traced or transformed: what a tracer sees must not depend on earlier
+    calls.
     """
     return not (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or dispatch.transformed()
         or torch._C._len_torch_dispatch_stack()  # make_fx, FakeTensorMode and the like
-        or torch.is_autocast_enabled("cpu")
-        or torch.is_autocast_enabled("cuda")
     )
+
+
+def _autocast_dtype(t: Tensor) -> torch.dtype | None:
+    """What autocast casts to on the device of ``t``, or None where it is off."""
+    device = "cuda" if t.is_cuda else "cpu"
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _plain(t) -> bool:

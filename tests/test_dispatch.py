@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lka_kernels import FusedLKA, _extension, available_backends, dispatch, explain, use_backend
@@ -504,6 +505,32 @@ def test_operators_that_auto_takes_on_cuda():
     arguments = [torch.zeros(shape, device="cuda") for shape in shapes]
     operators = served_by(lambda: large_kernel_adapter(*arguments))
     assert operators == ["large_kernel_adapter_forward_gpu"]
+
+
+@pytest.mark.usefixtures("ready_cuda")
+def test_auto_on_cuda_looks_at_no_size_of_a_traced_call():
+    """Sizes may be symbols, and what a graph holds must serve all of them."""
+    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=False)
+    context = StatelessSymbolicContext([DimDynamic.DYNAMIC] + [DimDynamic.STATIC] * 3)
+    given = mode.from_tensor(torch.zeros(5, 4, 9, 9), symbolic_context=context)
+    with mode:
+        x = torch.empty(given.shape, dtype=torch.bfloat16, device="cuda")
+        assert isinstance(x.shape[0], torch.SymInt)
+        weight = torch.empty(4, 1, 3, 3, dtype=x.dtype, device="cuda")
+        assert depthwise_conv2d(x, weight, padding="same").shape == x.shape
+
+
+def test_calls_under_autocast_are_remembered_by_its_dtype():
+    x, weight = torch.randn(2, 4, 6, 6), torch.randn(4, 1, 3, 3)
+    module = FusedLKA(8, 4, 3, init="paper")
+    tokens = torch.randn(2, 9, 8)
+    for dtype in (None, torch.bfloat16, torch.float16, None, torch.bfloat16):
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            for _ in range(2):
+                assert depthwise_conv2d(x, weight).dtype == (dtype or torch.float32)
+                assert module(tokens).dtype == (dtype or torch.float32)
+                # A residual keeps its dtype.
+                assert module(tokens, residual=tokens).dtype == torch.float32
 
 
 @pytest.mark.usefixtures("ready_cuda")

@@ -7,7 +7,7 @@ import torch
 from adapter_cases import DEFINED, AdapterCase, adapter_cases, call, check_backend, with_gradients
 from hypothesis import given, settings
 
-from lka_kernels import FusedLKA, available_backends, dispatch, ops, philox, tiles, use_backend
+from lka_kernels import FusedLKA, available_backends, ops, philox, tiles, use_backend
 from lka_kernels.backends.triton import device_type
 from lka_kernels.backends.triton.launch import dot_precision
 from lka_kernels.functional import large_kernel_adapter
@@ -364,9 +364,3 @@ def test_what_it_cannot_serve(changes, message):
     tensors = {k: None if t is None else t.to(DEVICE) for k, t in case.tensors(dtype).items()}
     with use_backend("triton"), pytest.raises(RuntimeError, match=message):
         call(case, tensors)
-
-
-def test_is_not_chosen_unasked():
-    """Until it has been measured on a GPU."""
-    choice = dispatch.choose_adapter(torch.empty(2, 9, 16, device=DEVICE), "gelu", 8)
-    assert choice.backend != "triton"

@@ -8,13 +8,14 @@ served by PyTorch too: while a call was traced, it was not asked.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lka_kernels import dispatch, gpu_choice, ops
+from lka_kernels import dispatch, gpu_choice, ops, remembered_calls
 from lka_kernels.backends import reference
 from lka_kernels.checks import depthwise_output_size
 from lka_kernels.fft_plan import plan_dimension
@@ -90,7 +91,7 @@ def left_to_torch(input, weight, stride, padding, dilation, channels_last: bool)
 
     Then its own operator is called, whose gradients need no Python.
     """
-    if torch.compiler.is_compiling() or not input.numel():
+    if not input.numel():
         return False
     layout = _layout_of(input, channels_last)
     return all(
@@ -197,8 +198,19 @@ def _even(padding) -> bool:
     return padding[0] == padding[2] and padding[1] == padding[3]
 
 
+def _without_autocast(device_type: str):
+    """A context in which PyTorch's operators keep the dtype they are given, as kernels do.
+
+    Whoever calls an operator of this library has cast already, or wants no cast.
+    """
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
 def _torch_forward(input, weight, bias, stride, padding, dilation, channels_last) -> Tensor:
-    result = reference.depthwise_conv2d(input, weight, bias, stride, padding, dilation)
+    with _without_autocast(input.device.type):
+        result = reference.depthwise_conv2d(input, weight, bias, stride, padding, dilation)
     return _in_format(result, channels_last)
 
 
@@ -424,7 +436,7 @@ def adapter_forward(
     if family != "torch":
         return ops.ADAPTER[family].forward(x, *weights, residual, seed, *options)
     height, width, *rest = options
-    with torch.no_grad():
+    with torch.no_grad(), _without_autocast(x.device.type):
         y = reference.large_kernel_adapter(x, *weights, residual, seed, (height, width), *rest)
     # The backward pass below computes z and c anew.
     z = x.new_zeros((x.shape[0], down_weight.shape[0], x.shape[1]))
@@ -445,7 +457,7 @@ def adapter_backward(
     if family != "torch":
         return ops.ADAPTER[family].backward(grad_output, x, z, c, *weights, seed, *options)
     height, width, *rest, residual_is_x, output_mask = options
-    with torch.enable_grad():
+    with torch.enable_grad(), _without_autocast(x.device.type):
         leaves = [None if t is None else t.detach().requires_grad_() for t in (x, *weights)]
         y = reference.large_kernel_adapter(*leaves, None, seed, (height, width), *rest)
         wanted = [leaf for leaf, asked in zip(leaves, output_mask, strict=True) if asked]
@@ -459,8 +471,9 @@ def adapter_backward(
 
 def forget() -> None:
     """Ask the devices anew at the next call."""
-    for function in (depthwise_family, fft_family, adapter_family):
+    for function in (depthwise_family, fft_family, adapter_family, dispatch._asked):
         function.cache_clear()
+    remembered_calls.forget_all()
 
 
 for _direction, _function, _by_transforms in (

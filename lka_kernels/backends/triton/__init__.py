@@ -1,4 +1,4 @@
-"""Triton kernels for NVIDIA GPUs, for whoever asks for them: no GPU has run them yet.
+"""Triton kernels for NVIDIA GPUs.
 
 Importing this package costs nothing: Triton is loaded at the first call. With TRITON_INTERPRET=1 in
 the environment by then, Triton's interpreter runs the kernels on CPU tensors, slowly, which is how

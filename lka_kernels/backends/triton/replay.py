@@ -78,6 +78,7 @@ class CompiledLauncher:
             getattr(enter, "calls", enter)
             or getattr(leave, "calls", leave)
             or runtime.debug
+            or getattr(runtime, "add_stages_inspection_hook", None)
             or knobs.compilation.instrumentation_mode
             or JITFunction.run is not _TRITONS_RUN
         )
@@ -236,7 +237,7 @@ def _key(name: str, switches: tuple, arguments: tuple, launcher) -> tuple[tuple,
                 found.append(tuple(value))
             else:
                 return None
-        if not tensors or not launcher.serves(tensors[0]):
+        if not tensors or not all(map(launcher.serves, tensors)):
             return None
     except RuntimeError:  # without strides or memory
         return None
@@ -336,8 +337,13 @@ class _Node:
 
     def __init__(self, tensor: Tensor, root: _Node | None, is_input: bool = False):
         self.tensor = tensor
-        self.root = self if root is None else root
+        # Not itself: a cycle would keep the tensor until Python looks for cycles.
+        self._root = root
         self.is_input = is_input
+
+    @property
+    def root(self) -> _Node:
+        return self if self._root is None else self._root
 
     def offset(self, t: Tensor) -> int:
         """Bytes from this tensor's first element to that of ``t``, in the same memory."""
@@ -494,7 +500,10 @@ class Recorder(TorchDispatchMode):
             return None
         if any(node.root.is_input for node in nodes):
             return None
-        steps, numbers = self._needed(nodes)
+        try:
+            steps, numbers = self._needed(nodes)
+        except Exception:  # the result is there, whatever was not understood of it
+            return None
         if isinstance(result, Tensor):
             results = numbers[nodes[0]]
         elif type(result) in (list, tuple):

@@ -1,9 +1,10 @@
 """Warps and stages of launches by timing, kept on disk for every device and version.
 
-Off unless LKA_TRITON_TUNE=1 is in the environment: what ``tiles.py`` reasons stands until it has
-been measured on a GPU. A launch is timed with at most five choices, which change nothing but how
-its work is laid out on threads and in time; sums within a program may then be rounded in another
-order, so that results are the same from run to run only once the choices are in the file.
+Off unless LKA_TRITON_TUNE=1 is in the environment: what ``tiles.py`` says stands until this has
+been shown to be worth its time on a GPU. A launch is timed with at most five choices, which change
+nothing but how its work is laid out on threads and in time; sums within a program may then be
+rounded in another order, so that results are the same from run to run only once the choices are in
+the file.
 
 Nothing is timed while a CUDA graph is captured or code is traced: there a choice found before is
 used, or the default. (What torch.compile has compiled calls operators as everyone does, and may be
