@@ -111,10 +111,13 @@ wheel: $(VENV)/.packages
 	  > build/wheel.log 2>&1 || { tail -n 60 build/wheel.log >&2; exit 1; }
 	@ls -l dist/
 
+# Compiling Triton's kernels takes most of the tests' time, and each process its own core; a process
+# may take 20 GB of the GPU's memory for a while.
+GPU_TEST_WORKERS ?= 6
 gpu: install
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: torch" \
 	  " finds no CUDA device on this machine (torch " + torch.__version__ + "); make test needs none")'
-	@$(BIN)/python -m pytest -m gpu tests $(TEST_ARGS)
+	@$(BIN)/python -m pytest -m gpu tests -n $(GPU_TEST_WORKERS) $(TEST_ARGS)
 	@mkdir -p benchmarks/results
 	@name=$$($(BIN)/python -c 'import re, torch; \
 	    print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()))'); \
