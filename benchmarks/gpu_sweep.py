@@ -26,15 +26,16 @@ import subprocess
 import sys
 import time
 import traceback
+import zlib
 from pathlib import Path
 
 import torch
 
 import lka_kernels  # noqa: F401 registers the operators
 from benchmarks import facts, measure, peers, shapes
-from lka_kernels import FusedLKA, ops
+from benchmarks.cases import LAYOUTS
+from lka_kernels import FusedLKA, gpu_choice, ops
 
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 FAMILIES = ("torch", "cuda", "cuda_direct", "cuda_fft", "triton", "triton_direct", "triton_gemm")
 ADAPTER_FAMILIES = ("torch", "cuda", "triton")
 SLOW_SECONDS = 20e-3  # calls above this are timed one by one, three times
@@ -199,8 +200,7 @@ def first_line() -> dict:
 def numbers(operator: str, shape) -> dict[str, int]:
     """The sizes of a case, by the names that ``lka_kernels.gpu_choice.SIZES`` has."""
     if operator == "adapter":
-        return {name: getattr(shape, name) for name in
-                ("batch", "side", "dim", "rank", "kernel", "prefix")}  # fmt: skip
+        return {name: getattr(shape, name) for name in gpu_choice.SIZES["large_kernel_adapter"]}
     found = {name: getattr(shape, name) for name in ("batch", "channels", "height", "width")}
     found |= {"kernel_height": shape.kernel[0], "kernel_width": shape.kernel[1]}
     return {**found, "dilation": shape.dilation}
@@ -260,94 +260,99 @@ def main() -> None:
     options = arguments()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     if options.warm:
-        own = sys.argv[1:]
-        at = own.index("--warm")
-        del own[at : at + 2]
-        at = own.index("--out")
-        del own[at : at + 2]
-        started = [
-            subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "benchmarks.gpu_sweep", *own, "--once"),
-                    *("--slice", str(i), str(options.warm), "--out", f"{options.out}.{i}"),
-                ]
-            )
-            for i in range(options.warm)
-        ]
-        for process in started:
-            process.wait()
-        # One file of all.
-        with options.out.open("w") as out:
-            for i in range(options.warm):
-                part = Path(f"{options.out}.{i}")
-                if part.exists():
-                    out.write(part.read_text())
-                    part.unlink()
-        return
+        warm(options)
+    else:
+        sweep(options)
+
+
+def without(own: list[str], option: str) -> list[str]:
+    """The command line ``own`` without an option and its value."""
+    at = own.index(option) if option in own else len(own)
+    return own[:at] + own[at + 2 :]
+
+
+def warm(options) -> None:
+    """Run every case once, in ``options.warm`` processes; one file of all."""
+    own = without(without(sys.argv[1:], "--warm"), "--out")
+    parts = [Path(f"{options.out}.{i}") for i in range(options.warm)]
+    started = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "benchmarks.gpu_sweep", *own, "--once"),
+                *("--slice", str(i), str(options.warm), "--out", str(part)),
+            ]
+        )
+        for i, part in enumerate(parts)
+    ]
+    for process in started:
+        process.wait()
+    with options.out.open("w") as out:
+        for part in parts:
+            if part.exists():
+                out.write(part.read_text())
+                part.unlink()
+
+
+def sweep(options) -> None:
+    """Measure, or with ``options.once`` only run, this process's cases, a line each."""
     torch.backends.cudnn.benchmark = True
     facts_line = first_line()
     # PyTorch 2.11 refuses to tell the older of the two switches from here on.
     torch.backends.cudnn.conv.fp32_precision = "ieee"
-    everything = cases(options)
     first, step = options.slice
-    reference = None, None
+    reference = None, None  # a case and what torch gives
     with options.out.open("a") as out:
         if not options.once and out.tell() == 0:
             out.write(json.dumps(facts_line) + "\n")
-        for index, case in enumerate(everything):
+        for index, case in enumerate(cases(options)):
             # All families of one case in one process.
-            if index < options.start or (hash_of(case[:-1]) % step) != first:
+            if index < options.start or hash_of(case[:-1]) % step != first:
                 continue
-            operator, shape, direction, layout, dtype, family = case
-            line = {
-                "operator": operator, "shape": shape.name, "size": shape.size,
-                **numbers(operator, shape),
-                "direction": direction, "layout": layout, "dtype": dtype, "family": family,
-            }  # fmt: skip
-            fatal = False
-            try:
-                call, buffers = build(case)
-                result = call(0)
-                torch.cuda.synchronize()
-                if family == "torch":
-                    reference = case[:-1], result
-                elif reference[0] == case[:-1]:
-                    a, b = result.double(), reference[1].double()
-                    line["error"] = float((a - b).norm() / b.norm())
-                del result
-                if not options.once:
-                    line |= seconds_of(call, buffers)
-            except Exception as error:
-                line["refused"] = f"{type(error).__name__}: {error}"[:600]
-                if not isinstance(error, (ValueError, RuntimeError)):
-                    line["refused"] += traceback.format_exc()[-1500:]
-                try:
-                    torch.cuda.synchronize()
-                except RuntimeError:
-                    fatal = True
-                    line["fatal"] = True
-            call = None
-            for name in ("seconds", "host", "error"):
-                if name in line:
-                    line[name] = float(f"{line[name]:.4g}")
+            line, result = measured(case, reference, options.once)
+            if case[-1] == "torch" and result is not None:
+                reference = case[:-1], result
+            del result
             out.write(json.dumps(line) + "\n")
             out.flush()
-            if fatal:
-                own = sys.argv[1:]
-                if "--start" in own:
-                    at = own.index("--start")
-                    del own[at : at + 2]
-                sys.stdout.flush()
-                os.execv(
-                    sys.executable,
-                    [sys.executable, "-m", "benchmarks.gpu_sweep", *own, "--start", str(index + 1)],
-                )
+            if "fatal" in line:
+                own = without(sys.argv[1:], "--start")
+                module = [sys.executable, "-m", "benchmarks.gpu_sweep"]
+                os.execv(sys.executable, [*module, *own, "--start", str(index + 1)])
+
+
+def measured(case: tuple, reference: tuple, once: bool) -> tuple[dict, torch.Tensor | None]:
+    """(a line of the file, the first result or None); "fatal" says that CUDA is unusable now."""
+    operator, shape, direction, layout, dtype, family = case
+    line = {
+        "operator": operator, "shape": shape.name, "size": shape.size, **numbers(operator, shape),
+        "direction": direction, "layout": layout, "dtype": dtype, "family": family,
+    }  # fmt: skip
+    result = None
+    try:
+        call, buffers = build(case)
+        result = call(0)
+        torch.cuda.synchronize()
+        if reference[0] == case[:-1]:
+            a, b = result.double(), reference[1].double()
+            line["error"] = float((a - b).norm() / b.norm())
+        if not once:
+            line |= seconds_of(call, buffers)
+    except Exception as error:
+        line["refused"] = f"{type(error).__name__}: {error}"[:600]
+        if not isinstance(error, (ValueError, RuntimeError)):
+            line["refused"] += traceback.format_exc()[-1500:]
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            line["fatal"] = True
+    for name in ("seconds", "host", "error"):
+        if name in line:
+            line[name] = float(f"{line[name]:.4g}")
+    return line, result
 
 
 def hash_of(case) -> int:
     """The same in every process."""
-    import zlib
-
     return zlib.crc32(repr(case).encode())
 
 

@@ -196,7 +196,6 @@ _NEAR_LATENCY = 100
 _CHIP_BYTES_PER_CLOCK = 3200
 # Programs that share a multiprocessor and hide what each waits for.
 _RESIDENT = 4
-_RESIDENT_ONE_LAUNCH = 2
 # What 8.6 and 8.9 give a program is 99 KiB; what is copied ahead leaves some for exchanges.
 _MOST_STAGED_BYTES = 80 * 1024
 # z of a program's tokens and of all that they meet, which is to stay in the first-level cache.
@@ -320,7 +319,7 @@ def one_launch_tiles(
         up = _Part(blocks_of_c * block.alone, blocks_of_c * block.busy)
         # Once through the first-level cache, between down and the convolution.
         part = down + _Part(4 * _NEAR_LATENCY, 0) + _convolve(block_t, r, taps, _NEAR_LATENCY) + up
-        clocks = _launch_clocks(programs, num_sms, _RESIDENT_ONE_LAUNCH, part)
+        clocks = _launch_clocks(programs, num_sms, 1, part)
         if best is None or clocks < best.clocks:
             best = OneLaunchTiles(
                 block_t, block_w, block_c, block_up, blocks_of_c, 8, num_stages, clocks

@@ -116,8 +116,7 @@ def test_rules_where_nothing_was_measured(in_16_bit):
     for family in DEPTHWISE:
         assert chosen(in_16_bit=in_16_bit, families={family}) == family
     assert chosen_adapter(in_16_bit=in_16_bit) == "triton"
-    assert chosen_adapter(in_16_bit=in_16_bit, kernel=(31, 31)) == "cuda"
-    assert chosen_adapter(in_16_bit=in_16_bit, kernel=(31, 31), families={"triton"}) == "triton"
+    assert chosen_adapter(in_16_bit=in_16_bit, families={"cuda"}) == "cuda"
 
 
 def test_the_nearest_case_decides(times):

@@ -94,21 +94,17 @@ def left_to_torch(input, weight, stride, padding, dilation, channels_last: bool)
     if not input.numel():
         return False
     layout = _layout_of(input, channels_last)
+    sizes = input.shape, weight.shape[2:], stride, padding, dilation
     return all(
-        depthwise_family(
-            direction,
-            layout,
-            input.dtype,
-            tuple(input.shape),
-            tuple(weight.shape[2:]),
-            stride,
-            padding,
-            dilation,
-            input.device.index or 0,
-        )
-        == "torch"
+        _family_of(direction, layout, input, *sizes) == "torch"
         for direction in gpu_choice.DIRECTIONS
     )
+
+
+def _family_of(direction, layout, map: Tensor, shape, kernel, stride, padding, dilation) -> str:
+    """``depthwise_family`` for the dtype and device of ``map`` and sizes in any sequences."""
+    sizes = [tuple(size) for size in (shape, kernel, stride, padding, dilation)]
+    return depthwise_family(direction, layout, map.dtype, *sizes, map.get_device())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -271,17 +267,9 @@ def forward(input, weight, bias, stride, padding, dilation, channels_last) -> Te
     """Schema ``depthwise_conv2d_forward``."""
     family = "torch"
     if input.numel():
-        family = depthwise_family(
-            "forward",
-            _layout_of(input, channels_last),
-            input.dtype,
-            tuple(input.shape),
-            tuple(weight.shape[2:]),
-            tuple(stride),
-            tuple(padding),
-            tuple(dilation),
-            input.get_device(),
-        )
+        layout = _layout_of(input, channels_last)
+        sizes = input.shape, weight.shape[2:], stride, padding, dilation
+        family = _family_of("forward", layout, input, *sizes)
     if family != "torch":
         return ops.DEPTHWISE[family].forward(
             input, weight, bias, stride, padding, dilation, channels_last
@@ -296,17 +284,10 @@ def backward_input(
     if not grad_output.numel():
         empty = grad_output.new_zeros((*grad_output.shape[:2], *input_size))
         return _in_format(empty, channels_last)
-    family = depthwise_family(
-        "backward_input",
-        _layout_of(grad_output, channels_last),
-        grad_output.dtype,
-        (*grad_output.shape[:2], *input_size),
-        tuple(weight.shape[2:]),
-        tuple(stride),
-        tuple(padding),
-        tuple(dilation),
-        grad_output.get_device(),
-    )
+    layout = _layout_of(grad_output, channels_last)
+    shape = *grad_output.shape[:2], *input_size
+    sizes = shape, weight.shape[2:], stride, padding, dilation
+    family = _family_of("backward_input", layout, grad_output, *sizes)
     if family != "torch":
         return ops.DEPTHWISE[family].backward_input(
             grad_output, weight, input_size, stride, padding, dilation, channels_last
@@ -323,17 +304,8 @@ def backward_weight(
     if not grad_output.numel():
         channels = input.shape[1]
         return input.new_zeros((channels, 1, *kernel_size)), input.new_zeros((channels,))
-    family = depthwise_family(
-        "backward_weight",
-        _layout(input, grad_output),
-        input.dtype,
-        tuple(input.shape),
-        tuple(kernel_size),
-        tuple(stride),
-        tuple(padding),
-        tuple(dilation),
-        input.get_device(),
-    )
+    sizes = input.shape, kernel_size, stride, padding, dilation
+    family = _family_of("backward_weight", _layout(input, grad_output), input, *sizes)
     arguments = (grad_output, input, kernel_size, stride, padding, dilation)
     if family != "torch":
         return ops.DEPTHWISE[family].backward_weight(*arguments)

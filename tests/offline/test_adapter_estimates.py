@@ -11,18 +11,20 @@ from lka_kernels.backends.triton.estimate import traffic
 from lka_kernels.backends.triton.estimate_work import products
 
 # Swin-L's and ConvNeXt-L's stages, ViT-L with its class token; batch 64, bfloat16, r 8, K 7.
+# And the launches of forward and backward: two, and four with the ordered sum; of many tokens the
+# convolution has one of its own, its gradients two in place of one, and prefix tokens one more.
 SHAPES = [
-    ((56, 56), 192, 0),
-    ((28, 28), 384, 0),
-    ((14, 14), 768, 0),
-    ((7, 7), 1536, 0),
-    ((14, 14), 1024, 1),
+    ((56, 56), 192, 0, (3, 5)),
+    ((28, 28), 384, 0, (3, 5)),
+    ((14, 14), 768, 0, (2, 5)),
+    ((7, 7), 1536, 0, (2, 4)),
+    ((14, 14), 1024, 1, (2, 6)),
 ]
 
 
-@pytest.mark.parametrize(("grid", "dim", "prefix"), SHAPES, ids=str)
+@pytest.mark.parametrize(("grid", "dim", "prefix", "counts"), SHAPES, ids=str)
 @pytest.mark.parametrize("residual", [False, True])
-def test_adapter_moves_hardly_more_than_the_fewest_bytes(grid, dim, prefix, residual):
+def test_adapter_moves_hardly_more_than_the_fewest_bytes(grid, dim, prefix, counts, residual):
     forward, backward = launches(
         64, grid, dim, 8, (7, 7), torch.bfloat16, prefix=prefix, residual=residual
     )
@@ -33,9 +35,7 @@ def test_adapter_moves_hardly_more_than_the_fewest_bytes(grid, dim, prefix, resi
     # 1.25 is wanted; on 56² tiles of half as many tokens, measured to be faster, have twice the
     # partial sums, which then are supposed not to stay in the cache.
     assert 1.0 <= traffic(backward).memory / (both - fewest) <= (1.35 if grid == (56, 56) else 1.25)
-    # The convolution of many tokens and its gradients have launches of their own; the ordered sum.
-    assert traffic(forward).launches in (2, 3)
-    assert traffic(backward).launches in (4, 5, 6)
+    assert (traffic(forward).launches, traffic(backward).launches) == counts
 
 
 def test_one_image_takes_one_launch():
@@ -72,9 +72,11 @@ def test_every_benchmark_against_its_floor(shape):
     assert moved_back.memory >= fewest_back
     if shape.rank <= 8:
         assert moved.memory <= 1.15 * fewest.bytes
-        # Of kernels larger than the map the partial sums have room for taps that never touch it.
-        if shape.kernel < 91:
-            assert moved_back.memory <= (1.35 if shape.batch <= 64 else 1.55) * fewest_back
+        most = 1.35 if shape.batch <= 64 else 1.55
+        if shape.kernel > 2 * shape.side:
+            # Partial sums have room, which counts, for taps that never touch the map.
+            most = 4.1
+        assert moved_back.memory <= most * fewest_back
     # No multiply-add is left out; the tensor cores make as many for a rank of 4 as for 16.
     made, needed = sum(products(forward)), fewest.flops / 2
     made_back, needed_back = sum(products(backward)), (both.flops - fewest.flops) / 2

@@ -152,8 +152,8 @@ class AdapterBlock {
       store_shared(parts + (i + (share_of_terms() - 1) * kSums) * step, sum);
     });
     __syncthreads();
-    // All sums of one part after the other: their loads are under way together. Part by part for
-    // every sum was six of the kernel's ten thousand instructions.
+    // All sums of one part after the other: their loads are under way together. One sum after
+    // the other, unrolled, was 4 of the kernel's 10 thousand instructions.
 #pragma unroll 1
     for (int part = 0; part < p.tiling.warps_k - 1; ++part)
       for_each_part(sums, share_of_terms() == 0, [&](float& sum, int i) {
