@@ -57,6 +57,7 @@ void cp_async_commit();
 void cp_async_wait(int groups);
 void load_matrices(uint32_t (&m)[4], const uint16_t* row);
 void load_matrices_transposed(uint32_t (&m)[4], const uint16_t* row);
+uint32_t transpose_matrix(uint32_t pair);
 void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                  float (*widen)(uint16_t));
 

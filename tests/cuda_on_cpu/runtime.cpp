@@ -225,6 +225,17 @@ void load_matrices_transposed(uint32_t (&m)[4], const uint16_t* row) {
   });
 }
 
+uint32_t transpose_matrix(uint32_t pair) {
+  uint32_t all[kWarp];
+  exchange(pair, all);
+  const int lane = int(thread_index.x) % kWarp;
+  // Row r, column lane / 4 lies in lane 4·r + lane / 8, in the half of its parity.
+  const auto element = [&](int row) {
+    return all[4 * row + lane / 8] >> 16 * (lane / 4 % 2) & 0xffff;
+  };
+  return element(lane % 4 * 2) | element(lane % 4 * 2 + 1) << 16;
+}
+
 void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                  float (*widen)(uint16_t)) {
   struct Operand {

@@ -14,20 +14,45 @@ struct alignas(16) Float4 {
 };
 
 // Rows [first_y, end_y) of a grid from column from_x on, of channels `plane` apart, become floats:
-// `pitch` a row, zeros where the grid ends, and `to_plane` a channel.
+// `columns` a row, zeros where the grid ends, rows `pitch` apart and channels `to_plane`. Loads of
+// four rows are under way together, and nothing is divided in the loop.
 template <class Storage, class Map>
 LKA_DEVICE void stage_grid(const typename Stored<Storage>::Type* from, int64_t plane, int channels,
-                           int width, int first_y, int end_y, int from_x, int pitch, float* to,
-                           int to_plane, Map map) {
-  const int rows = end_y - first_y;
-  for (int i = threadIdx.x / 32; i < channels * rows; i += blockDim.x / 32) {
-    const int channel = i / rows, row = i - channel * rows;
-    const auto* source = from + channel * plane + int64_t(first_y + row) * width;
-    float* at = to + channel * to_plane + row * pitch;
-    for (int column = threadIdx.x % 32; column < pitch; column += 32) {
-      const int x = from_x + column;
-      const bool exists = x >= 0 && x < width;
-      store_shared(at + column, exists ? map(Stored<Storage>::value(load_global(source + x))) : 0);
+                           int width, int first_y, int end_y, int from_x, int columns, float* to,
+                           int pitch, int to_plane, Map map) {
+  constexpr int kBatch = 4;
+  const int rows = end_y - first_y, all = channels * rows;
+  if (all <= 0) return;
+  // Lanes of a row: a power of two.
+  int shift = 2;
+  while (shift < 5 && (1 << shift) < columns) ++shift;
+  const int step = blockDim.x >> shift, step_channels = step / rows,
+            step_rows = step - step_channels * rows;
+  from += int64_t(first_y) * width + from_x;
+  for (int column = threadIdx.x & ((1 << shift) - 1); column < columns; column += 1 << shift) {
+    const int x = from_x + column;
+    const bool exists = x >= 0 && x < width;
+    int i = threadIdx.x >> shift, channel = i / rows, row = i - channel * rows;
+    while (i < all) {
+      typename Stored<Storage>::Type values[kBatch];
+      int places[kBatch];
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        places[b] = i < all ? channel * to_plane + row * pitch + column : -1;
+        if (i < all && exists)
+          values[b] = load_global(from + channel * plane + row * width + column);
+        i += step;
+        channel += step_channels;
+        row += step_rows;
+        if (row >= rows) {
+          row -= rows;
+          ++channel;
+        }
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b)
+        if (places[b] >= 0)
+          store_shared(to + places[b], exists ? map(Stored<Storage>::value(values[b])) : 0.0f);
     }
   }
 }
@@ -109,17 +134,48 @@ class TileConvolution {
     const int taps = least(k.staged_taps, k.kernel_h - ky);
     const int first = first_row(tile, ky);
     const int end = least(p.height, tile.y0 + tile.rows - k.top + (ky + taps - 1) * k.dilation_h);
+    const int columns = k.dilation_w == 1 ? (tile.columns + 3) / 4 * 4 + k.taps_pitch : k.pitch;
     stage_grid<Storage>(plane(tile, channel0) + p.prefix, p.tokens, channels, p.width, first, end,
-                        tile.x0 - k.left, k.pitch, staged_, k.staged_rows * k.pitch,
+                        tile.x0 - k.left, columns, staged_, k.pitch, k.staged_rows * k.pitch,
                         [](float value) { return value; });
-    for (int i = threadIdx.x; i < channels * taps * k.taps_pitch; i += blockDim.x) {
-      const int row = i / k.taps_pitch, kx = i - row * k.taps_pitch;
-      const int channel = row / taps, y = ky + row - channel * taps;
-      float value = 0;
-      if (kx < k.kernel_w)
-        value = tap((channel0 + channel) * k.weight_stride_c + k.first_tap + y * k.tap_stride_y +
-                    kx * k.tap_stride_x);
-      store_shared(taps_ + (channel * k.staged_taps + y - ky) * k.taps_pitch + kx, value);
+    stage_taps(channel0, channels, ky, taps);
+  }
+
+  // Kernel rows ky to ky + count, between zeros: a thread has one column of some rows.
+  LKA_DEVICE void stage_taps(int channel0, int channels, int ky, int count) const {
+    constexpr int kBatch = 4;
+    const int all = channels * count;
+    int shift = 2;
+    while (shift < 5 && (1 << shift) < k.taps_pitch) ++shift;
+    const int step = blockDim.x >> shift, step_channels = step / count,
+              step_rows = step - step_channels * count;
+    const auto* weight = static_cast<const Element*>(p.conv_weight) + channel0 * k.weight_stride_c +
+                         k.first_tap + ky * k.tap_stride_y;
+    for (int kx = threadIdx.x & ((1 << shift) - 1); kx < k.taps_pitch; kx += 1 << shift) {
+      int i = threadIdx.x >> shift, channel = i / count, row = i - channel * count;
+      while (i < all) {
+        Element values[kBatch];
+        int places[kBatch];
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) {
+          places[b] = i < all ? (channel * k.staged_taps + row) * k.taps_pitch + kx : -1;
+          if (i < all && kx < k.kernel_w)
+            values[b] = load_global(weight + channel * k.weight_stride_c + row * k.tap_stride_y +
+                                    kx * k.tap_stride_x);
+          i += step;
+          channel += step_channels;
+          row += step_rows;
+          if (row >= count) {
+            row -= count;
+            ++channel;
+          }
+        }
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b)
+          if (places[b] >= 0)
+            store_shared(taps_ + places[b],
+                         kx < k.kernel_w ? Stored<Storage>::value(values[b]) : 0.0f);
+      }
     }
   }
 

@@ -64,11 +64,11 @@ class AdapterTapGradientBlock {
     const int end = least(p.height, y0 + rows - t.top + (ky0_ + t.tap_rows - 1) * t.dilation_h);
     __syncthreads();
     stage_grid<Storage>(z + p.prefix, 0, 1, p.width, first, end, x0 - t.left + kx0_ * t.dilation_w,
-                        t.source_pitch, source_, 0,
+                        t.source_pitch, source_, t.source_pitch, 0,
                         [&](float value) { return activate(p.before, value); });
     // Columns beyond the piece belong to the next one.
-    stage_grid<Storage>(grad_c + p.prefix, 0, 1, p.width, y0, y0 + rows, x0, t.grad_pitch, grad_, 0,
-                        [](float value) { return value; });
+    stage_grid<Storage>(grad_c + p.prefix, 0, 1, p.width, y0, y0 + rows, x0, t.grad_pitch, grad_,
+                        t.grad_pitch, 0, [](float value) { return value; });
     __syncthreads();
     if (part_ >= parts_) return;
     if (y0 == 0 && x0 == 0 && unit_ == 0) add_prefix(sums, z, grad_c);

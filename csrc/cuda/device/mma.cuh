@@ -116,6 +116,18 @@ LKA_DEVICE void load_matrices_transposed(uint32_t (&m)[4], const uint16_t* row) 
 #endif
 }
 
+// An 8×8 matrix in registers, transposed: a lane gives row lane / 4, columns lane % 4 · 2 and the
+// next, and receives column lane / 4, those rows (PTX ISA, movmatrix).
+LKA_DEVICE uint32_t transpose_matrix(uint32_t pair) {
+#ifdef __CUDACC__
+  uint32_t result;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+  return result;
+#else
+  return cuda_on_cpu::transpose_matrix(pair);
+#endif
+}
+
 LKA_DEVICE uint32_t pack(uint16_t low, uint16_t high) { return low | uint32_t(high) << 16; }
 
 }  // namespace lka::cuda
