@@ -9,6 +9,7 @@
 #include "device/adapter_forward.cuh"
 #include "device/adapter_sums.cuh"
 #include "device/adapter_weight_gradient.cuh"
+#include "device/token_fragments.cuh"
 
 namespace lka::cuda {
 
@@ -70,6 +71,17 @@ inline bool sums_taps_apart(const AdapterCall& call) {
 }
 
 namespace detail {
+
+// Whether the kernels for narrow ranks (adapter_narrow_*.cuh) may take a call: 16-bit elements and
+// whole fragments, token_fragments.cuh. The tensors that a launch reads and writes must besides be
+// in_fragments.
+inline bool is_narrow(const AdapterCall& call, const AdapterParams& p) {
+  return call.storage != Storage::float32 && call.rank <= 16 && call.rank % 2 == 0 &&
+         call.channels % TokenFragment::kChannels == 0 && p.down_vector == 8 && p.up_vector >= 2;
+}
+inline bool in_fragments(const TokenTensor& t) {
+  return t.data == nullptr || (!t.turned && t.vector == 8);
+}
 
 // Shared memory of the convolution, within `budget` bytes from `at` on; returns the end, or 0 where
 // not even one kernel row of one channel fits.

@@ -109,7 +109,8 @@ struct AdapterParams {
   int32_t rank_vector = 1;  // as of TokenTensor, of the rank-r tensors
   int32_t splits = 1;       // of the channels, one for a block
   int32_t groups = 0, tiles_of_group = 0;
-  int64_t first_weight_block = 0;  // of a launch with two kinds of blocks
+  int64_t first_weight_block = 0;              // of a launch with two kinds of blocks
+  int32_t channel_warps = 1, token_warps = 1;  // of a block of adapter_narrow_*.cuh
   // Offsets in shared memory, in bytes.
   int32_t at_rank = 0, at_stages = 0, at_source = 0, at_taps = 0;
   int32_t stage_bytes = 0, at_weight = 0, at_added = 0;  // of a stage, and in it
