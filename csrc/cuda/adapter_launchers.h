@@ -12,6 +12,8 @@ namespace lka::cuda {
   void NAME(Storage storage, const PARAMS& p, const LaunchShape& shape, cudaStream_t stream);
 LKA_ADAPTER_LAUNCHER(adapter_down, AdapterParams)
 LKA_ADAPTER_LAUNCHER(adapter_up, AdapterParams)
+LKA_ADAPTER_LAUNCHER(adapter_narrow_down, AdapterParams)
+LKA_ADAPTER_LAUNCHER(adapter_narrow_up, AdapterParams)
 LKA_ADAPTER_LAUNCHER(adapter_up_backward, AdapterParams)
 LKA_ADAPTER_LAUNCHER(adapter_convolve_backward, AdapterParams)
 LKA_ADAPTER_LAUNCHER(adapter_down_backward, AdapterParams)

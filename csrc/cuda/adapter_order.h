@@ -8,6 +8,12 @@
 
 namespace lka::cuda {
 
+// A launch, where there is one.
+template <class Launch, class Run>
+void run_launch(const Launch& launch, Run run) {
+  if (launch.shape.blocks > 0) run(launch.params, launch.shape);
+}
+
 // The convolution of the grid, where it has a launch of its own.
 template <class Runner>
 void run_correlation(const AdapterCorrelation& plan, Runner& runner) {
@@ -22,9 +28,12 @@ const char* run_adapter_forward(AdapterCall call, int multiprocessors, Runner& r
   call.a = activates ? runner.rank_tensor(call) : call.z;
   const AdapterForward plan = plan_adapter_forward(call, multiprocessors);
   if (plan.refusal != nullptr) return plan.refusal;
-  runner.adapter_down(plan.down.params, plan.down.shape);
+  run_launch(plan.down, [&](const auto& p, const auto& s) { runner.adapter_down(p, s); });
+  run_launch(plan.narrow_down,
+             [&](const auto& p, const auto& s) { runner.adapter_narrow_down(p, s); });
   run_correlation(plan.correlate, runner);
-  runner.adapter_up(plan.up.params, plan.up.shape);
+  run_launch(plan.up, [&](const auto& p, const auto& s) { runner.adapter_up(p, s); });
+  run_launch(plan.narrow_up, [&](const auto& p, const auto& s) { runner.adapter_narrow_up(p, s); });
   return nullptr;
 }
 
@@ -49,23 +58,21 @@ const char* run_adapter_backward(AdapterCall call, int multiprocessors, void* co
   down.down_partials = partials(call.need_down, down.groups, call.rank, call.channels);
   if (up.of_up) plan.up.params.e = up.e = runner.rank_tensor(call);
 
-  const auto step = [](const auto& launch, auto run) {
-    if (launch.shape.blocks > 0) run(launch.params, launch.shape);
-  };
   const auto weight_gradient = [&](const auto& p, const auto& shape) {
     runner.adapter_weight_gradient(p, shape);
   };
-  step(plan.up, [&](const auto& p, const auto& s) { runner.adapter_up_backward(p, s); });
-  step(plan.up_weight, weight_gradient);
+  run_launch(plan.up, [&](const auto& p, const auto& s) { runner.adapter_up_backward(p, s); });
+  run_launch(plan.up_weight, weight_gradient);
   run_correlation(plan.correlate, runner);
-  step(plan.convolve,
-       [&](const auto& p, const auto& s) { runner.adapter_convolve_backward(p, s); });
-  step(plan.taps, [&](const auto& p, const auto& s) { runner.toeplitz_weight_gradient(p, s); });
-  step(plan.down, [&](const auto& p, const auto& s) { runner.adapter_down_backward(p, s); });
-  step(plan.down_weight, weight_gradient);
+  run_launch(plan.convolve,
+             [&](const auto& p, const auto& s) { runner.adapter_convolve_backward(p, s); });
+  run_launch(plan.taps,
+             [&](const auto& p, const auto& s) { runner.toeplitz_weight_gradient(p, s); });
+  run_launch(plan.down, [&](const auto& p, const auto& s) { runner.adapter_down_backward(p, s); });
+  run_launch(plan.down_weight, weight_gradient);
   LaunchOf<AdapterSums> sums;
   sums.shape = plan_adapter_sums(call, plan, grads, sums.params);
-  step(sums, [&](const auto& p, const auto& s) { runner.adapter_sums(p, s); });
+  run_launch(sums, [&](const auto& p, const auto& s) { runner.adapter_sums(p, s); });
   return nullptr;
 }
 

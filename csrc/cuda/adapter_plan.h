@@ -7,9 +7,9 @@
 #include "device/adapter_backward.cuh"
 #include "device/adapter_convolve_backward.cuh"
 #include "device/adapter_forward.cuh"
+#include "device/adapter_narrow_forward.cuh"
 #include "device/adapter_sums.cuh"
 #include "device/adapter_weight_gradient.cuh"
-#include "device/token_fragments.cuh"
 
 namespace lka::cuda {
 
@@ -30,9 +30,9 @@ struct AdapterCorrelation {
 // In the order of the launches.
 struct AdapterForward {
   const char* refusal = nullptr;
-  AdapterLaunch down;
+  AdapterLaunch down, narrow_down;  // one of both
   AdapterCorrelation correlate;
-  AdapterLaunch up;
+  AdapterLaunch up, narrow_up;  // one of both
 };
 
 struct AdapterBackward {
@@ -77,10 +77,16 @@ namespace detail {
 // in_fragments.
 inline bool is_narrow(const AdapterCall& call, const AdapterParams& p) {
   return call.storage != Storage::float32 && call.rank <= 16 && call.rank % 2 == 0 &&
-         call.channels % TokenFragment::kChannels == 0 && p.down_vector == 8 && p.up_vector >= 2;
+         call.channels % TokenFragment::kChannels == 0 && p.down_vector == 8 && p.up_vector >= 2 &&
+         call.batch * call.tokens < (int64_t(1) << 31);
 }
 inline bool in_fragments(const TokenTensor& t) {
   return t.data == nullptr || (!t.turned && t.vector == 8);
+}
+
+// Whether offsets in an image fit 32 bits.
+inline bool has_short_images(const TokenTensor& t, const AdapterParams& p) {
+  return p.tokens * std::abs(t.stride_t) + p.channels < int64_t(1) << 31;
 }
 
 // Shared memory of the convolution, within `budget` bytes from `at` on; returns the end, or 0 where
@@ -161,6 +167,56 @@ inline void group_tiles(AdapterParams& p, int64_t multiprocessors) {
 }
 
 constexpr int64_t kConvolutionBudget = 24 * 1024;
+
+// Fragments are shared out among the warps of a block so that each has some six of a sum's terms,
+// three where few blocks would leave multiprocessors idle: as many loads are under way together.
+inline void plan_narrow_down(int64_t multiprocessors, AdapterLaunch& down) {
+  AdapterParams& p = down.params;
+  const int64_t units = p.channels / TokenFragment::kChannels;
+  const int64_t tiles = ceil_div(int64_t(p.batch) * p.tokens, TokenFragment::kTokens);
+  const int64_t terms = tiles < 16 * multiprocessors ? 3 : 6;
+  p.channel_warps = int32_t(std::min<int64_t>(8, ceil_div(units, terms)));
+  p.token_warps = p.channel_warps <= 4 ? 4 / p.channel_warps : 1;
+  down.shape.blocks = ceil_div(tiles, p.token_warps);
+  down.shape.threads = 32 * p.channel_warps * p.token_warps;
+  down.shape.shared_bytes =
+      p.channel_warps == 1 ? 0 : int64_t(4) * down.shape.threads * 4 * ceil_div(p.rank, 8);
+}
+
+// A convolution's halo is staged once for a tile: large tiles, as long as there are one and a half
+// for a multiprocessor.
+inline AdapterTiling narrow_tiling(const AdapterCall& call, int64_t multiprocessors) {
+  for (int slots = 256;; slots /= 2) {
+    const AdapterTiling t = tiling_with(slots, call.prefix, call.height, call.width, false);
+    if (slots == 32 || (slots == 64 && call.batch * t.tiles >= multiprocessors / 2) ||
+        call.batch * t.tiles >= multiprocessors * 3 / 2)
+      return t;
+  }
+}
+
+// `up` has what all launches share. Leaves no blocks where the window does not fit.
+inline void plan_narrow_up(const AdapterCall& call, int64_t multiprocessors, AdapterLaunch& up) {
+  AdapterParams& p = up.params;
+  p.tiling = narrow_tiling(call, multiprocessors);
+  const auto vector = [&](const void* data) {
+    return widest(AdapterSizes(call.storage).element, data, {call.tokens});
+  };
+  p.rank_vector = std::min(vector(call.a), vector(call.c));
+  while (!tiles_begin_at_multiples(p, p.rank_vector)) p.rank_vector /= 2;
+  if (p.convolved)
+    while (p.prefix % p.rank_vector != 0) p.rank_vector /= 2;
+  const int64_t rank_tile = AdapterSizes(call.storage).tile(p.rank_rows, p.tiling.slots);
+  up.shape.shared_bytes = rank_tile;
+  if (!p.convolved) {
+    up.shape.shared_bytes = place_convolution(p, rank_tile, kConvolutionBudget, p.rank);
+    if (up.shape.shared_bytes == 0) return;
+  }
+  const int64_t tiles = call.batch * p.tiling.tiles;
+  p.splits = int32_t(std::clamp<int64_t>(2 * multiprocessors / tiles, 1,
+                                         call.channels / TokenFragment::kChannels));
+  up.shape.blocks = tiles * p.splits;
+  up.shape.threads = 256;
+}
 
 // Blocks of the taps' gradient; 0 where its pieces do not fit shared memory.
 inline int64_t plan_tap_gradient(const AdapterCall& call, int64_t multiprocessors, AdapterParams& p,
@@ -323,37 +379,53 @@ inline AdapterForward plan_adapter_forward(const AdapterCall& call, int64_t mult
   const int64_t rank_tile = sizes.tile(p.rank_rows, p.tiling.slots);
   const int64_t turned = std::max(rank_tile, detail::joined_sums(p));
 
-  plan.down.params = p;
-  const bool down_fits =
-      detail::place_stages(plan.down.params, sizes.element, 0, turned, [&](AdapterParams& q) {
-        q.at_weight = int32_t(sizes.tokens(q.x, q));
-        return q.at_weight + sizes.tile(q.rank_rows, q.block_c);
-      });
-  plan.down.shape = detail::adapter_shape(plan.down.params, tiles, turned);
-
-  AdapterParams& up = plan.up.params = p;
-  if (convolves_apart(call)) up.convolved = detail::plan_correlation(call, false, plan.correlate);
-  // Then the grid's tokens of c are read from the first of them on.
-  if (up.convolved)
-    while (up.prefix % up.rank_vector != 0) up.rank_vector /= 2;
-  int64_t convolution_end = rank_tile;
-  if (!up.convolved) {
-    convolution_end = detail::place_convolution(up, rank_tile, detail::kConvolutionBudget, up.rank);
-    if (convolution_end == 0) {
-      plan.refusal = detail::kWindowDoesNotFit;
-      return plan;
-    }
+  const bool narrow = detail::is_narrow(call, p);
+  bool fits = true;
+  if (narrow && detail::in_fragments(p.x)) {
+    plan.narrow_down.params = p;
+    detail::plan_narrow_down(multiprocessors, plan.narrow_down);
+  } else {
+    plan.down.params = p;
+    fits &= detail::place_stages(plan.down.params, sizes.element, 0, turned, [&](AdapterParams& q) {
+      q.at_weight = int32_t(sizes.tokens(q.x, q));
+      return q.at_weight + sizes.tile(q.rank_rows, q.block_c);
+    });
+    plan.down.shape = detail::adapter_shape(plan.down.params, tiles, turned);
   }
-  // With fewer tiles than multiprocessors, parts of the channels side by side: each convolves the
-  // same tokens again.
-  up.splits = int32_t(std::clamp<int64_t>(multiprocessors / tiles, 1, ceil_div(call.channels, 32)));
-  const bool up_fits =
-      detail::place_stages(up, sizes.element, convolution_end, 0, [&](AdapterParams& q) {
-        q.at_weight = int32_t(sizes.tokens(q.y, q));
-        return q.at_weight + sizes.tile(q.block_c, q.rank_rows);
-      });
-  plan.up.shape = detail::adapter_shape(up, tiles * up.splits, 0);
-  if (!down_fits || !up_fits) plan.refusal = detail::kStepDoesNotFit;
+
+  if (convolves_apart(call)) p.convolved = detail::plan_correlation(call, false, plan.correlate);
+  plan.narrow_up.params = p;
+  const bool aligned = reinterpret_cast<uintptr_t>(call.up_bias) % 16 == 0;
+  const auto serves = [&](const TokenTensor& t) {
+    return detail::in_fragments(t) && detail::has_short_images(t, p);
+  };
+  if (narrow && aligned && serves(p.y) && serves(p.residual))
+    detail::plan_narrow_up(call, multiprocessors, plan.narrow_up);
+  if (plan.narrow_up.shape.blocks == 0) {
+    AdapterParams& up = plan.up.params = p;
+    // The grid's tokens of c are read from the first of them on.
+    if (up.convolved)
+      while (up.prefix % up.rank_vector != 0) up.rank_vector /= 2;
+    int64_t convolution_end = rank_tile;
+    if (!up.convolved) {
+      convolution_end =
+          detail::place_convolution(up, rank_tile, detail::kConvolutionBudget, up.rank);
+      if (convolution_end == 0) {
+        plan.refusal = detail::kWindowDoesNotFit;
+        return plan;
+      }
+    }
+    // With fewer tiles than multiprocessors, parts of the channels side by side: each convolves the
+    // same tokens again.
+    up.splits =
+        int32_t(std::clamp<int64_t>(multiprocessors / tiles, 1, ceil_div(call.channels, 32)));
+    fits &= detail::place_stages(up, sizes.element, convolution_end, 0, [&](AdapterParams& q) {
+      q.at_weight = int32_t(sizes.tokens(q.y, q));
+      return q.at_weight + sizes.tile(q.block_c, q.rank_rows);
+    });
+    plan.up.shape = detail::adapter_shape(up, tiles * up.splits, 0);
+  }
+  if (!fits || plan.narrow_up.shape.blocks > kMostBlocks) plan.refusal = detail::kStepDoesNotFit;
   return plan;
 }
 

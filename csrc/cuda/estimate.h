@@ -139,25 +139,31 @@ inline void add_correlation(std::vector<Work>& all, const AdapterCorrelation& pl
 inline std::vector<Work> work_of(const AdapterCall& call, const AdapterForward& plan) {
   const detail::AdapterWork of(call);
   std::vector<Work> all;
+  // Instructions of the general kernels as counted on an H100, of those for narrow ranks in their
+  // machine code for 9.0.
+  const bool narrow_down = plan.narrow_down.shape.blocks > 0;
+  const AdapterLaunch& first = narrow_down ? plan.narrow_down : plan.down;
   Work down;
-  down.blocks = double(plan.down.shape.blocks);
+  down.blocks = double(first.shape.blocks);
   down.memory = of.x;
   down.cache = of.x + of.rank;
-  if (plan.down.params.before != Activation::none) down.cache += of.rank;
-  of.weights(down, down.blocks);
-  of.step(down, 2);
-  of.project(down, plan.down.params);
+  if (first.params.before != Activation::none) down.cache += of.rank;
+  of.weights(down, down.blocks * (narrow_down ? first.params.token_warps : 1));
+  of.step(down, narrow_down ? 2.5 : 26);
+  of.project(down, first.params);
   all.push_back(down);
   detail::add_correlation(all, plan.correlate);
+  const bool narrow_up = plan.narrow_up.shape.blocks > 0;
+  const AdapterLaunch& last = narrow_up ? plan.narrow_up : plan.up;
+  const AdapterParams& p = last.params;
   Work up;
-  const AdapterParams& p = plan.up.params;
-  up.blocks = double(plan.up.shape.blocks);
+  up.blocks = double(last.shape.blocks);
   up.memory = of.x * (call.residual.data == nullptr ? 1 : 2);
   const double halo =
       p.convolved ? 1 : double(p.convolution.staged_rows) / std::max<int32_t>(1, p.tiling.rows);
   up.cache = up.memory + of.rank * p.splits * (halo + 1);
   of.weights(up, up.blocks / p.splits);
-  of.step(up, 10.6);
+  of.step(up, narrow_up ? 10 : 50);
   of.project(up, p);
   if (!p.convolved)
     for (int i = 0; i < p.splits; ++i) of.convolve(up);

@@ -31,6 +31,8 @@ class Runner {
   LKA_RUN(fft_weight_gradient, FftWeightGradientParams)
   LKA_RUN(adapter_down, AdapterParams)
   LKA_RUN(adapter_up, AdapterParams)
+  LKA_RUN(adapter_narrow_down, AdapterParams)
+  LKA_RUN(adapter_narrow_up, AdapterParams)
   LKA_RUN(adapter_up_backward, AdapterParams)
   LKA_RUN(adapter_convolve_backward, AdapterParams)
   LKA_RUN(adapter_down_backward, AdapterParams)

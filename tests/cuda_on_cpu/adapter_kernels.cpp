@@ -81,7 +81,8 @@ extern "C" const char* adapter_plan(const AdapterCall* call, bool backward, int 
     refusal = plan.refusal;
   } else {
     const cuda::AdapterForward plan = cuda::plan_adapter_forward(*call, multiprocessors);
-    put({plan.down.shape, plan.correlate.rows.shape, plan.correlate.dense.shape, plan.up.shape});
+    put({plan.down.shape, plan.narrow_down.shape, plan.correlate.rows.shape,
+         plan.correlate.dense.shape, plan.up.shape, plan.narrow_up.shape});
     refusal = plan.refusal;
   }
   return refusal == nullptr ? "" : refusal;

@@ -13,7 +13,7 @@ from lka_kernels.checks import ACTIVATIONS
 PREFIX_MODES = ("center_tap", "skip", "zero")
 _ADDRESS = 1024  # of tensors without memory
 LAUNCHES = {
-    False: ("down", "correlate", "dense", "up"),
+    False: ("down", "narrow_down", "correlate", "dense", "up", "narrow_up"),
     True: ("up", "up_weight", "correlate", "dense", "convolve", "taps", "down", "down_weight"),
 }
 
@@ -139,7 +139,7 @@ def without_memory(case, dtype: torch.dtype) -> AdapterCall:
         *(case.activation, case.position, case.dropout, case.scale),
     )
     call = describe(x, (down, None, conv, None, up, None), None, *options)
-    call.set(y=x, grad_output=x, grad_x=x)
+    call.set(y=x, residual=x, grad_output=x, grad_x=x)
     call.need_grad_x = call.need_down = call.need_conv = call.need_up = True
     for name in (*_WEIGHTS, *_RANK):
         setattr(call, name, _ADDRESS)

@@ -131,6 +131,20 @@ class Runner {
   LKA_RUN(adapter_down_backward, AdapterDownBackwardBlock)
   LKA_RUN(adapter_weight_gradient, AdapterWeightGradientBlock)
 #undef LKA_RUN
+  void adapter_narrow_down(const cuda::AdapterParams& p, const cuda::LaunchShape& shape) {
+    run("adapter_narrow_down", shape, [&](char* shared) {
+      in_16_bits([&](auto s) {
+        using S = decltype(s);
+        if (p.rank <= 8) return cuda::AdapterNarrowDownBlock<S, 1>(p, shared).run();
+        cuda::AdapterNarrowDownBlock<S, 2>(p, shared).run();
+      });
+    });
+  }
+  void adapter_narrow_up(const cuda::AdapterParams& p, const cuda::LaunchShape& shape) {
+    run("adapter_narrow_up", shape, [&](char* shared) {
+      in_16_bits([&](auto s) { cuda::AdapterNarrowUpBlock<decltype(s)>(p, shared).run(); });
+    });
+  }
   void adapter_sums(const cuda::AdapterSums& p, const cuda::LaunchShape& shape) {
     run("adapter_sums", shape, [&](char* shared) {
       in_any([&](auto s) {

@@ -153,6 +153,46 @@ def test_own_residual(layout, dtype, grid, dim):
     check(AdapterCase(2, dim, 8, grid, layout=layout), dtype, own_residual=True)
 
 
+# Ranks that are narrow and channels in whole fragments.
+NARROW = {
+    "network": AdapterCase(3, 96, 8, (14, 14), (7, 7), residual=True),
+    "class token": AdapterCase(3, 64, 8, (7, 8), (7, 7), prefix=1, dropout=0.1, residual=True),
+    "rank of a pair": AdapterCase(1, 32, 2, (5, 9), (3, 5), position="both"),
+    "half a tile of ranks": AdapterCase(2, 32, 4, (9, 5), (5, 5), position="post", scale=-0.5),
+    "odd tile of ranks": AdapterCase(2, 160, 14, (5, 5), (3, 3), residual=True),
+    "two tiles of ranks": AdapterCase(2, 64, 16, (9, 8), (5, 3), residual=True, prefix=2),
+    "many channels": AdapterCase(1, 1056, 8, (3, 5), (3, 3), residual=True),
+    "image in a fragment": AdapterCase(9, 32, 8, (1, 3), (3, 3), residual=True),
+    "dense": AdapterCase(2, 32, 16, (9, 10), (7, 7), residual=True, prefix=3),
+    "dilated": AdapterCase(2, 32, 6, (13, 16), (3, 5), dilation=3),
+    "prefix tiles": AdapterCase(1, 32, 4, (3, 4), (3, 3), prefix=300, residual=True),
+    **{
+        mode: AdapterCase(3, 64, 8, (4, 5), (3, 3), prefix=3, prefix_mode=mode, residual=True)
+        for mode in PREFIX_MODES
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize("multiprocessors", [1, 8])
+def test_narrow_ranks(name, dtype, multiprocessors):
+    """By the kernels for them, whose fragments lie in registers."""
+    case = NARROW[name]
+    check(case, dtype, multiprocessors=multiprocessors)
+    check(case, dtype, own_residual=True, multiprocessors=multiprocessors)
+    launches = plan_of(case, dtype, False)
+    assert "narrow_down" in launches and "narrow_up" in launches
+    assert "down" not in launches and "up" not in launches
+
+
+@pytest.mark.parametrize("dim", [32, 40])
+def test_tokens_between_others(dim):
+    """Rows of a wider tensor, at 16 bytes and not."""
+    case = AdapterCase(2, dim, 8, (5, 6), layout="sliced")
+    check(case, torch.bfloat16)
+
+
 @settings(max_examples=40)
 @given(
     adapter_cases(most_channels=80, longest_side=19),
@@ -285,8 +325,8 @@ def test_sums_of_few_tiles_stay_within_the_cache():
 
 def test_one_image_fills_the_device_by_parts_of_the_channels():
     found = plan_of(dataclasses.replace(NETWORKS["ViT-L"], batch=1), torch.bfloat16, False)
-    assert found["down"]["blocks"] == 14
-    assert found["up"]["blocks"] == 126
+    assert found["narrow_down"] == {"blocks": 13, "threads": 256, "shared": 4096}
+    assert found["narrow_up"]["blocks"] == 7 * 32
 
 
 def plan_of(case: AdapterCase, dtype: torch.dtype, backward: bool) -> dict:

@@ -203,8 +203,9 @@ class AdapterBlock {
   }
 
   LKA_DEVICE void clear_rank_tile() const {
-    for (int i = threadIdx.x; i < p.rank_rows * token_pitch_; i += blockDim.x)
-      store_shared(rank_tile_ + i, Element());
+    auto* vectors = reinterpret_cast<Vector16*>(rank_tile_);
+    const int count = p.rank_rows * token_pitch_ * int(sizeof(Element)) / 16;
+    for (int i = threadIdx.x; i < count; i += blockDim.x) store_shared(vectors + i, Vector16{});
   }
 
   // tile (token, channel) = finish(rank tile · weight) + what the tile has if `add`.

@@ -60,9 +60,75 @@ class AdapterDownBlock : AdapterBlock<Storage> {
   }
 };
 
+// The convolution of a tile's own tokens, which stay in shared memory.
 template <class Storage>
-class AdapterUpBlock : AdapterBlock<Storage> {
+class AdapterTile : protected AdapterBlock<Storage> {
   using Base = AdapterBlock<Storage>;
+
+ protected:
+  using Base::p;
+  using typename Base::Element;
+
+  LKA_DEVICE AdapterTile(const AdapterParams& params, char* shared) : Base(params, shared) {}
+
+  // What the correlation has left of c. Nobody has written its prefix tokens yet: they are left to
+  // run_prefix, but for the rows of zeros below the rank, which are factors too.
+  LKA_DEVICE void stage_grid_of_c(const TokenTile& tile) const {
+    auto grid = Base::read_only(this->rank_matrix(p.c, tile));
+    grid.data += tile.prefix;
+    grid.columns -= tile.prefix;
+    stage_matrix(grid, p.rank_rows, p.tiling.slots - tile.prefix, this->rank_tile_ + tile.prefix,
+                 this->token_pitch_);
+    const int end = p.rank_rows * tile.prefix;
+    for (int i = p.rank * tile.prefix + threadIdx.x; i < end; i += blockDim.x)
+      store_shared(this->rank_tile_ + i / tile.prefix * this->token_pitch_ + i % tile.prefix,
+                   Element());
+  }
+
+  // Leaves dropout(act(c)) in the rank tile; c is kept for backward, which sees it as it is stored.
+  // `later` groups of copies have begun since stage_grid_of_c.
+  LKA_DEVICE void convolve(const TokenTile& tile, bool keep, int later) {
+    const auto* bias = static_cast<const Element*>(p.conv_bias);
+    const auto emit = [&](int channel, int token, float sum) {
+      const bool biased = token >= tile.prefix || p.prefix_mode == PrefixMode::center_tap;
+      if (bias != nullptr && biased) sum += Stored<Storage>::value(load_global(bias + channel));
+      store_shared(this->rank_tile_ + channel * this->token_pitch_ + token,
+                   Stored<Storage>::of(sum));
+    };
+    TileConvolution<Storage> convolution(p, p.a, this->shared_);
+    auto kept = this->rank_matrix(p.c, tile);
+    if (p.convolved) {
+      if (later == 2)
+        cp_async_wait<2>();
+      else if (later == 1)
+        cp_async_wait<1>();
+      else
+        cp_async_wait<0>();
+      __syncthreads();
+      convolution.run_prefix(tile, 0, p.rank, emit);
+      kept.columns = tile.prefix;
+    } else {
+      this->clear_rank_tile();
+      __syncthreads();
+      convolution.run(tile, 0, p.rank, emit);
+    }
+    __syncthreads();
+    if (keep) {
+      store_matrix(this->rank_tile_, this->token_pitch_, kept);
+      __syncthreads();
+    }
+    if (p.behind == Activation::none && p.dropout.seed == nullptr) return;
+    this->for_each_of_rank(tile, [&](int token, int rank, float factor) {
+      Element* at = this->rank_tile_ + rank * this->token_pitch_ + token;
+      const float c = Stored<Storage>::value(load_shared(at));
+      store_shared(at, Stored<Storage>::of(activate(p.behind, c) * factor));
+    });
+  }
+};
+
+template <class Storage>
+class AdapterUpBlock : AdapterTile<Storage> {
+  using Base = AdapterTile<Storage>;
   using Base::p;
   using typename Base::Element;
   using typename Base::Tensor;
@@ -84,11 +150,11 @@ class AdapterUpBlock : AdapterBlock<Storage> {
     };
     // Ahead of the steps' copies: what comes behind them need not be waited for.
     if (p.convolved) {
-      stage_grid_of_c(tile);
+      this->stage_grid_of_c(tile);
       cp_async_commit();
     }
     this->begin_steps(steps, stage);
-    convolve(tile, split == 0);
+    this->convolve(tile, split == 0, p.stages - 1);
     const auto* bias = static_cast<const Element*>(p.up_bias);
     this->run_steps(steps, stage, [&](int step, int buffer) {
       const int c0 = (first + step) * p.block_c;
@@ -103,58 +169,6 @@ class AdapterUpBlock : AdapterBlock<Storage> {
                    });
       __syncthreads();
       this->store_tokens(p.y, tile, c0, to);
-    });
-  }
-
- private:
-  // What the correlation has left of c. Nobody has written its prefix tokens yet: they are left to
-  // run_prefix, but for the rows of zeros below the rank, which are factors too.
-  LKA_DEVICE void stage_grid_of_c(const TokenTile& tile) const {
-    auto grid = Base::read_only(this->rank_matrix(p.c, tile));
-    grid.data += tile.prefix;
-    grid.columns -= tile.prefix;
-    stage_matrix(grid, p.rank_rows, p.tiling.slots - tile.prefix, this->rank_tile_ + tile.prefix,
-                 this->token_pitch_);
-    const int end = p.rank_rows * tile.prefix;
-    for (int i = p.rank * tile.prefix + threadIdx.x; i < end; i += blockDim.x)
-      store_shared(this->rank_tile_ + i / tile.prefix * this->token_pitch_ + i % tile.prefix,
-                   Element());
-  }
-
-  // Leaves dropout(act(c)) in the rank tile; c is kept for backward, which sees it as it is stored.
-  LKA_DEVICE void convolve(const TokenTile& tile, bool keep) {
-    const auto* bias = static_cast<const Element*>(p.conv_bias);
-    const auto emit = [&](int channel, int token, float sum) {
-      const bool biased = token >= tile.prefix || p.prefix_mode == PrefixMode::center_tap;
-      if (bias != nullptr && biased) sum += Stored<Storage>::value(load_global(bias + channel));
-      store_shared(this->rank_tile_ + channel * this->token_pitch_ + token,
-                   Stored<Storage>::of(sum));
-    };
-    TileConvolution<Storage> convolution(p, p.a, this->shared_);
-    auto kept = this->rank_matrix(p.c, tile);
-    if (p.convolved) {
-      if (p.stages == 3)
-        cp_async_wait<2>();
-      else
-        cp_async_wait<1>();
-      __syncthreads();
-      convolution.run_prefix(tile, 0, p.rank, emit);
-      kept.columns = tile.prefix;
-    } else {
-      this->clear_rank_tile();
-      __syncthreads();
-      convolution.run(tile, 0, p.rank, emit);
-    }
-    __syncthreads();
-    if (keep) {
-      store_matrix(this->rank_tile_, this->token_pitch_, kept);
-      __syncthreads();
-    }
-    if (p.behind == Activation::none && p.dropout.seed == nullptr) return;
-    this->for_each_of_rank(tile, [&](int token, int rank, float factor) {
-      Element* at = this->rank_tile_ + rank * this->token_pitch_ + token;
-      const float c = Stored<Storage>::value(load_shared(at));
-      store_shared(at, Stored<Storage>::of(activate(p.behind, c) * factor));
     });
   }
 };

@@ -13,6 +13,9 @@ template <class Storage>
 LKA_DEVICE float widen(uint16_t bits);
 template <class Storage>
 LKA_DEVICE uint16_t narrow(float value);
+// Two neighbours, the first in the lower half.
+template <class Storage>
+LKA_DEVICE uint32_t narrow_pair(float low, float high);
 
 // d += a·b for a 16×16 and b 16×8. With g = lane / 4 and i = lane % 4 · 2 a lane holds
 //   a: (g, i..), (g + 8, i..), (g, i + 8..), (g + 8, i + 8..), two neighbouring columns each,
@@ -44,6 +47,19 @@ LKA_DEVICE uint16_t narrow<BFloat16>(float value) {
   uint16_t bits;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
   return bits;
+}
+
+template <>
+LKA_DEVICE uint32_t narrow_pair<Float16>(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+template <>
+LKA_DEVICE uint32_t narrow_pair<BFloat16>(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
 }
 
 #define LKA_MMA(TYPE)                                                 \
@@ -81,6 +97,10 @@ inline uint16_t narrow<Float16>(float value) {
 template <>
 inline uint16_t narrow<BFloat16>(float value) {
   return cuda_on_cpu::float_to_bfloat(value);
+}
+template <class Storage>
+inline uint32_t narrow_pair(float low, float high) {
+  return narrow<Storage>(low) | uint32_t(narrow<Storage>(high)) << 16;
 }
 template <class Storage>
 inline void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
