@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include "dense_plan.h"
+#include "plane_plan.h"
 
 namespace lka::cuda {
 
@@ -19,6 +20,10 @@ void toeplitz_correlate(Storage storage, const CorrelateParams& p, const LaunchS
 
 // The same of small maps, planned by plan_dense_correlate.
 void dense_correlate(Storage storage, const DenseCorrelateParams& p, const LaunchShape& shape,
+                     cudaStream_t stream);
+
+// The same with planes in shared memory, planned by plan_plane_correlate.
+void plane_correlate(Storage storage, const PlaneCorrelateParams& p, const LaunchShape& shape,
                      cudaStream_t stream);
 
 // Forward and backward-input in float32, planned by plan_float_correlate.

@@ -8,6 +8,7 @@
 
 #include "depthwise_estimate.h"
 #include "fft_plan.h"
+#include "plane_plan.h"
 
 namespace lka::cuda {
 
@@ -34,6 +35,19 @@ const char* run_dense_correlate(const ConvParams& call, bool backward, const voi
   p.weight = weight;
   p.bias = bias;
   runner.dense_correlate(p, plan.shape);
+  return nullptr;
+}
+
+// The same with planes in shared memory.
+template <class Runner>
+const char* run_plane_correlate(const ConvParams& call, bool backward, const void* weight,
+                                const void* bias, Runner& runner) {
+  PlaneCorrelateParams p;
+  const Plan plan = plan_plane_correlate(correlation_of(call, backward), p);
+  if (plan.refusal != nullptr) return plan.refusal;
+  p.weight = weight;
+  p.bias = bias;
+  runner.plane_correlate(p, plan.shape);
   return nullptr;
 }
 

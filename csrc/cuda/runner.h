@@ -27,6 +27,7 @@ class Runner {
   LKA_RUN(toeplitz_weight_gradient, WeightGradientParams)
   LKA_RUN(dense_correlate, DenseCorrelateParams)
   LKA_RUN(dense_weight_gradient, DenseWeightGradientParams)
+  LKA_RUN(plane_correlate, PlaneCorrelateParams)
   LKA_RUN(fft_correlate, FftCorrelateParams)
   LKA_RUN(fft_weight_gradient, FftWeightGradientParams)
   LKA_RUN(adapter_down, AdapterParams)

@@ -20,6 +20,19 @@ void Checker::begin_block(const Range* ranges, int num_ranges, char* shared, siz
   begun_.assign(threads, {});
   groups_.assign(threads, {});
   epoch_ = 0;
+  warp_epochs_.assign(size_t(threads + 31) / 32, 0);
+}
+
+// Whether a barrier, of the block or of the warp, lies between an access and this thread's next.
+bool Checker::sees_write(const Cell& cell) const {
+  return cell.writer == thread || cell.write_epoch != epoch_ ||
+         (cell.writer >= 0 && cell.writer / 32 == warp() &&
+          cell.warp_write_epoch < warp_epochs_[warp()]);
+}
+
+bool Checker::sees_reads(const Cell& cell) const {
+  return cell.reader == thread || cell.read_epoch != epoch_ ||
+         (cell.reader_warp == warp() && cell.warp_read_epoch < warp_epochs_[warp()]);
 }
 
 void Checker::global(const void* at, size_t bytes, bool store) const {
@@ -63,21 +76,25 @@ void Checker::shared_load(const void* at, size_t bytes) {
     Cell& cell = cells_[i];
     if (cell.state == unwritten) fail("shared load of memory never written");
     if (cell.state == in_flight) fail("shared load of a copy that was not waited for");
-    if (cell.writer != thread && cell.write_epoch == epoch_)
+    if (!sees_write(cell))
       fail("shared load of what another thread wrote, without a barrier between");
-    cell.reader = cell.read_epoch != epoch_ || cell.reader == thread ? thread : kSeveral;
+    const bool again = cell.read_epoch == epoch_;
+    cell.reader = !again || cell.reader == thread ? thread : kSeveral;
+    cell.reader_warp = !again || cell.reader_warp == warp() ? warp() : kSeveral;
     cell.read_epoch = epoch_;
+    cell.warp_read_epoch = warp_epochs_[warp()];
   }
 }
 
 void Checker::overwrite(Cell& cell, const char* access) {
   if (cell.state == in_flight) fail(std::string(access) + " over a copy under way");
-  if (cell.read_epoch == epoch_ && cell.reader != thread)
+  if (!sees_reads(cell))
     fail(std::string(access) + " over what another thread reads, without a barrier between");
-  if (cell.state == written && cell.write_epoch == epoch_ && cell.writer != thread)
+  if (cell.state == written && !sees_write(cell))
     fail(std::string(access) + " over what another thread wrote, without a barrier between");
   cell.writer = thread;
   cell.write_epoch = epoch_;
+  cell.warp_write_epoch = warp_epochs_[warp()];
 }
 
 void Checker::shared_store(const void* at, size_t bytes) {
@@ -111,6 +128,7 @@ void Checker::wait_for_copies(size_t groups) {
         cells_[i].state = written;
         cells_[i].writer = thread;
         cells_[i].write_epoch = epoch_;
+        cells_[i].warp_write_epoch = warp_epochs_[warp()];
       }
     pending.erase(pending.begin());
   }

@@ -18,6 +18,7 @@ class Checker {
 
   void begin_block(const Range* ranges, int num_ranges, char* shared, size_t bytes, int threads);
   void pass_barrier() { ++epoch_; }
+  void pass_warp_barrier(int warp) { ++warp_epochs_[warp]; }
   void global(const void* at, size_t bytes, bool store) const;
   void shared_load(const void* at, size_t bytes);
   void shared_store(const void* at, size_t bytes);
@@ -33,12 +34,17 @@ class Checker {
   struct Cell {
     State state = unwritten;
     int writer = kNobody, reader = kNobody;
-    int64_t write_epoch = -1, read_epoch = -1;  // barriers passed by then
+    int reader_warp = kNobody;
+    int64_t write_epoch = -1, read_epoch = -1;            // barriers passed by then
+    int64_t warp_write_epoch = -1, warp_read_epoch = -1;  // of the warp
   };
   using Copies = std::vector<std::pair<size_t, size_t>>;  // first cell, how many
 
   std::pair<size_t, size_t> cells(const void* at, size_t bytes, const char* access) const;
   void overwrite(Cell& cell, const char* access);
+  int warp() const { return thread / 32; }
+  bool sees_write(const Cell& cell) const;
+  bool sees_reads(const Cell& cell) const;
 
   const Range* ranges_ = nullptr;
   int num_ranges_ = 0;
@@ -48,6 +54,7 @@ class Checker {
   std::vector<Copies> begun_;
   std::vector<std::vector<Copies>> groups_;
   int64_t epoch_ = 0;
+  std::vector<int64_t> warp_epochs_;
 };
 
 Checker& checker();

@@ -44,6 +44,7 @@ std::string run(const Launch& launch, const Range* ranges, int num_ranges,
 extern Index thread_index, block_index, block_size;
 
 void barrier();
+void warp_barrier();
 // Gathers 4 bytes of every lane of the warp.
 void exchange(uint32_t value, uint32_t (&all)[32]);
 
@@ -83,6 +84,7 @@ T shuffle_xor(T value, int mask) {
 #define blockDim cuda_on_cpu::block_size
 
 inline void __syncthreads() { cuda_on_cpu::barrier(); }
+inline void __syncwarp() { cuda_on_cpu::warp_barrier(); }
 
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {

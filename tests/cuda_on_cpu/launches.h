@@ -77,6 +77,28 @@ class Runner {
       });
     });
   }
+  void plane_correlate(const cuda::PlaneCorrelateParams& p, const cuda::LaunchShape& shape) {
+    run("plane_correlate", shape, [&](char* shared) {
+      in_16_bits([&](auto s) {
+        using S = decltype(s);
+        const auto with = [&](auto narrow, auto wide) {
+          p.source.row_vector == 0 ? wide.run() : narrow.run();
+        };
+        switch (cuda::plane_tiles(p)) {
+          case 1:
+            return with(cuda::PlaneCorrelateBlock<S, 1, false>(p, shared),
+                        cuda::PlaneCorrelateBlock<S, 1, true>(p, shared));
+          case 2:
+            return with(cuda::PlaneCorrelateBlock<S, 2, false>(p, shared),
+                        cuda::PlaneCorrelateBlock<S, 2, true>(p, shared));
+          case 4:
+            return with(cuda::PlaneCorrelateBlock<S, 4, false>(p, shared),
+                        cuda::PlaneCorrelateBlock<S, 4, true>(p, shared));
+          default: cuda::PlaneCorrelateBlock<S, 8, false>(p, shared).run();
+        }
+      });
+    });
+  }
   void dense_weight_gradient(const cuda::DenseWeightGradientParams& p,
                              const cuda::LaunchShape& shape) {
     run("dense_weight_gradient", shape, [&](char* shared) {

@@ -175,6 +175,11 @@ void barrier() {
   leave();
 }
 
+void warp_barrier() {
+  const int warp = current / kWarp;
+  together("__syncwarp", nullptr, [warp](void**) { checker().pass_warp_barrier(warp); });
+}
+
 void exchange(uint32_t value, uint32_t (&all)[32]) {
   struct Operand {
     uint32_t value;

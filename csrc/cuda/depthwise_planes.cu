@@ -1,0 +1,48 @@
+// Launcher of the depthwise correlation for tensor cores with planes in shared memory.
+#include "depthwise_launchers.h"
+#include "launch.h"
+
+namespace lka::cuda {
+namespace {
+
+template <class Storage, int kTiles, bool kWide>
+__global__ void __launch_bounds__(256, 2)
+    plane_correlate_kernel(const __grid_constant__ PlaneCorrelateParams p) {
+  extern __shared__ __align__(16) char shared[];
+#if __CUDA_ARCH__ >= 800
+  PlaneCorrelateBlock<Storage, kTiles, kWide>(p, shared).run();
+#else  // a newer device made this from PTX for an older one
+  __trap();
+#endif
+}
+
+template <class Storage>
+void correlate(const char* name, const PlaneCorrelateParams& p, const LaunchShape& shape,
+               cudaStream_t stream) {
+  const bool wide = p.source.row_vector == 0;
+  const auto with = [&](auto kernel) { launch(name, kernel, shape, stream, p); };
+  switch (plane_tiles(p)) {
+    case 1:
+      return with(wide ? plane_correlate_kernel<Storage, 1, true>
+                       : plane_correlate_kernel<Storage, 1, false>);
+    case 2:
+      return with(wide ? plane_correlate_kernel<Storage, 2, true>
+                       : plane_correlate_kernel<Storage, 2, false>);
+    case 4:
+      return with(wide ? plane_correlate_kernel<Storage, 4, true>
+                       : plane_correlate_kernel<Storage, 4, false>);
+    default: return with(plane_correlate_kernel<Storage, 8, false>);
+  }
+}
+
+}  // namespace
+
+void plane_correlate(Storage storage, const PlaneCorrelateParams& p, const LaunchShape& shape,
+                     cudaStream_t stream) {
+  if (storage == Storage::bfloat16)
+    correlate<BFloat16>("plane_correlate<bfloat16>", p, shape, stream);
+  else
+    correlate<Float16>("plane_correlate<float16>", p, shape, stream);
+}
+
+}  // namespace lka::cuda

@@ -1,0 +1,131 @@
+// What launches of the form with planes in shared memory look like: pure functions, as those of
+// depthwise_plan.h.
+#pragma once
+
+#include "depthwise_plan.h"
+#include "device/plane_correlate.cuh"
+
+namespace lka::cuda {
+
+constexpr const char* kNoPlanes = "maps are neither rows of columns nor pixels of eight channels";
+constexpr const char* kCropped = "the padding in front of the columns is negative";
+constexpr const char* kPlaneTooLarge = "the rows of one band do not fit shared memory";
+
+namespace detail {
+
+// Of one warp's plane, so that sixteen warps or more share an H100's multiprocessor, and what one
+// band of sixteen rows may have at most: of a warp for itself, and of eight in a block.
+constexpr int64_t kPlaneBytes = 12 * 1024, kMostPlaneBytes = 24 * 1024;
+constexpr int64_t kWidePlaneBytes = 33 * 256, kMostWidePlaneBytes = 40 * 256;
+constexpr int64_t kMostBandRows = 240;  // as far as inverse_rows divides
+// Warps that fill an H100.
+constexpr int64_t kManyWarps = 132 * 16;
+
+// The largest vector of copies with the fewest columns in front of the window: zeros there cost
+// products.
+inline void place_columns(int64_t largest, int64_t least, PlaneCorrelateParams& p) {
+  const int64_t extent = int64_t(p.kernel_w - 1) * p.dilation_w + 1;
+  p.chunks = 0;
+  for (int64_t vector = largest; vector >= least; vector /= 2) {
+    const int64_t lead = ceil_div(p.left, vector) * vector;
+    const int32_t chunks = int32_t(ceil_div(lead - p.left + 7 + extent, 16));
+    if (p.chunks > 0 && chunks >= p.chunks) continue;
+    p.chunks = chunks;
+    p.lead = int32_t(lead);
+    if (p.source.row_vector > 0) p.source.row_vector = int32_t(vector);
+  }
+}
+
+// Bands of whole sixteens of rows, or all of a map; and images side by side, so that few slots are
+// left over.
+inline bool place_rows(int64_t out_height, int64_t height, PlaneCorrelateParams& p) {
+  const bool wide = p.source.row_vector == 0;
+  const int64_t wanted = wide ? kWidePlaneBytes : kPlaneBytes;
+  const auto rows = [&](int64_t band) {
+    return std::min(height, band + int64_t(p.kernel_h - 1) * p.dilation_h);
+  };
+  const auto bytes = [&](int64_t band) { return 2 * rows(band) * p.pitch; };
+  int64_t band = out_height;
+  if (band > kMostBandRows || (band > 16 && bytes(band) > wanted)) {
+    band = std::min(kMostBandRows, (out_height + 15) / 16 * 16);
+    while (band > 16 && bytes(band) > wanted) band -= 16;
+  }
+  if (bytes(band) > (wide ? kMostWidePlaneBytes : kMostPlaneBytes)) return false;
+  p.band_rows = int32_t(band);
+  p.bands = int32_t(ceil_div(out_height, band));
+  p.staged_rows = int32_t(rows(band));
+  p.inverse_rows = int32_t(ceil_div(65536, band));
+  p.images = 1;
+  const int64_t most = std::min<int64_t>(
+      {16, p.batch, std::max<int64_t>(1, int64_t(p.batch) * p.channels / kManyWarps)});
+  const auto slots = [&](int64_t images) { return ceil_div(images * band, 16) * 16; };
+  for (int64_t images = 2; p.bands == 1 && images <= most; ++images)
+    if (images * bytes(band) <= wanted && slots(images) * p.images < slots(p.images) * images)
+      p.images = int32_t(images);
+  p.plane_bytes = int32_t(p.images * bytes(band));
+  return true;
+}
+
+}  // namespace detail
+
+// Tiles of a row that a warp has in registers.
+inline int plane_tiles(const PlaneCorrelateParams& p) {
+  return p.tiles > 4 ? (p.source.row_vector > 0 ? 8 : 4) : p.tiles > 2 ? 4 : p.tiles;
+}
+
+// Forward and backward-input; fills what does not depend on weight and bias.
+inline Plan plan_plane_correlate(const Correlation& call, PlaneCorrelateParams& p) {
+  const auto refuse = [](const char* why) { return Plan{{}, why}; };
+  if (const char* why = too_large(call)) return refuse(why);
+  describe(call, p);
+  if (p.left < 0) return refuse(kCropped);
+  p.source = access_of(call.source, call.batch, call.channels);
+  p.result = access_of(call.result, call.batch, call.channels);
+  const bool by_rows = p.source.row_vector > 0 && p.result.row_vector > 0;
+  const bool wide = p.source.row_vector == 0 && p.result.row_vector == 0 &&
+                    p.source.channel_vector == 8 && p.result.channel_vector == 8;
+  if (!by_rows && !wide) return refuse(kNoPlanes);
+
+  p.tiles = int32_t(ceil_div(call.result.width, 8));
+  if (by_rows)
+    detail::place_columns(p.source.row_vector, 1, p);
+  else
+    detail::place_columns(2, 2, p);
+  const int64_t columns = std::max<int64_t>(8 * (p.tiles - 1) + 16 * p.chunks,
+                                            p.lead + ceil_div(call.source.width, 2) * 2);
+  p.pitch = int32_t(row_pitch(columns));
+  if (!detail::place_rows(call.result.height, call.source.height, p)) return refuse(kPlaneTooLarge);
+
+  p.taps_pitch = 8 * p.chunks + PlaneCorrelate::kTapsLead / 2;
+  // Words of one copy of the taps and of the other should meet different banks.
+  int64_t taps_copy = int64_t(p.taps_pitch) * p.kernel_h;
+  while (taps_copy % 4 != 0 || taps_copy % 32 < 8 || taps_copy % 32 > 24) ++taps_copy;
+  if (8 * taps_copy > kMostShared) return refuse(kTapsDoNotFit);
+  p.taps_copy = int32_t(taps_copy);
+
+  const int64_t in_registers = 8 * plane_tiles(p);
+  p.result_pitch = int32_t(wide ? 8 * in_registers + 8 : row_pitch(in_registers));
+  const int64_t results = 2 * PlaneCorrelate::kSlots * int64_t(p.result_pitch);
+  p.warp_bytes = int32_t(p.plane_bytes + 8 * taps_copy + (wide ? 0 : results));
+  p.steps = int32_t(ceil_div(call.batch, p.images) * p.bands);
+  for (int warps = wide ? 8 : 4; warps > 0; warps /= 2) {
+    LaunchShape shape;
+    shape.threads = 32 * warps;
+    shape.shared_bytes =
+        2 * int64_t(p.pitch) + warps * int64_t(p.warp_bytes) + (wide ? results : 0);
+    if (shape.shared_bytes > kMostShared) {
+      if (wide) break;  // eight channels are a vector
+      continue;
+    }
+    p.channel_groups = int32_t(ceil_div(call.channels, warps));
+    const int64_t groups =
+        std::clamp<int64_t>(ceil_div(detail::kManyWarps, p.channel_groups), 1, p.steps);
+    p.steps_of_group = int32_t(ceil_div(p.steps, groups));
+    shape.blocks = p.channel_groups * ceil_div(p.steps, p.steps_of_group);
+    if (shape.blocks > kMostBlocks) return refuse("more than 2^31 blocks");
+    return {shape};
+  }
+  return refuse(kPlaneTooLarge);
+}
+
+}  // namespace lka::cuda

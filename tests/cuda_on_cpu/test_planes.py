@@ -1,0 +1,119 @@
+"""Depthwise convolution with planes in shared memory, run by fibers, against float64."""
+
+from __future__ import annotations
+
+import on_cpu
+import pytest
+import torch
+from stride_one_cases import CASES, Case, same, spread
+
+pytestmark = pytest.mark.skipif(on_cpu.compiler() is None, reason="no C++ compiler")
+DTYPES = [torch.float16, torch.bfloat16]
+MORE = [
+    same(2, 5, 56, 56, (7, 7)),  # a map of four strips, channels left over
+    same(1, 2, 56, 56, (31, 31)),
+    same(1, 1, 70, 80, (3, 3)),  # ten tiles of columns
+    same(1, 1, 130, 20, (5, 5)),  # bands of rows
+    same(1, 1, 260, 4, (3, 3)),  # bands because of their number of rows alone
+    same(1, 2, 90, 180, (7, 7)),
+    same(2, 8, 40, 50, (7, 7), layout="channels_last"),
+    same(2, 8, 90, 60, (5, 7), layout="channels_last"),
+    same(3, 16, 7, 7, (7, 7), layout="channels_last"),
+    same(1, 8, 5, 9, (4, 3), (2, 1), layout="channels_last"),
+    same(1, 3, 12, 30, (3, 5), (2, 3)),
+    same(1, 2, 9, 40, (1, 17)),
+    Case(2, 3, 12, 16, (5, 5), (4, 4, 0, 0)),
+    Case(2, 8, 12, 16, (5, 5), (1, 0, 0, 4), layout="channels_last"),
+    Case(2, 2, 30, 9, (5, 3), (-3, 0, -2, 1)),
+]
+
+
+def served(case: Case) -> bool:
+    """Rows, or pixels of eight channels."""
+    if case.padding[1] < 0:
+        return False
+    if case.layout == "channels_last":
+        return case.channels % 8 == 0
+    return case.layout in ("contiguous", "cropped")
+
+
+SERVED = [case for case in [*CASES, *MORE] if served(case)]
+# Large enough that several images share a warp's slots.
+MANY = [
+    same(64, 40, 7, 7, (7, 7)),
+    same(61, 40, 7, 6, (5, 5)),
+    same(33, 140, 14, 14, (3, 3)),
+    same(40, 64, 7, 7, (3, 3), layout="channels_last"),
+]
+
+
+def run(case: Case, dtype: torch.dtype, backward: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shape, out_shape = case.shape, case.output_shape
+    weight = torch.randn(case.channels, 1, *case.kernel, generator=generator).to(dtype)
+    source = torch.randn(out_shape if backward else shape, generator=generator).to(dtype)
+    given = spread(source, case.layout)
+    result = spread(torch.full(shape if backward else out_shape, torch.nan).to(dtype), case.layout)
+    geometry = (case.kernel, case.padding, case.dilation)
+    if backward:
+        on_cpu.run_correlate("plane", on_cpu.params(result, given, *geometry), True, weight, None)
+        truth = case.backward_input(source.double(), weight.double())
+    else:
+        b = torch.randn(case.channels, generator=generator).to(dtype)
+        on_cpu.run_correlate("plane", on_cpu.params(given, result, *geometry), False, weight, b)
+        truth = case.forward(source.double(), weight.double(), b.double())
+    case.check(result, truth)
+    if result._base is not None:  # nothing was written between the elements
+        assert result._base.isnan().sum() == result._base.numel() - result.numel()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", SERVED, ids=str)
+def test_forward(case, dtype):
+    run(case, dtype, False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", SERVED, ids=str)
+def test_backward_input(case, dtype):
+    left = case.dilation[1] * (case.kernel[1] - 1) - case.padding[1]
+    if left < 0:
+        pytest.skip("the correlation is cropped")
+    run(case, dtype, True)
+
+
+@pytest.mark.parametrize("case", MANY, ids=str)
+def test_images_side_by_side(case):
+    for backward in (False, True):
+        run(case, torch.bfloat16, backward)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 8, 15, 17, 33, 66])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_every_width(width, layout):
+    for kernel in ((1, 1), (3, 4), (2, 9)):
+        for backward in (False, True):
+            run(same(2, 8, 3, width, kernel, layout=layout), torch.float16, backward)
+
+
+def test_refusals_name_the_reason():
+    with pytest.raises(RuntimeError, match="neither rows of columns nor pixels"):
+        run(same(1, 3, 7, 7, (3, 3), layout="channels_last"), torch.float16, False)
+    with pytest.raises(RuntimeError, match="padding in front of the columns is negative"):
+        run(Case(1, 1, 9, 11, (3, 3), (0, -1, 0, 0)), torch.float16, False)
+    with pytest.raises(RuntimeError, match="do not fit shared memory"):
+        run(same(1, 1, 16, 2000, (3, 3)), torch.float16, False)
+
+
+def test_what_is_not_finite_stays_in_its_image():
+    """Rows of an image in shared memory are not those of the next one."""
+    case = same(64, 70, 7, 7, (7, 7))
+    x, weight = torch.randn(case.shape).half(), torch.randn(70, 1, 7, 7).half()
+    x[3, 1] = torch.inf
+    result = torch.empty_like(x)
+    on_cpu.run_correlate(
+        "plane", on_cpu.params(x, result, case.kernel, case.padding, (1, 1)), False, weight, None
+    )
+    finite = result.isfinite().all((2, 3))
+    assert finite.sum() == 64 * 70 - 1
+    assert not finite[3, 1]
