@@ -9,6 +9,7 @@
 #include <cmath>
 
 #include "dense_plan.h"
+#include "plane_plan.h"
 
 namespace lka::cuda {
 
@@ -266,6 +267,65 @@ inline Work work_of(const DenseWeightGradientParams& p, const LaunchShape& shape
   const double loads = 2 * met / parts / 32;
   work.instructions += ends * (warps * tiles * 4 * 2 + loads * 5 + rounds * taps * 80 + 200);
   work.shared += ends * (warps * tiles * 4 + loads) * 128;
+  detail::add_partials(work, 4.0 * p.groups * p.channels * (p.full_h * p.full_w + 1));
+  return work;
+}
+
+namespace detail {
+
+// Instructions of a warp that stages rows of a plane; of a block of eight, its share.
+inline double staging(const MapAccess& map, double rows) {
+  if (map.row_vector == 0) return rows * double(map.view.width) / 2 / 32 * 24 / 8;
+  const double vectors = std::ceil(double(map.view.width) / map.row_vector);
+  return std::ceil(rows * vectors / 32) * 9;
+}
+
+}  // namespace detail
+
+// With planes in shared memory.
+inline Work work_of(const PlaneCorrelateParams& p, const LaunchShape& shape) {
+  Work work;
+  work.blocks = double(shape.blocks);
+  const double input = 2 * detail::elements(p.source.view, p.batch, p.channels);
+  const double output = 2 * detail::elements(p.result.view, p.batch, p.channels);
+  work.memory = input + output + 2.0 * p.channels * p.kernel_h * p.kernel_w;
+  const double halo = double(p.staged_rows) * p.bands / double(p.source.view.height);
+  work.cache = input * halo + output;
+  const double steps = double(p.steps) * p.channels;
+  const double strips = double(ceil_div(p.images * int64_t(p.band_rows), PlaneCorrelate::kSlots));
+  const double rows = strips * p.kernel_h;  // of the kernel, met by a strip
+  work.products = steps * rows * p.chunks * p.tiles;
+  const bool wide = p.source.row_vector == 0;
+  const double vectors =
+      wide ? double(p.result.view.width) / 8
+           : std::ceil(double(p.result.view.width) / std::max(1, p.result.row_vector));
+  work.instructions =
+      work.products * 3 +
+      steps * (detail::staging(p.source, p.images * double(p.staged_rows)) +
+               rows * (10 + 4.0 * p.chunks) +
+               strips * (120 + p.tiles * (wide ? 40 : 16) + vectors * 16 / 32 * 12));
+  work.instructions +=
+      double(shape.blocks) * shape.threads / 32 * p.kernel_h * 2 * p.taps_pitch / 32 * 20;
+  work.shared = work.products * 512 + steps * (rows * p.chunks * 256 + strips * p.tiles * 512) +
+                2 * input * halo;
+  return work;
+}
+
+inline Work work_of(const PlaneWeightGradientParams& p, const LaunchShape& shape) {
+  Work work;
+  work.blocks = double(shape.blocks);
+  const double input = 2 * detail::elements(p.input.view, p.batch, p.channels);
+  const double grad = 2 * detail::elements(p.grad_output.view, p.batch, p.channels);
+  work.memory = input + grad;
+  const double halo = double(p.staged_rows) * p.bands / double(p.input.view.height);
+  work.cache = input * halo + grad;
+  const double rows = double(p.batch) * p.channels * double(p.grad_output.view.height);
+  work.products = rows * p.chunks;
+  const double steps = double(p.steps) * p.channels;
+  work.instructions = work.products * 9 + rows * 10 +
+                      steps * (detail::staging(p.input, p.images * double(p.staged_rows)) +
+                               detail::staging(p.grad_output, p.images * double(p.band_rows)) + 60);
+  work.shared = work.products * (512 + 4 * 128) + 2 * (input * halo + grad);
   detail::add_partials(work, 4.0 * p.groups * p.channels * (p.full_h * p.full_w + 1));
   return work;
 }

@@ -43,6 +43,13 @@ void dense_sum_partials(Storage storage, const DenseWeightGradientParams& p,
                         const LaunchShape& shape, void* grad_weight, void* grad_bias,
                         cudaStream_t stream);
 
+// The same of small kernels, planned by plan_plane_weight_gradient.
+void plane_weight_gradient(Storage storage, const PlaneWeightGradientParams& p,
+                           const LaunchShape& shape, cudaStream_t stream);
+void plane_sum_partials(Storage storage, const PlaneWeightGradientParams& p,
+                        const LaunchShape& shape, void* grad_weight, void* grad_bias,
+                        cudaStream_t stream);
+
 // The same in float32, planned by plan_float_weight_gradient.
 void float_weight_gradient(const FloatWeightGradientParams& p, const LaunchShape& shape,
                            cudaStream_t stream);

@@ -105,6 +105,19 @@ const char* run_dense_weight_gradient(const ConvParams& call, int multiprocessor
   return nullptr;
 }
 
+// The same of small kernels with planes in shared memory.
+template <class Runner>
+const char* run_plane_weight_gradient(const ConvParams& call, int multiprocessors,
+                                      void* grad_weight, void* grad_bias, Runner& runner) {
+  PlaneWeightGradientParams p;
+  const Plan plan = plan_plane_weight_gradient(call, multiprocessors, p);
+  if (plan.refusal != nullptr) return plan.refusal;
+  make_partials(p, runner);
+  runner.plane_weight_gradient(p, plan.shape);
+  runner.sum_partials(p, plan_sum_partials(p), grad_weight, grad_bias);
+  return nullptr;
+}
+
 // Backward-weight for the tensor cores, in the form that is estimated to be faster.
 template <class Runner>
 const char* run_tensor_core_weight_gradient(const ConvParams& call, int multiprocessors,

@@ -1,5 +1,6 @@
-// Launcher of the depthwise correlation for tensor cores with planes in shared memory.
+// Launchers of depthwise convolution for tensor cores with planes in shared memory.
 #include "depthwise_launchers.h"
+#include "device/sum_partials.cuh"
 #include "launch.h"
 
 namespace lka::cuda {
@@ -35,7 +36,54 @@ void correlate(const char* name, const PlaneCorrelateParams& p, const LaunchShap
   }
 }
 
+template <class Storage, bool kWide>
+__global__ void __launch_bounds__(256, 2)
+    plane_weight_gradient_kernel(const __grid_constant__ PlaneWeightGradientParams p) {
+  extern __shared__ __align__(16) char shared[];
+#if __CUDA_ARCH__ >= 800
+  PlaneWeightGradientBlock<Storage, kWide>(p, shared).run();
+#else  // a newer device made this from PTX for an older one
+  __trap();
+#endif
+}
+
+template <class Storage>
+void weight_gradient(const char* name, const PlaneWeightGradientParams& p, const LaunchShape& shape,
+                     cudaStream_t stream) {
+  if (p.input.row_vector == 0)
+    launch(name, plane_weight_gradient_kernel<Storage, true>, shape, stream, p);
+  else
+    launch(name, plane_weight_gradient_kernel<Storage, false>, shape, stream, p);
+}
+
+template <class Storage>
+__global__ void plane_sum_partials_kernel(const __grid_constant__ PlaneWeightGradientParams p,
+                                          void* grad_weight, void* grad_bias) {
+#if __CUDA_ARCH__ >= 800
+  sum_partials<Storage>(p, grad_weight, grad_bias);
+#else  // a newer device made this from PTX for an older one
+  __trap();
+#endif
+}
+
 }  // namespace
+
+void plane_weight_gradient(Storage storage, const PlaneWeightGradientParams& p,
+                           const LaunchShape& shape, cudaStream_t stream) {
+  if (storage == Storage::bfloat16)
+    weight_gradient<BFloat16>("plane_weight_gradient<bfloat16>", p, shape, stream);
+  else
+    weight_gradient<Float16>("plane_weight_gradient<float16>", p, shape, stream);
+}
+
+void plane_sum_partials(Storage storage, const PlaneWeightGradientParams& p,
+                        const LaunchShape& shape, void* grad_weight, void* grad_bias,
+                        cudaStream_t stream) {
+  const bool brain = storage == Storage::bfloat16;
+  launch(brain ? "sum_partials<bfloat16>" : "sum_partials<float16>",
+         brain ? plane_sum_partials_kernel<BFloat16> : plane_sum_partials_kernel<Float16>, shape,
+         stream, p, grad_weight, grad_bias);
+}
 
 void plane_correlate(Storage storage, const PlaneCorrelateParams& p, const LaunchShape& shape,
                      cudaStream_t stream) {

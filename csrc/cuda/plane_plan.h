@@ -4,6 +4,7 @@
 
 #include "depthwise_plan.h"
 #include "device/plane_correlate.cuh"
+#include "device/plane_weight_gradient.cuh"
 
 namespace lka::cuda {
 
@@ -122,6 +123,75 @@ inline Plan plan_plane_correlate(const Correlation& call, PlaneCorrelateParams& 
         std::clamp<int64_t>(ceil_div(detail::kManyWarps, p.channel_groups), 1, p.steps);
     p.steps_of_group = int32_t(ceil_div(p.steps, groups));
     shape.blocks = p.channel_groups * ceil_div(p.steps, p.steps_of_group);
+    if (shape.blocks > kMostBlocks) return refuse("more than 2^31 blocks");
+    return {shape};
+  }
+  return refuse(kPlaneTooLarge);
+}
+
+// Backward-weight; as plan_weight_gradient.
+inline Plan plan_plane_weight_gradient(const ConvParams& call, int multiprocessors,
+                                       PlaneWeightGradientParams& p) {
+  using Kernel = PlaneWeightGradient;
+  const auto refuse = [](const char* why) { return Plan{{}, why}; };
+  if (const char* why = too_large(call)) return refuse(why);
+  describe(call, p);
+  if (p.kernel_h > Kernel::kMostRows || p.kernel_w > Kernel::kMostColumns)
+    return refuse("the kernel has more than 15 rows or 8 columns");
+  p.grad_output = access_of(call.output, call.batch, call.channels);
+  p.input = access_of(call.input, call.batch, call.channels);
+  const bool by_rows = p.input.row_vector > 0 && p.grad_output.row_vector > 0;
+  const bool wide = p.input.row_vector == 0 && p.grad_output.row_vector == 0 &&
+                    p.input.channel_vector == 8 && p.grad_output.channel_vector == 8;
+  if (!by_rows && !wide) return refuse(kNoPlanes);
+  p.bias_column = p.left / p.dilation_w;
+  if (p.left < 0 || p.left % p.dilation_w != 0 || p.bias_column >= Kernel::kMostColumns)
+    return refuse("no kernel column meets the first columns of both maps");
+
+  p.chunks = int32_t(ceil_div(std::max(call.input.width, call.output.width), 16));
+  const int64_t columns = 16 * int64_t(p.chunks);
+  p.input_pitch = int32_t(row_pitch(columns));
+  // The eighth kernel column reaches back farthest; a pair may lie in two words.
+  p.grad_lead =
+      int32_t(ceil_div(std::max(0, (Kernel::kMostColumns - 1) * p.dilation_w - p.left), 8) * 8);
+  p.grad_pitch =
+      int32_t(row_pitch(p.grad_lead + std::max(p.left + columns + 2, call.output.width + 1)));
+  p.constant_elements = int32_t(columns);
+  const int64_t height = call.input.height, out_height = call.output.height;
+  const auto rows = [&](int64_t band) {
+    return std::min(height, band + int64_t(p.kernel_h - 1) * p.dilation_h);
+  };
+  const auto bytes = [&](int64_t band) {
+    return 2 * (rows(band) * p.input_pitch + band * p.grad_pitch);
+  };
+  const int64_t wanted = wide ? detail::kWidePlaneBytes : detail::kPlaneBytes;
+  p.bands = 1;
+  while (p.bands < out_height && bytes(ceil_div(out_height, p.bands)) > wanted) ++p.bands;
+  p.band_rows = int32_t(ceil_div(out_height, p.bands));
+  p.bands = int32_t(ceil_div(out_height, p.band_rows));
+  p.staged_rows = int32_t(rows(p.band_rows));
+  p.images = 1;
+  if (p.bands == 1)
+    p.images = int32_t(std::clamp<int64_t>(
+        std::min(wanted / bytes(p.band_rows), int64_t(p.batch) * p.channels / detail::kManyWarps),
+        1, p.batch));
+  p.at_grad_bytes = int32_t(2 * p.images * p.staged_rows * int64_t(p.input_pitch));
+  p.warp_bytes = int32_t(p.images * bytes(p.band_rows));
+  p.steps = int32_t(ceil_div(call.batch, p.images) * p.bands);
+  for (int warps = wide ? 8 : 4; warps > 0; warps /= 2) {
+    LaunchShape shape;
+    shape.threads = 32 * warps;
+    shape.shared_bytes = 4 * int64_t(p.constant_elements) + warps * int64_t(p.warp_bytes);
+    if (shape.shared_bytes > kMostShared) {
+      if (wide) break;  // eight channels are a vector
+      continue;
+    }
+    p.channel_groups = int32_t(ceil_div(call.channels, warps));
+    const int64_t groups = std::clamp<int64_t>(
+        ceil_div(int64_t(16) * multiprocessors, p.channel_groups * warps), 1, p.steps);
+    p.steps_of_group = int32_t(ceil_div(p.steps, groups));
+    p.groups = int32_t(ceil_div(p.steps, p.steps_of_group));
+    shape.blocks = int64_t(p.channel_groups) * p.groups;
     if (shape.blocks > kMostBlocks) return refuse("more than 2^31 blocks");
     return {shape};
   }

@@ -28,6 +28,7 @@ class Runner {
   LKA_RUN(dense_correlate, DenseCorrelateParams)
   LKA_RUN(dense_weight_gradient, DenseWeightGradientParams)
   LKA_RUN(plane_correlate, PlaneCorrelateParams)
+  LKA_RUN(plane_weight_gradient, PlaneWeightGradientParams)
   LKA_RUN(fft_correlate, FftCorrelateParams)
   LKA_RUN(fft_weight_gradient, FftWeightGradientParams)
   LKA_RUN(adapter_down, AdapterParams)
@@ -51,6 +52,10 @@ class Runner {
   void sum_partials(const WeightGradientParams& p, const LaunchShape& shape, void* grad_weight,
                     void* grad_bias) {
     toeplitz_sum_partials(storage_, p, shape, grad_weight, grad_bias, stream_);
+  }
+  void sum_partials(const PlaneWeightGradientParams& p, const LaunchShape& shape, void* grad_weight,
+                    void* grad_bias) {
+    plane_sum_partials(storage_, p, shape, grad_weight, grad_bias, stream_);
   }
   void sum_partials(const DenseWeightGradientParams& p, const LaunchShape& shape, void* grad_weight,
                     void* grad_bias) {

@@ -68,6 +68,13 @@ extern "C" const char* plane_correlate(const ConvParams* call, bool backward, co
   });
 }
 
+extern "C" const char* plane_weight_gradient(const ConvParams* call, int multiprocessors,
+                                             void* grad_weight, void* grad_bias) {
+  return weight_gradient(*call, grad_weight, grad_bias, [&](Runner& runner) {
+    return cuda::run_plane_weight_gradient(*call, multiprocessors, grad_weight, grad_bias, runner);
+  });
+}
+
 extern "C" const char* dense_weight_gradient(const ConvParams* call, int multiprocessors,
                                              void* grad_weight, void* grad_bias) {
   return weight_gradient(*call, grad_weight, grad_bias, [&](Runner& runner) {

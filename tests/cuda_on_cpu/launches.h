@@ -109,6 +109,17 @@ class Runner {
       });
     });
   }
+  void plane_weight_gradient(const cuda::PlaneWeightGradientParams& p,
+                             const cuda::LaunchShape& shape) {
+    run("plane_weight_gradient", shape, [&](char* shared) {
+      in_16_bits([&](auto s) {
+        using S = decltype(s);
+        if (p.input.row_vector == 0)
+          return cuda::PlaneWeightGradientBlock<S, true>(p, shared).run();
+        cuda::PlaneWeightGradientBlock<S, false>(p, shared).run();
+      });
+    });
+  }
   void float_correlate(const cuda::FloatCorrelateParams& p, const cuda::LaunchShape& shape) {
     run("float_correlate", shape, [&](char*) { cuda::FloatCorrelateThread(p).run(); });
   }

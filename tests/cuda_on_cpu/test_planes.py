@@ -96,6 +96,44 @@ def test_every_width(width, layout):
             run(same(2, 8, 3, width, kernel, layout=layout), torch.float16, backward)
 
 
+def gradients(case: Case, dtype, multiprocessors: int = 4):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(case.shape, generator=generator).to(dtype)
+    grad_output = torch.randn(case.output_shape, generator=generator).to(dtype)
+    maps = spread(x, case.layout), spread(grad_output, case.layout)
+    call = on_cpu.params(*maps, case.kernel, case.padding, case.dilation)
+    shapes = ((case.channels, 1, *case.kernel), (case.channels,))
+    results = [torch.full(shape, torch.nan).to(dtype) for shape in shapes]
+    on_cpu.run_weight_gradient("plane", call, *results, multiprocessors)
+    truths = case.backward_weight(grad_output.double(), x.double())
+    for result, truth in zip(results, truths, strict=True):
+        case.check(result, truth, grad_output[:, 0].numel())
+    return results
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [*SERVED, *MANY], ids=str)
+def test_backward_weight(case, dtype):
+    """Of small kernels; others say why not."""
+    try:
+        gradients(case, dtype)
+    except RuntimeError as error:
+        assert "more than 15 rows" in str(error) or "no kernel column" in str(error)
+        left, dilation = case.padding[1], case.dilation[1]
+        meets = left % dilation == 0 and left // dilation < 8
+        assert case.kernel[0] > 15 or case.kernel[1] > 8 or not meets
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("multiprocessors", [1, 132])
+def test_groups_add_up(multiprocessors, layout):
+    """One group or many, the same bits for the same device."""
+    case = same(70, 8, 7, 7, (7, 7), layout=layout)
+    first, second = (gradients(case, torch.bfloat16, multiprocessors) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_refusals_name_the_reason():
     with pytest.raises(RuntimeError, match="neither rows of columns nor pixels"):
         run(same(1, 3, 7, 7, (3, 3), layout="channels_last"), torch.float16, False)

@@ -13,7 +13,7 @@
 // channels together, 16 bytes a pixel, and store them so.
 #pragma once
 
-#include "stage_rows.cuh"
+#include "stage_channel_planes.cuh"
 
 namespace lka::cuda {
 
@@ -112,71 +112,15 @@ class PlaneCorrelateBlock : PlaneCorrelate {
 
   LKA_DEVICE void stage() const {
     for (int i = 0; i < p.images && image0_ + i < p.batch; ++i) {
-      const int64_t image = (image0_ + i) * p.source.view.stride_b;
-      uint16_t* to = planes_ + i * p.staged_rows * p.pitch;
-      if constexpr (kWide) {
-        stage_pixels(image, to);
-      } else {
-        to += plane_ - planes_;
-        switch (p.source.row_vector) {
-          case 8: stage_vectors<8>(image, to); break;
-          case 4: stage_vectors<4>(image, to); break;
-          case 2: stage_vectors<2>(image, to); break;
-          default: stage_vectors<1>(image, to);
-        }
-      }
+      const int at = i * p.staged_rows * p.pitch;
+      if constexpr (kWide)
+        stage_eight_planes(p.source, image0_ + i, channel0_, first_row_, end_row_, planes_ + at,
+                           p.warp_bytes / 2, p.pitch, p.lead);
+      else
+        stage_channel_plane(p.source, image0_ + i, channel0_ + warp_, first_row_, end_row_,
+                            plane_ + at, p.pitch, p.lead);
     }
     cp_async_commit();
-  }
-
-  // Lanes of a row of `count`: a power of two, so that nothing is divided.
-  static LKA_DEVICE int shift_of(int count) {
-    int shift = 0;
-    while (shift < 5 && (1 << shift) < count) ++shift;
-    return shift;
-  }
-
-  template <int kVector>
-  LKA_DEVICE void stage_vectors(int64_t image, uint16_t* to) const {
-    const int vectors = int(p.source.view.width) / kVector, shift = shift_of(vectors);
-    const auto* from = static_cast<const uint16_t*>(p.source.view.data) + image +
-                       (channel0_ + warp_) * p.source.view.stride_c;
-    for (int y = first_row_ + (lane_ >> shift); y < end_row_; y += kWarp >> shift) {
-      const uint16_t* row = from + y * p.source.view.stride_h;
-      uint16_t* at = to + (y - first_row_) * p.pitch + p.lead;
-      for (int v = lane_ & ((1 << shift) - 1); v < vectors; v += 1 << shift) {
-        if constexpr (kVector == 1)
-          store_shared(at + v, load_global(row + v));
-        else
-          cp_async<2 * kVector>(at + v * kVector, row + v * kVector, 2 * kVector);
-      }
-    }
-  }
-
-  // Of eight channels, pairs of columns: turned in registers.
-  LKA_DEVICE void stage_pixels(int64_t image, uint16_t* to) const {
-    const int width = int(p.source.view.width), pairs = (width + 1) / 2, shift = shift_of(pairs);
-    const auto* from = static_cast<const uint16_t*>(p.source.view.data) + image + channel0_;
-    const int rows = int(blockDim.x) >> shift, plane = p.warp_bytes / 2;
-    for (int y = first_row_ + int(threadIdx.x >> shift); y < end_row_; y += rows) {
-      const uint16_t* row = from + y * p.source.view.stride_h;
-      for (int pair = threadIdx.x & ((1 << shift) - 1); pair < pairs; pair += 1 << shift) {
-        const uint16_t* pixel = row + 2 * pair * p.source.view.stride_w;
-        const Vector16 a = load_global(reinterpret_cast<const Vector16*>(pixel));
-        const Vector16 b =
-            2 * pair + 1 < width
-                ? load_global(reinterpret_cast<const Vector16*>(pixel + p.source.view.stride_w))
-                : Vector16{};
-        uint16_t* at = to + (y - first_row_) * p.pitch + p.lead + 2 * pair;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          store_shared(reinterpret_cast<uint32_t*>(at + 2 * i * plane),
-                       (a.words[i] & 0xffffu) | b.words[i] << 16);
-          store_shared(reinterpret_cast<uint32_t*>(at + (2 * i + 1) * plane),
-                       a.words[i] >> 16 | (b.words[i] & 0xffff0000u));
-        }
-      }
-    }
   }
 
   // Rows of zeros, taps, zeros: element q has the tap at column q - kTapsLead of the window. Twice,
@@ -302,7 +246,7 @@ class PlaneCorrelateBlock : PlaneCorrelate {
     struct alignas(2 * kVector) Vector {
       uint16_t values[kVector];
     };
-    const int vectors = columns / kVector, shift = shift_of(vectors);
+    const int vectors = columns / kVector, shift = shift_of_lanes(vectors);
     auto* to = static_cast<uint16_t*>(p.result.view.data) +
                (channel0_ + warp_) * p.result.view.stride_c + x0;
     for (int i = lane_ >> shift; i < kSlots; i += kWarp >> shift) {
@@ -338,7 +282,7 @@ class PlaneCorrelateBlock : PlaneCorrelate {
     __syncthreads();
     const int left = int(p.result.view.width) - 8 * tile0,
               columns = left < 8 * live ? left : 8 * live;
-    const int shift = shift_of(columns);
+    const int shift = shift_of_lanes(columns);
     auto* to =
         static_cast<uint16_t*>(p.result.view.data) + channel0_ + 8 * tile0 * p.result.view.stride_w;
     for (int i = threadIdx.x >> shift; i < kSlots; i += blockDim.x >> shift) {
