@@ -19,6 +19,7 @@ template <class Runner>
 void run_correlation(const AdapterCorrelation& plan, Runner& runner) {
   if (plan.rows.shape.blocks > 0) runner.toeplitz_correlate(plan.rows.params, plan.rows.shape);
   if (plan.dense.shape.blocks > 0) runner.dense_correlate(plan.dense.params, plan.dense.shape);
+  if (plan.planes.shape.blocks > 0) runner.plane_correlate(plan.planes.params, plan.planes.shape);
 }
 
 // Fills y, z and c of the call.

@@ -25,6 +25,7 @@ using AdapterLaunch = LaunchOf<AdapterParams>;
 struct AdapterCorrelation {
   LaunchOf<CorrelateParams> rows;
   LaunchOf<DenseCorrelateParams> dense;
+  LaunchOf<PlaneCorrelateParams> planes;
 };
 
 // In the order of the launches.
@@ -283,9 +284,13 @@ inline bool plan_correlation(const AdapterCall& call, bool backward, AdapterCorr
     launch.params.bias = backward ? nullptr : call.conv_bias;
     return true;
   };
-  return prefers_dense(convolution, backward)
-             ? plan_form(plan_dense_correlate(correlation, plan.dense.params), plan.dense)
-             : plan_form(plan_correlate(correlation, plan.rows.params), plan.rows);
+  switch (correlate_form(convolution, backward)) {
+    case Form::dense:
+      return plan_form(plan_dense_correlate(correlation, plan.dense.params), plan.dense);
+    case Form::planes:
+      return plan_form(plan_plane_correlate(correlation, plan.planes.params), plan.planes);
+    default: return plan_form(plan_correlate(correlation, plan.rows.params), plan.rows);
+  }
 }
 
 // The gradients of a, or of z, and of the taps.

@@ -403,33 +403,72 @@ Work work_of_sum(const Params& p, double element) {
 // on 28², where the choice is close, times 2.8 or more.
 constexpr double kRowsTakeLonger = 2.75;
 
-// Whether the dense form is expected to take less than the row-Toeplitz form; of many images as of
-// 256.
-inline bool prefers_dense(ConvParams call, bool backward) {
+// The same of planes in shared memory.
+constexpr double kPlanesTakeLonger = 1.5;
+
+// How a convolution is made into products for the tensor cores: by rows from memory, as a dense
+// matrix of a small map, or by rows of planes in shared memory.
+enum class Form : int { rows, dense, planes };
+
+namespace detail {
+
+// The form that is expected to take least. Each has (plan, seconds by its estimate).
+struct FormTime {
+  Form form;
+  bool served;
+  double seconds;
+};
+inline Form least_of(std::initializer_list<FormTime> forms) {
+  if (const char* forced = std::getenv("LKA_FORM"))
+    for (const FormTime& f : forms)
+      if (f.served && f.form == Form(std::atoi(forced))) return f.form;
+  FormTime least = {Form::rows, false, 0};
+  for (const FormTime& f : forms)
+    if (f.served && (!least.served || f.seconds < least.seconds)) least = f;
+  return least.form;
+}
+
+}  // namespace detail
+
+// Of many images as of 256.
+inline Form correlate_form(ConvParams call, bool backward) {
   call.batch = std::min<int64_t>(call.batch, 256);
   const Correlation correlation = correlation_of(call, backward);
-  DenseCorrelateParams dense;
-  const Plan dense_plan = plan_dense_correlate(correlation, dense);
-  if (dense_plan.refusal != nullptr) return false;
+  const auto time = [](Form form, const Plan& plan, const auto& p, double longer) {
+    const bool served = plan.refusal == nullptr;
+    return detail::FormTime{form, served,
+                            served ? longer * times_of(work_of(p, plan.shape)).between() : 0};
+  };
   CorrelateParams rows;
-  const Plan plan = plan_correlate(correlation, rows);
-  return plan.refusal != nullptr ||
-         times_of(work_of(dense, dense_plan.shape)).between() <
-             kRowsTakeLonger * times_of(work_of(rows, plan.shape)).between();
+  DenseCorrelateParams dense;
+  PlaneCorrelateParams planes;
+  const Plan by_rows = plan_correlate(correlation, rows);
+  const Plan as_dense = plan_dense_correlate(correlation, dense);
+  const Plan by_planes = plan_plane_correlate(correlation, planes);
+  return detail::least_of({time(Form::rows, by_rows, rows, kRowsTakeLonger),
+                           time(Form::dense, as_dense, dense, 1),
+                           time(Form::planes, by_planes, planes, kPlanesTakeLonger)});
 }
 
 // The same of weight gradients.
-inline bool prefers_dense_weight_gradient(ConvParams call, int multiprocessors) {
+inline Form weight_gradient_form(ConvParams call, int multiprocessors) {
   call.batch = std::min<int64_t>(call.batch, 256);
-  DenseWeightGradientParams dense;
-  const Plan dense_plan = plan_dense_weight_gradient(call, multiprocessors, dense);
-  if (dense_plan.refusal != nullptr) return false;
-  WeightGradientParams rows;
-  const Plan plan = plan_weight_gradient(call, multiprocessors, rows);
-  const auto time = [](const auto& p, const Plan& of) {
-    return times_of(work_of(p, of.shape)).between() + times_of(work_of_sum(p, 2)).between();
+  const auto time = [](Form form, const Plan& plan, const auto& p, double longer) {
+    const bool served = plan.refusal == nullptr;
+    return detail::FormTime{form, served,
+                            served ? longer * (times_of(work_of(p, plan.shape)).between() +
+                                               times_of(work_of_sum(p, 2)).between())
+                                   : 0};
   };
-  return plan.refusal != nullptr || time(dense, dense_plan) < kRowsTakeLonger * time(rows, plan);
+  WeightGradientParams rows;
+  DenseWeightGradientParams dense;
+  PlaneWeightGradientParams planes;
+  const Plan by_rows = plan_weight_gradient(call, multiprocessors, rows);
+  const Plan as_dense = plan_dense_weight_gradient(call, multiprocessors, dense);
+  const Plan by_planes = plan_plane_weight_gradient(call, multiprocessors, planes);
+  return detail::least_of({time(Form::rows, by_rows, rows, kRowsTakeLonger),
+                           time(Form::dense, as_dense, dense, 1),
+                           time(Form::planes, by_planes, planes, kPlanesTakeLonger)});
 }
 
 }  // namespace lka::cuda

@@ -55,9 +55,11 @@ const char* run_plane_correlate(const ConvParams& call, bool backward, const voi
 template <class Runner>
 const char* run_tensor_core_correlate(const ConvParams& call, bool backward, const void* weight,
                                       const void* bias, Runner& runner) {
-  if (prefers_dense(call, backward))
-    return run_dense_correlate(call, backward, weight, bias, runner);
-  return run_toeplitz_correlate(call, backward, weight, bias, runner);
+  switch (correlate_form(call, backward)) {
+    case Form::dense: return run_dense_correlate(call, backward, weight, bias, runner);
+    case Form::planes: return run_plane_correlate(call, backward, weight, bias, runner);
+    default: return run_toeplitz_correlate(call, backward, weight, bias, runner);
+  }
 }
 
 // Forward or backward-input in float32. taps(channels_in_lanes) gives them in the order (C, kH, kW)
@@ -122,9 +124,14 @@ const char* run_plane_weight_gradient(const ConvParams& call, int multiprocessor
 template <class Runner>
 const char* run_tensor_core_weight_gradient(const ConvParams& call, int multiprocessors,
                                             void* grad_weight, void* grad_bias, Runner& runner) {
-  if (prefers_dense_weight_gradient(call, multiprocessors))
-    return run_dense_weight_gradient(call, multiprocessors, grad_weight, grad_bias, runner);
-  return run_toeplitz_weight_gradient(call, multiprocessors, grad_weight, grad_bias, runner);
+  switch (weight_gradient_form(call, multiprocessors)) {
+    case Form::dense:
+      return run_dense_weight_gradient(call, multiprocessors, grad_weight, grad_bias, runner);
+    case Form::planes:
+      return run_plane_weight_gradient(call, multiprocessors, grad_weight, grad_bias, runner);
+    default:
+      return run_toeplitz_weight_gradient(call, multiprocessors, grad_weight, grad_bias, runner);
+  }
 }
 
 // Backward-weight in float32.

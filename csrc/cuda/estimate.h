@@ -131,6 +131,7 @@ struct AdapterWork {
 inline void add_correlation(std::vector<Work>& all, const AdapterCorrelation& plan) {
   if (plan.rows.shape.blocks > 0) all.push_back(work_of(plan.rows.params, plan.rows.shape));
   if (plan.dense.shape.blocks > 0) all.push_back(work_of(plan.dense.params, plan.dense.shape));
+  if (plan.planes.shape.blocks > 0) all.push_back(work_of(plan.planes.params, plan.planes.shape));
 }
 
 }  // namespace detail

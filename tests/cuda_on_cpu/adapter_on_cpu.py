@@ -13,8 +13,18 @@ from lka_kernels.checks import ACTIVATIONS
 PREFIX_MODES = ("center_tap", "skip", "zero")
 _ADDRESS = 1024  # of tensors without memory
 LAUNCHES = {
-    False: ("down", "narrow_down", "correlate", "dense", "up", "narrow_up"),
-    True: ("up", "up_weight", "correlate", "dense", "convolve", "taps", "down", "down_weight"),
+    False: ("down", "narrow_down", "correlate", "dense", "planes", "up", "narrow_up"),
+    True: (
+        "up",
+        "up_weight",
+        "correlate",
+        "dense",
+        "planes",
+        "convolve",
+        "taps",
+        "down",
+        "down_weight",
+    ),
 }
 
 

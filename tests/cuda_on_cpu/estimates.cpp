@@ -91,10 +91,11 @@ extern "C" const char* depthwise_work(const ConvParams* call, const char* form,
   return put({cuda::work_of(p, plan.shape)}, numbers);
 }
 
-extern "C" bool prefers_dense(const ConvParams* call, const char* direction, int multiprocessors) {
+// A cuda::Form.
+extern "C" int form_of(const ConvParams* call, const char* direction, int multiprocessors) {
   const std::string way = direction;
-  if (way == "backward_weight") return cuda::prefers_dense_weight_gradient(*call, multiprocessors);
-  return cuda::prefers_dense(*call, way == "backward_input");
+  if (way == "backward_weight") return int(cuda::weight_gradient_form(*call, multiprocessors));
+  return int(cuda::correlate_form(*call, way == "backward_input"));
 }
 
 extern "C" const char* adapter_work(const cuda::AdapterCall* call, bool backward,
