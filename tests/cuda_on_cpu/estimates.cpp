@@ -50,6 +50,12 @@ extern "C" const char* depthwise_work(const ConvParams* call, const char* form,
       if (plan.refusal != nullptr) return plan.refusal;
       return put({cuda::work_of(p, plan.shape), cuda::work_of_sum(p, element)}, numbers);
     }
+    if (kind == "planes") {
+      cuda::PlaneWeightGradientParams p;
+      const cuda::Plan plan = cuda::plan_plane_weight_gradient(*call, multiprocessors, p);
+      if (plan.refusal != nullptr) return plan.refusal;
+      return put({cuda::work_of(p, plan.shape), cuda::work_of_sum(p, element)}, numbers);
+    }
     if (kind == "dense") {
       cuda::DenseWeightGradientParams p;
       const cuda::Plan plan = cuda::plan_dense_weight_gradient(*call, multiprocessors, p);
@@ -76,6 +82,12 @@ extern "C" const char* depthwise_work(const ConvParams* call, const char* form,
   if (kind == "float") {
     cuda::FloatCorrelateParams p;
     const cuda::Plan plan = cuda::plan_float_correlate(correlation, p);
+    if (plan.refusal != nullptr) return plan.refusal;
+    return put({cuda::work_of(p, plan.shape)}, numbers);
+  }
+  if (kind == "planes") {
+    cuda::PlaneCorrelateParams p;
+    const cuda::Plan plan = cuda::plan_plane_correlate(correlation, p);
     if (plan.refusal != nullptr) return plan.refusal;
     return put({cuda::work_of(p, plan.shape)}, numbers);
   }

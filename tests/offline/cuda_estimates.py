@@ -83,7 +83,10 @@ def _work(name: str, *arguments) -> list[Work]:
     return found
 
 
-FORMS = {torch.bfloat16: ("toeplitz", "dense", "fft"), torch.float32: ("float", "fft")}
+FORMS = {
+    torch.bfloat16: ("toeplitz", "dense", "planes", "fft"),
+    torch.float32: ("float", "fft"),
+}
 DIRECTIONS = ("forward", "backward_input", "backward_weight")
 
 
@@ -104,12 +107,14 @@ def depthwise(
     return estimate(_work("depthwise_work", *arguments))
 
 
-def prefers_dense(shape: shapes.Depthwise, direction: str, channels_last: bool = False) -> bool:
-    """Whether the tensor-core kernels take the dense form in 16-bit types."""
-    function = on_cpu.library("estimates.cpp").prefers_dense
-    function.restype = ctypes.c_bool
+TAKEN = ("toeplitz", "dense", "planes")  # in the order of lka::cuda::Form
+
+
+def form_of(shape: shapes.Depthwise, direction: str, channels_last: bool = False) -> str:
+    """The form that the tensor-core kernels take in 16-bit types."""
+    function = on_cpu.library("estimates.cpp").form_of
     call = _call(shape, torch.bfloat16, channels_last)
-    return function(ctypes.byref(call), direction.encode(), MULTIPROCESSORS)
+    return TAKEN[function(ctypes.byref(call), direction.encode(), MULTIPROCESSORS)]
 
 
 def _call(shape: shapes.Depthwise, dtype: torch.dtype, channels_last: bool):
@@ -176,7 +181,7 @@ def notes() -> list[str]:
 
     forms = [
         (form, torch.float32 if form == "float" else torch.bfloat16)
-        for form in ("toeplitz", "dense", "fft", "float")
+        for form in ("toeplitz", "dense", "planes", "fft", "float")
     ]
     lines = []
     for shape in map(as_on_a_gpu, [*shapes.DEPTHWISE, *shapes.TABLE]):
