@@ -285,9 +285,9 @@ inline bool plan_correlation(const AdapterCall& call, bool backward, AdapterCorr
     return true;
   };
   switch (correlate_form(convolution, backward)) {
-    case Form::dense:
+    case TensorCoreForm::dense:
       return plan_form(plan_dense_correlate(correlation, plan.dense.params), plan.dense);
-    case Form::planes:
+    case TensorCoreForm::planes:
       return plan_form(plan_plane_correlate(correlation, plan.planes.params), plan.planes);
     default: return plan_form(plan_correlate(correlation, plan.rows.params), plan.rows);
   }

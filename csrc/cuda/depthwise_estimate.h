@@ -7,6 +7,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
+#include <tuple>
+#include <type_traits>
 
 #include "dense_plan.h"
 #include "plane_plan.h"
@@ -408,21 +411,21 @@ constexpr double kPlanesTakeLonger = 1.5;
 
 // How a convolution is made into products for the tensor cores: by rows from memory, as a dense
 // matrix of a small map, or by rows of planes in shared memory.
-enum class Form : int { rows, dense, planes };
+enum class TensorCoreForm : int { rows, dense, planes };
 
 namespace detail {
 
 // The form that is expected to take least. Each has (plan, seconds by its estimate).
 struct FormTime {
-  Form form;
+  TensorCoreForm form;
   bool served;
   double seconds;
 };
-inline Form least_of(std::initializer_list<FormTime> forms) {
+inline TensorCoreForm least_of(std::initializer_list<FormTime> forms) {
   if (const char* forced = std::getenv("LKA_FORM"))
     for (const FormTime& f : forms)
-      if (f.served && f.form == Form(std::atoi(forced))) return f.form;
-  FormTime least = {Form::rows, false, 0};
+      if (f.served && f.form == TensorCoreForm(std::atoi(forced))) return f.form;
+  FormTime least = {TensorCoreForm::rows, false, 0};
   for (const FormTime& f : forms)
     if (f.served && (!least.served || f.seconds < least.seconds)) least = f;
   return least.form;
@@ -430,14 +433,42 @@ inline Form least_of(std::initializer_list<FormTime> forms) {
 
 }  // namespace detail
 
-// Of many images as of 256.
-inline Form correlate_form(ConvParams call, bool backward) {
-  call.batch = std::min<int64_t>(call.batch, 256);
+namespace detail {
+
+// What decide() says of calls like this one is kept for the next ones of this thread: estimates
+// take the host longer than the rest of a launch. `which` tells their kinds apart.
+template <class Decide>
+TensorCoreForm remembered(const ConvParams& call, int which, Decide decide) {
+  const auto key_of_map = [](const MapView& m) {
+    return std::make_tuple(reinterpret_cast<uintptr_t>(m.data) % 16, m.height, m.width, m.stride_b,
+                           m.stride_c, m.stride_h, m.stride_w);
+  };
+  const auto key = std::make_tuple(which, call.batch, call.channels, key_of_map(call.input),
+                                   key_of_map(call.output), call.kernel_h, call.kernel_w,
+                                   call.dilation_h, call.dilation_w, call.pad_top, call.pad_left);
+  if (std::getenv("LKA_FORM")) return decide();
+  constexpr int kEntries = 16;
+  thread_local struct {
+    std::remove_const_t<decltype(key)> keys[kEntries];
+    TensorCoreForm forms[kEntries];
+    int count = 0, next = 0;
+  } kept;
+  for (int i = 0; i < kept.count; ++i)
+    if (kept.keys[i] == key) return kept.forms[i];
+  const TensorCoreForm form = decide();
+  kept.keys[kept.next] = key;
+  kept.forms[kept.next] = form;
+  kept.next = (kept.next + 1) % kEntries;
+  kept.count = std::min(kept.count + 1, kEntries);
+  return form;
+}
+
+inline TensorCoreForm estimate_correlate_form(ConvParams call, bool backward) {
+  call.batch = std::min<int64_t>(call.batch, 256);  // of many images as of 256
   const Correlation correlation = correlation_of(call, backward);
-  const auto time = [](Form form, const Plan& plan, const auto& p, double longer) {
+  const auto time = [](TensorCoreForm form, const Plan& plan, const auto& p, double longer) {
     const bool served = plan.refusal == nullptr;
-    return detail::FormTime{form, served,
-                            served ? longer * times_of(work_of(p, plan.shape)).between() : 0};
+    return FormTime{form, served, served ? longer * times_of(work_of(p, plan.shape)).between() : 0};
   };
   CorrelateParams rows;
   DenseCorrelateParams dense;
@@ -445,20 +476,19 @@ inline Form correlate_form(ConvParams call, bool backward) {
   const Plan by_rows = plan_correlate(correlation, rows);
   const Plan as_dense = plan_dense_correlate(correlation, dense);
   const Plan by_planes = plan_plane_correlate(correlation, planes);
-  return detail::least_of({time(Form::rows, by_rows, rows, kRowsTakeLonger),
-                           time(Form::dense, as_dense, dense, 1),
-                           time(Form::planes, by_planes, planes, kPlanesTakeLonger)});
+  return least_of({time(TensorCoreForm::rows, by_rows, rows, kRowsTakeLonger),
+                   time(TensorCoreForm::dense, as_dense, dense, 1),
+                   time(TensorCoreForm::planes, by_planes, planes, kPlanesTakeLonger)});
 }
 
-// The same of weight gradients.
-inline Form weight_gradient_form(ConvParams call, int multiprocessors) {
+inline TensorCoreForm estimate_weight_gradient_form(ConvParams call, int multiprocessors) {
   call.batch = std::min<int64_t>(call.batch, 256);
-  const auto time = [](Form form, const Plan& plan, const auto& p, double longer) {
+  const auto time = [](TensorCoreForm form, const Plan& plan, const auto& p, double longer) {
     const bool served = plan.refusal == nullptr;
-    return detail::FormTime{form, served,
-                            served ? longer * (times_of(work_of(p, plan.shape)).between() +
-                                               times_of(work_of_sum(p, 2)).between())
-                                   : 0};
+    return FormTime{form, served,
+                    served ? longer * (times_of(work_of(p, plan.shape)).between() +
+                                       times_of(work_of_sum(p, 2)).between())
+                           : 0};
   };
   WeightGradientParams rows;
   DenseWeightGradientParams dense;
@@ -466,9 +496,24 @@ inline Form weight_gradient_form(ConvParams call, int multiprocessors) {
   const Plan by_rows = plan_weight_gradient(call, multiprocessors, rows);
   const Plan as_dense = plan_dense_weight_gradient(call, multiprocessors, dense);
   const Plan by_planes = plan_plane_weight_gradient(call, multiprocessors, planes);
-  return detail::least_of({time(Form::rows, by_rows, rows, kRowsTakeLonger),
-                           time(Form::dense, as_dense, dense, 1),
-                           time(Form::planes, by_planes, planes, kPlanesTakeLonger)});
+  return least_of({time(TensorCoreForm::rows, by_rows, rows, kRowsTakeLonger),
+                   time(TensorCoreForm::dense, as_dense, dense, 1),
+                   time(TensorCoreForm::planes, by_planes, planes, kPlanesTakeLonger)});
+}
+
+}  // namespace detail
+
+// Of forward, or backward-input.
+inline TensorCoreForm correlate_form(const ConvParams& call, bool backward) {
+  return detail::remembered(call, backward ? -1 : 0,
+                            [&] { return detail::estimate_correlate_form(call, backward); });
+}
+
+// Of weight gradients.
+inline TensorCoreForm weight_gradient_form(const ConvParams& call, int multiprocessors) {
+  return detail::remembered(call, multiprocessors, [&] {
+    return detail::estimate_weight_gradient_form(call, multiprocessors);
+  });
 }
 
 }  // namespace lka::cuda

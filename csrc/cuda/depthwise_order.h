@@ -56,8 +56,8 @@ template <class Runner>
 const char* run_tensor_core_correlate(const ConvParams& call, bool backward, const void* weight,
                                       const void* bias, Runner& runner) {
   switch (correlate_form(call, backward)) {
-    case Form::dense: return run_dense_correlate(call, backward, weight, bias, runner);
-    case Form::planes: return run_plane_correlate(call, backward, weight, bias, runner);
+    case TensorCoreForm::dense: return run_dense_correlate(call, backward, weight, bias, runner);
+    case TensorCoreForm::planes: return run_plane_correlate(call, backward, weight, bias, runner);
     default: return run_toeplitz_correlate(call, backward, weight, bias, runner);
   }
 }
@@ -125,9 +125,9 @@ template <class Runner>
 const char* run_tensor_core_weight_gradient(const ConvParams& call, int multiprocessors,
                                             void* grad_weight, void* grad_bias, Runner& runner) {
   switch (weight_gradient_form(call, multiprocessors)) {
-    case Form::dense:
+    case TensorCoreForm::dense:
       return run_dense_weight_gradient(call, multiprocessors, grad_weight, grad_bias, runner);
-    case Form::planes:
+    case TensorCoreForm::planes:
       return run_plane_weight_gradient(call, multiprocessors, grad_weight, grad_bias, runner);
     default:
       return run_toeplitz_weight_gradient(call, multiprocessors, grad_weight, grad_bias, runner);

@@ -103,7 +103,7 @@ extern "C" const char* depthwise_work(const ConvParams* call, const char* form,
   return put({cuda::work_of(p, plan.shape)}, numbers);
 }
 
-// A cuda::Form.
+// A cuda::TensorCoreForm.
 extern "C" int form_of(const ConvParams* call, const char* direction, int multiprocessors) {
   const std::string way = direction;
   if (way == "backward_weight") return int(cuda::weight_gradient_form(*call, multiprocessors));

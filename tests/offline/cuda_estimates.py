@@ -107,7 +107,7 @@ def depthwise(
     return estimate(_work("depthwise_work", *arguments))
 
 
-TAKEN = ("toeplitz", "dense", "planes")  # in the order of lka::cuda::Form
+TAKEN = ("toeplitz", "dense", "planes")  # in the order of lka::cuda::TensorCoreForm
 
 
 def form_of(shape: shapes.Depthwise, direction: str, channels_last: bool = False) -> str:
