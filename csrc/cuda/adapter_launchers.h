@@ -13,8 +13,10 @@ namespace lka::cuda {
 LKA_ADAPTER_LAUNCHER(adapter_down, AdapterParams)
 LKA_ADAPTER_LAUNCHER(adapter_up, AdapterParams)
 LKA_ADAPTER_LAUNCHER(adapter_up_backward, AdapterParams)
+LKA_ADAPTER_LAUNCHER(adapter_narrow_up_backward, AdapterParams)
 LKA_ADAPTER_LAUNCHER(adapter_convolve_backward, AdapterParams)
 LKA_ADAPTER_LAUNCHER(adapter_down_backward, AdapterParams)
+LKA_ADAPTER_LAUNCHER(adapter_narrow_down_backward, AdapterParams)
 LKA_ADAPTER_LAUNCHER(adapter_weight_gradient, AdapterParams)
 LKA_ADAPTER_LAUNCHER(adapter_sums, AdapterSums)
 #undef LKA_ADAPTER_LAUNCHER

@@ -55,12 +55,16 @@ const char* run_adapter_backward(AdapterCall call, int multiprocessors, void* co
   const auto weight_gradient = [&](const auto& p, const auto& shape) {
     runner.adapter_weight_gradient(p, shape);
   };
+  step(plan.narrow_up,
+       [&](const auto& p, const auto& s) { runner.adapter_narrow_up_backward(p, s); });
   step(plan.up, [&](const auto& p, const auto& s) { runner.adapter_up_backward(p, s); });
   step(plan.up_weight, weight_gradient);
   run_correlation(plan.correlate, runner);
   step(plan.convolve,
        [&](const auto& p, const auto& s) { runner.adapter_convolve_backward(p, s); });
   step(plan.taps, [&](const auto& p, const auto& s) { runner.toeplitz_weight_gradient(p, s); });
+  step(plan.narrow_down,
+       [&](const auto& p, const auto& s) { runner.adapter_narrow_down_backward(p, s); });
   step(plan.down, [&](const auto& p, const auto& s) { runner.adapter_down_backward(p, s); });
   step(plan.down_weight, weight_gradient);
   LaunchOf<AdapterSums> sums;

@@ -14,7 +14,10 @@ PREFIX_MODES = ("center_tap", "skip", "zero")
 _ADDRESS = 1024  # of tensors without memory
 LAUNCHES = {
     False: ("down", "correlate", "dense", "up"),
-    True: ("up", "up_weight", "correlate", "dense", "convolve", "taps", "down", "down_weight"),
+    True: (
+        *("narrow_up", "up", "up_weight", "correlate", "dense", "convolve", "taps"),
+        *("narrow_down", "down", "down_weight"),
+    ),
 }
 
 

@@ -1,0 +1,602 @@
+// The projections of the fused adapter backward for ranks of at most 16: the same gradients as in
+// adapter_backward.cuh, for 16-bit elements and tensors that come in fragments of 16 tokens × 32
+// channels (token_fragments.cuh).
+//
+// The tokens of all images are one sequence, in tiles of 16; an image has no fewer, so that a tile
+// is of at most two. A warp keeps its channels and goes from tile to tile, one tile ahead with its
+// loads: what the tensor cores add up for the gradients of the weights stays in registers until the
+// last tile. A block has `channel_warps` warps for channels side by side, and `token_warps` such
+// rows of warps, each with a run of tiles; what they have is a group of partial sums.
+//
+// A product has tokens as its terms or columns, channels or ranks as its rows, so that loaded words
+// are operands as they are: a word of two tokens of a rank is one of either.
+#pragma once
+
+#include "activation.cuh"
+#include "adapter_params.cuh"
+#include "storage.cuh"
+#include "token_fragments.cuh"
+
+namespace lka::cuda {
+
+// 16 tokens of the sequence; the first is `token` of `image`.
+struct SequenceTile {
+  static constexpr int kTokens = TokenFragment::kTokens;
+  int first, image, token;
+};
+
+// kTiles times 8 channels of the rank.
+template <class Storage, int kTiles>
+class AdapterNarrowBackwardBlock {
+ public:
+  static constexpr int kTokens = SequenceTile::kTokens, kChannels = TokenFragment::kChannels;
+
+ protected:
+  using Element = uint16_t;
+  // Of a rank-r tensor: words n are channel 8·n + g, tokens 2·q and 2·q + 8, each with the next.
+  using Pairs = uint32_t[kTiles][2];
+
+  LKA_DEVICE AdapterNarrowBackwardBlock(const AdapterParams& params, char* shared)
+      : p(params), shared_(shared) {
+    const int warp = threadIdx.x / 32;
+    lane_ = threadIdx.x % 32;
+    g_ = lane_ / 4;
+    q_ = lane_ % 4;
+    token_warp_ = warp / p.channel_warps;
+    channel_warp_ = warp - token_warp_ * p.channel_warps;
+  }
+
+  // The first tile of this warp's run; its last token is before end_.
+  LKA_DEVICE SequenceTile first_tile(int group) {
+    const int tokens = p.batch * p.tokens, run = p.tiles_of_group * kTokens;
+    SequenceTile tile;
+    tile.first = (group * p.token_warps + token_warp_) * run;
+    tile.image = tile.first / p.tokens;
+    tile.token = tile.first - tile.image * p.tokens;
+    end_ = tile.first + run < tokens ? tile.first + run : tokens;
+    return tile;
+  }
+
+  LKA_DEVICE SequenceTile next_tile(SequenceTile tile) const {
+    tile.first += kTokens;
+    tile.token += kTokens;
+    if (tile.token >= p.tokens) {
+      tile.token -= p.tokens;
+      ++tile.image;
+    }
+    return tile;
+  }
+
+  LKA_DEVICE bool ends_image_before(const SequenceTile& tile, int i) const {
+    return tile.token + i >= p.tokens;
+  }
+
+  // The lane's eight channels from `channel` on of token i of a tile. No tensor has 2^31 elements.
+  LKA_DEVICE Element* row_of(const TokenTensor& tensor, const SequenceTile& tile, int i,
+                             int channel) const {
+    const uint32_t stride_b = uint32_t(tensor.stride_b), stride_t = uint32_t(tensor.stride_t);
+    uint32_t at = tile.image * stride_b + (tile.token + i) * stride_t;
+    if (ends_image_before(tile, i)) at += stride_b - p.tokens * stride_t;
+    return static_cast<Element*>(tensor.data) + at + channel + 8 * q_;
+  }
+
+  // The lane's tokens g and g + 8, zero beyond the run and for tokens of an image below `from`.
+  template <int kUnits>
+  LKA_DEVICE void load_rows(const TokenTensor& tensor, const SequenceTile& tile, int from,
+                            int channel, TokenFragment (&rows)[kUnits]) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int i = g_ + 8 * half;
+      const int token = tile.token + i - (ends_image_before(tile, i) ? p.tokens : 0);
+      const bool exists = tile.first + i < end_ && token >= from;
+      const Element* row = row_of(tensor, tile, i, channel);
+#pragma unroll
+      for (int unit = 0; unit < kUnits; ++unit)
+        (half == 0 ? rows[unit].low : rows[unit].high) = load_vector_if(
+            exists && channel + unit * kChannels < p.channels, row + unit * kChannels);
+    }
+  }
+
+  // Channel `rank` of token i of a tile.
+  LKA_DEVICE uint32_t place_of(const SequenceTile& tile, int i, int rank) const {
+    uint32_t at = (tile.image * uint32_t(p.rank) + rank) * p.tokens + tile.token + i;
+    if (ends_image_before(tile, i)) at += uint32_t(p.rank - 1) * p.tokens;
+    return at;
+  }
+
+  // Calls f(n, half, rank, i) for the pairs of a lane: tokens i and i + 1 of a tile.
+  template <class F>
+  static LKA_DEVICE void for_each_pair(int g, int q, F f) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) f(n, half, 8 * n + g, 2 * q + 8 * half);
+  }
+
+  LKA_DEVICE void load_pairs(const void* tensor, const SequenceTile& tile, Pairs& pairs) const {
+    const auto* data = static_cast<const Element*>(tensor);
+    for_each_pair(g_, q_, [&](int n, int half, int rank, int i) {
+      const bool exists = rank < p.rank && tile.first + i < end_;
+      uint32_t pair = 0;
+      if (p.rank_vector > 1) {  // of one image
+        if (exists)
+          pair = load_global(reinterpret_cast<const uint32_t*>(data + place_of(tile, i, rank)));
+      } else {
+        Element low = 0, high = 0;
+        if (exists) low = load_global(data + place_of(tile, i, rank));
+        if (exists && tile.first + i + 1 < end_)
+          high = load_global(data + place_of(tile, i + 1, rank));
+        pair = pack(low, high);
+      }
+      pairs[n][half] = pair;
+    });
+  }
+
+  LKA_DEVICE void store_pair(void* tensor, const SequenceTile& tile, int rank, int i,
+                             uint32_t pair) const {
+    auto* data = static_cast<Element*>(tensor);
+    if (rank >= p.rank || tile.first + i >= end_) return;
+    if (p.rank_vector > 1)
+      return store_global(reinterpret_cast<uint32_t*>(data + place_of(tile, i, rank)), pair);
+    store_global(data + place_of(tile, i, rank), Element(pair));
+    if (tile.first + i + 1 < end_)
+      store_global(data + place_of(tile, i + 1, rank), Element(pair >> 16));
+  }
+
+  static LKA_DEVICE uint32_t narrow_pair(float low, float high) {
+    return pack(narrow<Storage>(low), narrow<Storage>(high));
+  }
+  static LKA_DEVICE float widen_low(uint32_t pair) { return widen<Storage>(uint16_t(pair)); }
+  static LKA_DEVICE float widen_high(uint32_t pair) { return widen<Storage>(uint16_t(pair >> 16)); }
+
+  // Rows of half h of a fragment, 16 channels, with tokens as terms: row g is its channel
+  // channel_of_column(g, 2·h), row g + 8 channel_of_column(g, 2·h + 1).
+  static LKA_DEVICE void turn(const TokenFragment& rows, int h, uint32_t (&a)[4]) {
+    a[0] = transpose_matrix(rows.low.words[2 * h]);
+    a[1] = transpose_matrix(rows.low.words[2 * h + 1]);
+    a[2] = transpose_matrix(rows.high.words[2 * h]);
+    a[3] = transpose_matrix(rows.high.words[2 * h + 1]);
+  }
+  // Sums of turned rows · pairs: sum i of half h and of ranks n is of these.
+  LKA_DEVICE int channel_of_sum(int h, int i) const { return channel_of_column(g_, 2 * h + i / 2); }
+  LKA_DEVICE int rank_of_sum(int n, int i) const { return 8 * n + 2 * q_ + i % 2; }
+
+  // Adds up what rows of warps have, in their order, for the first of them, which returns true.
+  // for_each(f) calls f(i, sum) for the kSums sums of a lane. All threads of the block call this;
+  // `memory` is free after the barrier.
+  template <int kSums, class ForEach>
+  LKA_DEVICE bool join_token_warps(ForEach for_each, float* memory) const {
+    if (p.token_warps == 1) return true;
+    const int step = 32 * p.channel_warps;
+    float* parts = memory + channel_warp_ * 32 + lane_;
+    __syncthreads();
+    if (token_warp_ > 0)
+      for_each([&](int i, float& sum) {
+        store_shared(parts + ((token_warp_ - 1) * kSums + i) * step, sum);
+      });
+    __syncthreads();
+    if (token_warp_ > 0) return false;
+#pragma unroll 1
+    for (int part = 0; part < p.token_warps - 1; ++part)
+      for_each([&](int i, float& sum) { sum += load_shared(parts + (part * kSums + i) * step); });
+    return true;
+  }
+
+  const AdapterParams& p;
+  char* shared_;
+  int lane_, g_, q_;
+  int channel_warp_, token_warp_;
+  int end_ = 0;  // of the tokens of this warp
+};
+
+// grad_c, and partial sums of the gradients of the up-projection. A warp has kUnits · 32 channels,
+// and a block all of them: what its warps have of grad_c meets in shared memory, one barrier a
+// tile, where one warp after the other finishes a tile while the others begin the next.
+template <class Storage, int kUnits, int kTiles>
+class AdapterNarrowUpBackwardBlock : AdapterNarrowBackwardBlock<Storage, kTiles> {
+  using Base = AdapterNarrowBackwardBlock<Storage, kTiles>;
+  using Base::p;
+  using typename Base::Element;
+  using typename Base::Pairs;
+
+ public:
+  using Base::kChannels;
+  // Sums of a lane, of the weight's gradient and of the bias's.
+  static constexpr int kWeightSums = kUnits * 2 * kTiles * 4, kSums = kWeightSums + 4;
+
+  LKA_DEVICE AdapterNarrowUpBackwardBlock(const AdapterParams& params, char* shared)
+      : Base(params, shared) {
+    activates_ = p.behind != Activation::none || p.dropout.seed != nullptr;
+    channel_ = this->channel_warp_ * kUnits * kChannels;
+  }
+
+  LKA_DEVICE void run() {
+    const int run = p.tiles_of_group * SequenceTile::kTokens;
+    // Of the first row of warps, which has the most tiles: all meet at its barriers.
+    const int left = p.batch * p.tokens - int(blockIdx.x) * p.token_warps * run;
+    const int tiles =
+        ((left < run ? left : run) + SequenceTile::kTokens - 1) / SequenceTile::kTokens;
+    SequenceTile tile = this->first_tile(blockIdx.x);
+    Loaded even, odd;
+    load(tile, even);
+    if (p.grad_c != nullptr) stage_weight();
+    __syncthreads();
+    for (int i = 0; i < tiles; i += 2) {
+      run_tile<0>(tile, even, kAhead ? odd : even);
+      if (i + 1 < tiles) run_tile<1>(tile, kAhead ? odd : even, even);
+    }
+    if (p.up_partials != nullptr) store_partials();
+  }
+
+ private:
+  // Registers for two tiles; else a fragment is loaded where the last one was, when that is used.
+  static constexpr bool kAhead = kUnits <= 2;
+
+  struct Loaded {
+    TokenFragment rows[kUnits];
+    Pairs c;
+  };
+
+  LKA_DEVICE void load(const SequenceTile& tile, Loaded& to) const {
+    // In this mode prefix tokens have no gradient here.
+    const int from = p.prefix_mode == PrefixMode::zero ? p.prefix : 0;
+    this->load_rows(p.grad_output, tile, from, channel_, to.rows);
+    if (p.up_partials != nullptr || activates_) this->load_pairs(p.c, tile, to.c);
+  }
+
+  template <int kBuffer>
+  LKA_DEVICE void run_tile(SequenceTile& tile, Loaded& now, Loaded& next) {
+    const bool finishes = this->channel_warp_ == finisher_;
+    const SequenceTile following = this->next_tile(tile);
+    if (p.grad_c != nullptr) multiply_channels(now, kBuffer);
+    if constexpr (kAhead) load(following, next);
+    if (activates_ && finishes) activate_c(tile, now.c, kBuffer);
+    __syncthreads();
+    if (p.up_partials != nullptr) multiply_tokens(now, kBuffer);
+    if constexpr (!kAhead) load(following, next);
+    if (p.grad_c != nullptr && finishes) store_grad_c(tile, kBuffer);
+    tile = following;
+    finisher_ = finisher_ + 1 == p.channel_warps ? 0 : finisher_ + 1;
+  }
+
+  // Products with the weight, ranks as rows and channels as terms, as their lanes take them:
+  // [unit][product][lane].
+  LKA_DEVICE Vector16* weight() const {
+    return reinterpret_cast<Vector16*>(this->shared_ + p.at_weight);
+  }
+
+  LKA_DEVICE void stage_weight() const {
+    const auto* from = static_cast<const Element*>(p.up_weight);
+    const int places = p.channels / kChannels * 64;
+    for (int i = threadIdx.x; i < places; i += blockDim.x) {
+      const int lane = i % 32, s = i / 32 % 2;
+      const int channel = i / 64 * kChannels + lane % 4 * 8 + 4 * s;
+      const auto pair = [&](int rank, int word) {
+        if (rank >= p.rank) return 0u;
+        const Element* at = from + (channel + 2 * word) * p.rank + rank;
+        return pack(load_global(at), load_global(at + p.rank));
+      };
+      const int g = lane / 4;
+      store_shared(weight() + i,
+                   Vector16{{pair(g, 0), pair(g + 8, 0), pair(g, 1), pair(g + 8, 1)}});
+    }
+  }
+
+  struct alignas(16) Sums {
+    float of[2][2];  // of both pairs of tokens
+  };
+  struct alignas(8) Factors {
+    float low, high;
+  };
+
+  // A lane's place for what it has of ranks n of a tile, of one of the block's warps.
+  LKA_DEVICE Sums* parts(int buffer, int channel_warp, int n) const {
+    const int warp = (buffer * p.token_warps + this->token_warp_) * p.channel_warps + channel_warp;
+    return reinterpret_cast<Sums*>(this->shared_ + p.at_stages) + (warp * kTiles + n) * 32 +
+           this->lane_;
+  }
+  // And for what every warp of a row reads: e as Pairs, and what grad_c is multiplied by.
+  LKA_DEVICE int pair_of_row(int buffer, int n, int half) const {
+    return (((buffer * p.token_warps + this->token_warp_) * kTiles + n) * 2 + half) * 32 +
+           this->lane_;
+  }
+  LKA_DEVICE uint32_t* e(int buffer, int n, int half) const {
+    return reinterpret_cast<uint32_t*>(this->shared_ + p.at_rank) + pair_of_row(buffer, n, half);
+  }
+  LKA_DEVICE Factors* factors(int buffer, int n, int half) const {
+    return reinterpret_cast<Factors*>(this->shared_ + p.at_added) + pair_of_row(buffer, n, half);
+  }
+
+  // This warp's part of grad_c.
+  LKA_DEVICE void multiply_channels(const Loaded& now, int buffer) const {
+    float sums[2][4] = {};  // of tokens g and g + 8 as columns
+#pragma unroll
+    for (int unit = 0; unit < kUnits; ++unit) {
+      if (channel_ + unit * kChannels >= p.channels) continue;
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+        const int at = (channel_ / kChannels + unit) * 64 + s * 32 + this->lane_;
+        const Vector16 row = load_shared(weight() + at);
+        const uint32_t a[4] = {row.words[0], row.words[1], row.words[2], row.words[3]};
+        uint32_t b[2];
+        as_terms(now.rows[unit].low, s, b);
+        mma_16x8x16<Storage>(sums[0], a, b);
+        as_terms(now.rows[unit].high, s, b);
+        mma_16x8x16<Storage>(sums[1], a, b);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+      store_shared(
+          parts(buffer, this->channel_warp_, n),
+          Sums{{{sums[0][2 * n], sums[0][2 * n + 1]}, {sums[1][2 * n], sums[1][2 * n + 1]}}});
+  }
+
+  // e = dropout(act(c)), and its slope.
+  LKA_DEVICE void activate_c(const SequenceTile& tile, const Pairs& c, int buffer) const {
+#pragma unroll 1  // so that activations and the random stream are in the code twice only
+    for (int i = 0; i < 2 * kTiles; ++i) {
+      const int n = i / 2, half = i % 2, rank = 8 * n + this->g_;
+      uint32_t pair = 0;
+      Base::for_each_pair(0, 0, [&](int m, int other, int, int) {
+        if (m == n && other == half) pair = c[m][other];
+      });
+      const int64_t token = tile.first + 2 * this->q_ + 8 * half;
+      const float value[2] = {Base::widen_low(pair), Base::widen_high(pair)};
+      float activated[2], factor[2];
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        factor[k] = DropoutStream::factor(p.dropout, (token + k) * p.rank + rank);
+        activated[k] = activate(p.behind, value[k]) * factor[k];
+        factor[k] *= slope(p.behind, value[k]) * p.scale;
+      }
+      store_shared(e(buffer, n, half), Base::narrow_pair(activated[0], activated[1]));
+      store_shared(factors(buffer, n, half), Factors{factor[0], factor[1]});
+    }
+  }
+
+  // Gradients += grad_output · e, and · ones for the bias.
+  LKA_DEVICE void multiply_tokens(const Loaded& now, int buffer) {
+    Pairs terms;
+    Base::for_each_pair(0, 0, [&](int n, int half, int, int) {
+      terms[n][half] = activates_ ? load_shared(e(buffer, n, half)) : now.c[n][half];
+    });
+#pragma unroll
+    for (int unit = 0; unit < kUnits; ++unit)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        uint32_t rows[4];
+        Base::turn(now.rows[unit], h, rows);
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n)
+          mma_16x8x16<Storage>(weight_sums_[unit][h][n], rows, terms[n]);
+        // A column for each half of a unit, so that all have sums of a single product.
+        const uint32_t one = this->g_ == 2 * unit + h ? Base::narrow_pair(1.0f, 1.0f) : 0;
+        const uint32_t ones[2] = {one, one};
+        mma_16x8x16<Storage>(bias_sums_, rows, ones);
+      }
+  }
+
+  LKA_DEVICE void store_grad_c(const SequenceTile& tile, int buffer) const {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      Sums sums = load_shared(parts(buffer, 0, n));
+#pragma unroll 4  // loads under way together
+      for (int warp = 1; warp < p.channel_warps; ++warp) {
+        const Sums part = load_shared(parts(buffer, warp, n));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums.of[i / 2][i % 2] += part.of[i / 2][i % 2];
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        Factors by = {p.scale, p.scale};
+        if (activates_) by = load_shared(factors(buffer, n, half));
+        this->store_pair(p.grad_c, tile, 8 * n + this->g_, 2 * this->q_ + 8 * half,
+                         Base::narrow_pair(sums.of[half][0] * by.low, sums.of[half][1] * by.high));
+      }
+    }
+  }
+
+  LKA_DEVICE void store_partials() {
+    const auto for_each = [&](auto f) {
+      for_each_sum([&](int i, float& sum, int, int, int, int) { f(i, sum); });
+#pragma unroll
+      for (int i = 0; i < 4; ++i) f(kWeightSums + i, bias_sums_[i]);
+    };
+    auto* memory = reinterpret_cast<float*>(this->shared_ + p.at_stages);
+    if (!this->template join_token_warps<kSums>(for_each, memory)) return;
+    const auto to = [&](int unit, int h, int i) {
+      const int channel = channel_ + unit * kChannels + this->channel_of_sum(h, i);
+      return p.up_partials + (int64_t(blockIdx.x) * p.channels + channel) * (p.rank + 1);
+    };
+    for_each_sum([&](int, float& sum, int unit, int h, int n, int i) {
+      const int rank = this->rank_of_sum(n, i);
+      if (rank < p.rank && channel_ + unit * kChannels < p.channels)
+        store_global(to(unit, h, i) + rank, sum * p.scale);
+    });
+#pragma unroll
+    for (int unit = 0; unit < kUnits; ++unit)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)  // column 2·unit + h is with the lanes of q = unit
+        if (this->q_ == unit && channel_ + unit * kChannels < p.channels)
+          store_global(to(unit, i % 2, i) + p.rank, bias_sums_[i] * p.scale);
+  }
+
+  template <class F>
+  LKA_DEVICE void for_each_sum(F f) {
+#pragma unroll
+    for (int unit = 0; unit < kUnits; ++unit)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            f(((unit * 2 + h) * kTiles + n) * 4 + i, weight_sums_[unit][h][n][i], unit, h, n, i);
+  }
+
+  bool activates_;
+  int channel_;       // the first of this warp
+  int finisher_ = 0;  // the warp of a row that finishes grad_c of the tile at hand
+  float weight_sums_[kUnits][2][kTiles][4] = {}, bias_sums_[4] = {};
+};
+
+// grad_x, and partial sums of the gradients of the down-projection. A warp has 32 channels and
+// needs no other: blocks have parts of the channels where all are too many.
+template <class Storage, int kTiles>
+class AdapterNarrowDownBackwardBlock : AdapterNarrowBackwardBlock<Storage, kTiles> {
+  using Base = AdapterNarrowBackwardBlock<Storage, kTiles>;
+  using Base::p;
+  using typename Base::Element;
+  using typename Base::Pairs;
+
+ public:
+  using Base::kChannels;
+  static constexpr int kWeightSums = 2 * kTiles * 4, kSums = kWeightSums + 4 * kTiles;
+
+  LKA_DEVICE AdapterNarrowDownBackwardBlock(const AdapterParams& params, char* shared)
+      : Base(params, shared) {
+    group_ = int(blockIdx.x) / p.splits;
+    const int split = int(blockIdx.x) - group_ * p.splits;
+    channel_ = (split * p.channel_warps + this->channel_warp_) * kChannels;
+  }
+
+  LKA_DEVICE void run() {
+    SequenceTile tile = this->first_tile(group_);
+    if (channel_ < p.channels) {  // all lanes of a warp
+      load_weight();
+      Loaded even, odd;
+      load(tile, even);
+      while (tile.first < this->end_) {
+        run_tile(tile, even, odd);
+        if (tile.first < this->end_) run_tile(tile, odd, even);
+      }
+    }
+    if (p.down_partials != nullptr) store_partials();
+  }
+
+ private:
+  struct Loaded {
+    TokenFragment x[1], residual[1];
+    Pairs grad_z;
+  };
+
+  // Ranks as terms, column g of product j being channel_of_column(g, j).
+  LKA_DEVICE void load_weight() {
+    const auto* from = static_cast<const Element*>(p.down_weight) + channel_ + 8 * this->q_;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      const int rank = 8 * n + this->g_;
+      const Vector16 row = load_vector_if(rank < p.rank, from + int64_t(rank) * p.channels);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) weight_[j][n] = transpose_matrix(row.words[j]);
+    }
+  }
+
+  LKA_DEVICE void load(const SequenceTile& tile, Loaded& to) const {
+    if (p.down_partials != nullptr) this->load_rows(p.x, tile, 0, channel_, to.x);
+    to.residual[0] = {};
+    if (p.residual.data != nullptr) this->load_rows(p.residual, tile, 0, channel_, to.residual);
+    this->load_pairs(p.grad_z, tile, to.grad_z);
+  }
+
+  LKA_DEVICE void run_tile(SequenceTile& tile, const Loaded& now, Loaded& next) {
+    const SequenceTile following = this->next_tile(tile);
+    load(following, next);
+    if (p.grad_x.data != nullptr) store_grad_x(tile, now);
+    if (p.down_partials != nullptr) multiply_tokens(now);
+    tile = following;
+  }
+
+  // grad_z · weight + residual, tokens as rows and channels as columns.
+  LKA_DEVICE void store_grad_x(const SequenceTile& tile, const Loaded& now) const {
+    uint32_t rows[2 * kTiles];
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i) rows[i] = transpose_matrix(now.grad_z[i / 2][i % 2]);
+    const TokenFragment& added = now.residual[0];
+    TokenFragment result;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      float sums[4] = {Base::widen_low(added.low.words[j]), Base::widen_high(added.low.words[j]),
+                       Base::widen_low(added.high.words[j]), Base::widen_high(added.high.words[j])};
+      if constexpr (kTiles == 1)
+        mma_16x8x8<Storage>(sums, rows, weight_[j][0]);
+      else
+        mma_16x8x16<Storage>(sums, rows, weight_[j]);
+      result.low.words[j] = Base::narrow_pair(sums[0], sums[1]);
+      result.high.words[j] = Base::narrow_pair(sums[2], sums[3]);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int i = this->g_ + 8 * half;
+      if (tile.first + i < this->end_)
+        store_global(reinterpret_cast<Vector16*>(this->row_of(p.grad_x, tile, i, channel_)),
+                     half == 0 ? result.low : result.high);
+    }
+  }
+
+  // Gradients += x · grad_z, and ones · grad_z for the bias.
+  LKA_DEVICE void multiply_tokens(const Loaded& now) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      uint32_t rows[4];
+      Base::turn(now.x[0], h, rows);
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n)
+        mma_16x8x16<Storage>(weight_sums_[h][n], rows, now.grad_z[n]);
+    }
+    const uint32_t one = Base::narrow_pair(1.0f, 1.0f);
+    const uint32_t ones[4] = {one, one, one, one};
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) mma_16x8x16<Storage>(bias_sums_[n], ones, now.grad_z[n]);
+  }
+
+  LKA_DEVICE void store_partials() {
+    const auto for_each = [&](auto f) {
+#pragma unroll
+      for (int i = 0; i < kSums; ++i)
+        f(i, i < kWeightSums ? weight_sums_[i / (4 * kTiles)][i / 4 % kTiles][i % 4]
+                             : bias_sums_[(i - kWeightSums) / 4][i % 4]);
+    };
+    auto* memory = reinterpret_cast<float*>(this->shared_);
+    if (!this->template join_token_warps<kSums>(for_each, memory)) return;
+    if (channel_ >= p.channels) return;
+    const auto to = [&](int rank) {
+      return p.down_partials + (int64_t(group_) * p.rank + rank) * (p.channels + 1);
+    };
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int rank = this->rank_of_sum(n, i);
+        if (rank >= p.rank) continue;
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          store_global(to(rank) + channel_ + this->channel_of_sum(h, i), weight_sums_[h][n][i]);
+        // All rows are the same.
+        if (i < 2 && channel_ == 0 && this->g_ == 0)
+          store_global(to(rank) + p.channels, bias_sums_[n][i]);
+      }
+  }
+
+  int group_, channel_;
+  uint32_t weight_[4][kTiles] = {};
+  float weight_sums_[2][kTiles][4] = {}, bias_sums_[kTiles][4] = {};
+};
+
+// What launches are made of: blocks, how many warps one has at most, and how many share a
+// multiprocessor, which is what registers are for.
+template <class Storage, int kUnitsOfWarp, int kTilesOfRank>
+struct NarrowUpBackward {
+  using Block = AdapterNarrowUpBackwardBlock<Storage, kUnitsOfWarp, kTilesOfRank>;
+  static constexpr int kUnits = kUnitsOfWarp, kTiles = kTilesOfRank, kSums = Block::kSums;
+  static constexpr int kWarps = kUnits == 1 ? 12 : 16, kBlocks = kUnits == 1 ? 2 : 1;
+};
+template <class Storage, int kTilesOfRank>
+struct NarrowDownBackward {
+  using Block = AdapterNarrowDownBackwardBlock<Storage, kTilesOfRank>;
+  static constexpr int kTiles = kTilesOfRank, kSums = Block::kSums;
+  static constexpr int kWarps = 12, kBlocks = 2;
+};
+
+}  // namespace lka::cuda
