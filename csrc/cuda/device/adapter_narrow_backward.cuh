@@ -19,13 +19,13 @@
 
 namespace lka::cuda {
 
-// 16 tokens of the sequence; the first is `token` of `image`.
+// 16 tokens of the sequence from `first` on, which is `token` of `image`.
 struct SequenceTile {
   static constexpr int kTokens = TokenFragment::kTokens;
   int first, image, token;
 };
 
-// kTiles times 8 channels of the rank.
+// kTiles times 8 channels of the rank. Places in tensors are computed in 32 bits.
 template <class Storage, int kTiles>
 class AdapterNarrowBackwardBlock {
  public:
@@ -38,109 +38,112 @@ class AdapterNarrowBackwardBlock {
 
   LKA_DEVICE AdapterNarrowBackwardBlock(const AdapterParams& params, char* shared)
       : p(params), shared_(shared) {
-    const int warp = threadIdx.x / 32;
+    const unsigned warp = threadIdx.x / 32, channel_warps = p.channel_warps;
     lane_ = threadIdx.x % 32;
     g_ = lane_ / 4;
     q_ = lane_ % 4;
-    token_warp_ = warp / p.channel_warps;
-    channel_warp_ = warp - token_warp_ * p.channel_warps;
+    token_warp_ = int(warp / channel_warps);
+    channel_warp_ = int(warp % channel_warps);
   }
 
-  // The first tile of this warp's run; its last token is before end_.
+  // The first tile of this warp's run; tokens from end_ on are not of the run.
   LKA_DEVICE SequenceTile first_tile(int group) {
     const int tokens = p.batch * p.tokens, run = p.tiles_of_group * kTokens;
     SequenceTile tile;
     tile.first = (group * p.token_warps + token_warp_) * run;
-    tile.image = tile.first / p.tokens;
+    tile.image = int(unsigned(tile.first) / unsigned(p.tokens));
     tile.token = tile.first - tile.image * p.tokens;
     end_ = tile.first + run < tokens ? tile.first + run : tokens;
     return tile;
   }
 
   LKA_DEVICE SequenceTile next_tile(SequenceTile tile) const {
-    tile.first += kTokens;
-    tile.token += kTokens;
-    if (tile.token >= p.tokens) {
-      tile.token -= p.tokens;
-      ++tile.image;
+    const Token next = token_of(tile, kTokens);
+    return {tile.first + kTokens, int(next.image), int(next.token)};
+  }
+
+  struct Token {
+    uint32_t image, token;
+    bool exists;
+  };
+
+  LKA_DEVICE Token token_of(const SequenceTile& tile, int i) const {
+    Token t = {uint32_t(tile.image), uint32_t(tile.token + i), tile.first + i < end_};
+    if (t.token >= uint32_t(p.tokens)) {
+      t.token -= p.tokens;
+      ++t.image;
     }
-    return tile;
+    return t;
   }
 
-  LKA_DEVICE bool ends_image_before(const SequenceTile& tile, int i) const {
-    return tile.token + i >= p.tokens;
+  // Channels from `channel` on.
+  static LKA_DEVICE Element* row_of(const TokenTensor& tensor, const Token& t, int channel) {
+    const uint32_t at = t.image * uint32_t(tensor.stride_b) + t.token * uint32_t(tensor.stride_t);
+    return static_cast<Element*>(tensor.data) + (at + uint32_t(channel));
   }
 
-  // The lane's eight channels from `channel` on of token i of a tile. No tensor has 2^31 elements.
-  LKA_DEVICE Element* row_of(const TokenTensor& tensor, const SequenceTile& tile, int i,
-                             int channel) const {
-    const uint32_t stride_b = uint32_t(tensor.stride_b), stride_t = uint32_t(tensor.stride_t);
-    uint32_t at = tile.image * stride_b + (tile.token + i) * stride_t;
-    if (ends_image_before(tile, i)) at += stride_b - p.tokens * stride_t;
-    return static_cast<Element*>(tensor.data) + at + channel + 8 * q_;
-  }
-
-  // The lane's tokens g and g + 8, zero beyond the run and for tokens of an image below `from`.
+  // The lane's channels, `channel` and seven more, of tokens g and g + 8; of unit i 32·i further
+  // on. Zero beyond the run and the channels, and for tokens of an image below `from`.
   template <int kUnits>
   LKA_DEVICE void load_rows(const TokenTensor& tensor, const SequenceTile& tile, int from,
                             int channel, TokenFragment (&rows)[kUnits]) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int i = g_ + 8 * half;
-      const int token = tile.token + i - (ends_image_before(tile, i) ? p.tokens : 0);
-      const bool exists = tile.first + i < end_ && token >= from;
-      const Element* row = row_of(tensor, tile, i, channel);
+      const Token t = token_of(tile, g_ + 8 * half);
+      const bool exists = t.exists && t.token >= uint32_t(from);
+      const Element* row = row_of(tensor, t, channel);
 #pragma unroll
-      for (int unit = 0; unit < kUnits; ++unit)
-        (half == 0 ? rows[unit].low : rows[unit].high) = load_vector_if(
-            exists && channel + unit * kChannels < p.channels, row + unit * kChannels);
+      for (int i = 0; i < kUnits; ++i)
+        (half == 0 ? rows[i].low : rows[i].high) = load_vector_if(
+            exists && (i == 0 || channel + i * kChannels < p.channels), row + i * kChannels);
     }
   }
 
-  // Channel `rank` of token i of a tile.
-  LKA_DEVICE uint32_t place_of(const SequenceTile& tile, int i, int rank) const {
-    uint32_t at = (tile.image * uint32_t(p.rank) + rank) * p.tokens + tile.token + i;
-    if (ends_image_before(tile, i)) at += uint32_t(p.rank - 1) * p.tokens;
-    return at;
+  LKA_DEVICE uint32_t place_of(const Token& t, int rank) const {
+    return t.image * uint32_t(p.rank * p.tokens) + uint32_t(rank * p.tokens) + t.token;
   }
 
-  // Calls f(n, half, rank, i) for the pairs of a lane: tokens i and i + 1 of a tile.
+  // Calls f(n, half) for the words of Pairs.
   template <class F>
-  static LKA_DEVICE void for_each_pair(int g, int q, F f) {
+  static LKA_DEVICE void for_each_pair(F f) {
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) f(n, half, 8 * n + g, 2 * q + 8 * half);
+      for (int half = 0; half < 2; ++half) f(n, half);
   }
+  LKA_DEVICE int rank_of_pair(int n) const { return 8 * n + g_; }
+  LKA_DEVICE int token_of_pair(int half) const { return 2 * q_ + 8 * half; }
 
   LKA_DEVICE void load_pairs(const void* tensor, const SequenceTile& tile, Pairs& pairs) const {
     const auto* data = static_cast<const Element*>(tensor);
-    for_each_pair(g_, q_, [&](int n, int half, int rank, int i) {
-      const bool exists = rank < p.rank && tile.first + i < end_;
-      uint32_t pair = 0;
-      if (p.rank_vector > 1) {  // of one image
-        if (exists)
-          pair = load_global(reinterpret_cast<const uint32_t*>(data + place_of(tile, i, rank)));
+    for_each_pair([&](int n, int half) {
+      const int rank = rank_of_pair(n);
+      const Token t = token_of(tile, token_of_pair(half));
+      const bool exists = rank < p.rank && t.exists;
+      if (p.rank_vector > 1) {  // both of one image
+        const auto* from = reinterpret_cast<const uint32_t*>(data + place_of(t, rank));
+        pairs[n][half] = exists ? load_global(from) : 0;
       } else {
-        Element low = 0, high = 0;
-        if (exists) low = load_global(data + place_of(tile, i, rank));
-        if (exists && tile.first + i + 1 < end_)
-          high = load_global(data + place_of(tile, i + 1, rank));
-        pair = pack(low, high);
+        const Token next = token_of(tile, token_of_pair(half) + 1);
+        const Element low = exists ? load_global(data + place_of(t, rank)) : Element();
+        const Element high =
+            exists && next.exists ? load_global(data + place_of(next, rank)) : Element();
+        pairs[n][half] = pack(low, high);
       }
-      pairs[n][half] = pair;
     });
   }
 
-  LKA_DEVICE void store_pair(void* tensor, const SequenceTile& tile, int rank, int i,
+  LKA_DEVICE void store_pair(void* tensor, const SequenceTile& tile, int n, int half,
                              uint32_t pair) const {
     auto* data = static_cast<Element*>(tensor);
-    if (rank >= p.rank || tile.first + i >= end_) return;
+    const int rank = rank_of_pair(n);
+    const Token t = token_of(tile, token_of_pair(half));
+    if (rank >= p.rank || !t.exists) return;
     if (p.rank_vector > 1)
-      return store_global(reinterpret_cast<uint32_t*>(data + place_of(tile, i, rank)), pair);
-    store_global(data + place_of(tile, i, rank), Element(pair));
-    if (tile.first + i + 1 < end_)
-      store_global(data + place_of(tile, i + 1, rank), Element(pair >> 16));
+      return store_global(reinterpret_cast<uint32_t*>(data + place_of(t, rank)), pair);
+    const Token next = token_of(tile, token_of_pair(half) + 1);
+    store_global(data + place_of(t, rank), Element(pair));
+    if (next.exists) store_global(data + place_of(next, rank), Element(pair >> 16));
   }
 
   static LKA_DEVICE uint32_t narrow_pair(float low, float high) {
@@ -240,7 +243,7 @@ class AdapterNarrowUpBackwardBlock : AdapterNarrowBackwardBlock<Storage, kTiles>
   LKA_DEVICE void load(const SequenceTile& tile, Loaded& to) const {
     // In this mode prefix tokens have no gradient here.
     const int from = p.prefix_mode == PrefixMode::zero ? p.prefix : 0;
-    this->load_rows(p.grad_output, tile, from, channel_, to.rows);
+    this->load_rows(p.grad_output, tile, from, channel_ + 8 * this->q_, to.rows);
     if (p.up_partials != nullptr || activates_) this->load_pairs(p.c, tile, to.c);
   }
 
@@ -312,7 +315,7 @@ class AdapterNarrowUpBackwardBlock : AdapterNarrowBackwardBlock<Storage, kTiles>
     float sums[2][4] = {};  // of tokens g and g + 8 as columns
 #pragma unroll
     for (int unit = 0; unit < kUnits; ++unit) {
-      if (channel_ + unit * kChannels >= p.channels) continue;
+      if (unit > 0 && channel_ + unit * kChannels >= p.channels) continue;
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
         const int at = (channel_ / kChannels + unit) * 64 + s * 32 + this->lane_;
@@ -334,19 +337,17 @@ class AdapterNarrowUpBackwardBlock : AdapterNarrowBackwardBlock<Storage, kTiles>
 
   // e = dropout(act(c)), and its slope.
   LKA_DEVICE void activate_c(const SequenceTile& tile, const Pairs& c, int buffer) const {
+    Base::for_each_pair([&](int n, int half) { store_shared(e(buffer, n, half), c[n][half]); });
 #pragma unroll 1  // so that activations and the random stream are in the code twice only
     for (int i = 0; i < 2 * kTiles; ++i) {
-      const int n = i / 2, half = i % 2, rank = 8 * n + this->g_;
-      uint32_t pair = 0;
-      Base::for_each_pair(0, 0, [&](int m, int other, int, int) {
-        if (m == n && other == half) pair = c[m][other];
-      });
-      const int64_t token = tile.first + 2 * this->q_ + 8 * half;
+      const int n = i / 2, half = i % 2;
+      const uint32_t pair = load_shared(e(buffer, n, half));
       const float value[2] = {Base::widen_low(pair), Base::widen_high(pair)};
       float activated[2], factor[2];
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        factor[k] = DropoutStream::factor(p.dropout, (token + k) * p.rank + rank);
+        const int64_t token = tile.first + this->token_of_pair(half) + k;
+        factor[k] = DropoutStream::factor(p.dropout, token * p.rank + this->rank_of_pair(n));
         activated[k] = activate(p.behind, value[k]) * factor[k];
         factor[k] *= slope(p.behind, value[k]) * p.scale;
       }
@@ -358,7 +359,7 @@ class AdapterNarrowUpBackwardBlock : AdapterNarrowBackwardBlock<Storage, kTiles>
   // Gradients += grad_output · e, and · ones for the bias.
   LKA_DEVICE void multiply_tokens(const Loaded& now, int buffer) {
     Pairs terms;
-    Base::for_each_pair(0, 0, [&](int n, int half, int, int) {
+    Base::for_each_pair([&](int n, int half) {
       terms[n][half] = activates_ ? load_shared(e(buffer, n, half)) : now.c[n][half];
     });
 #pragma unroll
@@ -391,7 +392,7 @@ class AdapterNarrowUpBackwardBlock : AdapterNarrowBackwardBlock<Storage, kTiles>
       for (int half = 0; half < 2; ++half) {
         Factors by = {p.scale, p.scale};
         if (activates_) by = load_shared(factors(buffer, n, half));
-        this->store_pair(p.grad_c, tile, 8 * n + this->g_, 2 * this->q_ + 8 * half,
+        this->store_pair(p.grad_c, tile, n, half,
                          Base::narrow_pair(sums.of[half][0] * by.low, sums.of[half][1] * by.high));
       }
     }
@@ -456,34 +457,45 @@ class AdapterNarrowDownBackwardBlock : AdapterNarrowBackwardBlock<Storage, kTile
 
   LKA_DEVICE AdapterNarrowDownBackwardBlock(const AdapterParams& params, char* shared)
       : Base(params, shared) {
-    group_ = int(blockIdx.x) / p.splits;
-    const int split = int(blockIdx.x) - group_ * p.splits;
-    channel_ = (split * p.channel_warps + this->channel_warp_) * kChannels;
+    const unsigned splits = p.splits;
+    group_ = int(blockIdx.x / splits);
+    channel_ = (int(blockIdx.x % splits) * p.channel_warps + this->channel_warp_) * kChannels;
+    lane_channel_ = channel_ + 8 * this->q_;
   }
 
   LKA_DEVICE void run() {
     SequenceTile tile = this->first_tile(group_);
     if (channel_ < p.channels) {  // all lanes of a warp
       load_weight();
-      Loaded even, odd;
-      load(tile, even);
+      Pairs grad_z;
+      TokenFragment x[1], residual[1] = {};
+      this->load_pairs(p.grad_z, tile, grad_z);
+      load(p.residual, tile, residual);
+      if (p.down_partials != nullptr) load(p.x, tile, x);
+      // What is used up makes room for the next tile.
       while (tile.first < this->end_) {
-        run_tile(tile, even, odd);
-        if (tile.first < this->end_) run_tile(tile, odd, even);
+        const SequenceTile next = this->next_tile(tile);
+        Pairs next_grad_z;
+        this->load_pairs(p.grad_z, next, next_grad_z);
+        if (p.grad_x.data != nullptr) {
+          store_grad_x(tile, grad_z, residual[0]);
+          load(p.residual, next, residual);
+        }
+        if (p.down_partials != nullptr) {
+          multiply_tokens(grad_z, x[0]);
+          load(p.x, next, x);
+        }
+        Base::for_each_pair([&](int n, int half) { grad_z[n][half] = next_grad_z[n][half]; });
+        tile = next;
       }
     }
     if (p.down_partials != nullptr) store_partials();
   }
 
  private:
-  struct Loaded {
-    TokenFragment x[1], residual[1];
-    Pairs grad_z;
-  };
-
   // Ranks as terms, column g of product j being channel_of_column(g, j).
   LKA_DEVICE void load_weight() {
-    const auto* from = static_cast<const Element*>(p.down_weight) + channel_ + 8 * this->q_;
+    const auto* from = static_cast<const Element*>(p.down_weight) + lane_channel_;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       const int rank = 8 * n + this->g_;
@@ -493,27 +505,17 @@ class AdapterNarrowDownBackwardBlock : AdapterNarrowBackwardBlock<Storage, kTile
     }
   }
 
-  LKA_DEVICE void load(const SequenceTile& tile, Loaded& to) const {
-    if (p.down_partials != nullptr) this->load_rows(p.x, tile, 0, channel_, to.x);
-    to.residual[0] = {};
-    if (p.residual.data != nullptr) this->load_rows(p.residual, tile, 0, channel_, to.residual);
-    this->load_pairs(p.grad_z, tile, to.grad_z);
-  }
-
-  LKA_DEVICE void run_tile(SequenceTile& tile, const Loaded& now, Loaded& next) {
-    const SequenceTile following = this->next_tile(tile);
-    load(following, next);
-    if (p.grad_x.data != nullptr) store_grad_x(tile, now);
-    if (p.down_partials != nullptr) multiply_tokens(now);
-    tile = following;
+  LKA_DEVICE void load(const TokenTensor& tensor, const SequenceTile& tile,
+                       TokenFragment (&rows)[1]) const {
+    if (tensor.data != nullptr) this->load_rows(tensor, tile, 0, lane_channel_, rows);
   }
 
   // grad_z · weight + residual, tokens as rows and channels as columns.
-  LKA_DEVICE void store_grad_x(const SequenceTile& tile, const Loaded& now) const {
+  LKA_DEVICE void store_grad_x(const SequenceTile& tile, const Pairs& grad_z,
+                               const TokenFragment& added) const {
     uint32_t rows[2 * kTiles];
 #pragma unroll
-    for (int i = 0; i < 2 * kTiles; ++i) rows[i] = transpose_matrix(now.grad_z[i / 2][i % 2]);
-    const TokenFragment& added = now.residual[0];
+    for (int i = 0; i < 2 * kTiles; ++i) rows[i] = transpose_matrix(grad_z[i / 2][i % 2]);
     TokenFragment result;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -528,27 +530,26 @@ class AdapterNarrowDownBackwardBlock : AdapterNarrowBackwardBlock<Storage, kTile
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int i = this->g_ + 8 * half;
-      if (tile.first + i < this->end_)
-        store_global(reinterpret_cast<Vector16*>(this->row_of(p.grad_x, tile, i, channel_)),
-                     half == 0 ? result.low : result.high);
+      const auto t = this->token_of(tile, this->g_ + 8 * half);
+      auto* to = reinterpret_cast<Vector16*>(Base::row_of(p.grad_x, t, lane_channel_));
+      if (t.exists) store_global(to, half == 0 ? result.low : result.high);
     }
   }
 
   // Gradients += x · grad_z, and ones · grad_z for the bias.
-  LKA_DEVICE void multiply_tokens(const Loaded& now) {
+  LKA_DEVICE void multiply_tokens(const Pairs& grad_z, const TokenFragment& x) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       uint32_t rows[4];
-      Base::turn(now.x[0], h, rows);
+      Base::turn(x, h, rows);
 #pragma unroll
       for (int n = 0; n < kTiles; ++n)
-        mma_16x8x16<Storage>(weight_sums_[h][n], rows, now.grad_z[n]);
+        mma_16x8x16<Storage>(weight_sums_[h][n], rows, grad_z[n]);
     }
     const uint32_t one = Base::narrow_pair(1.0f, 1.0f);
     const uint32_t ones[4] = {one, one, one, one};
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) mma_16x8x16<Storage>(bias_sums_[n], ones, now.grad_z[n]);
+    for (int n = 0; n < kTiles; ++n) mma_16x8x16<Storage>(bias_sums_[n], ones, grad_z[n]);
   }
 
   LKA_DEVICE void store_partials() {
@@ -579,7 +580,7 @@ class AdapterNarrowDownBackwardBlock : AdapterNarrowBackwardBlock<Storage, kTile
       }
   }
 
-  int group_, channel_;
+  int group_, channel_, lane_channel_;
   uint32_t weight_[4][kTiles] = {};
   float weight_sums_[2][kTiles][4] = {}, bias_sums_[kTiles][4] = {};
 };
