@@ -16,13 +16,13 @@ inline bool has_small_places(const TokenTensor& t, const AdapterParams& p) {
 
 // What both launches ask beside is_narrow: no tile in more than two images.
 inline bool has_narrow_sequence(const AdapterParams& p) {
-  return p.tokens >= SequenceTile::kTokens && int64_t(p.batch) * p.rank * p.tokens < int64_t(1)
+  return p.tokens >= TokenFragment::kTokens && int64_t(p.batch) * p.rank * p.tokens < int64_t(1)
                                                                                          << 31;
 }
 
 // Rows of warps and their runs of tiles: blocks for the whole device before rows in a block.
 inline void share_narrow_tiles(AdapterParams& p, int64_t blocks, int64_t most_warps) {
-  const int64_t tiles = ceil_div(int64_t(p.batch) * p.tokens, SequenceTile::kTokens);
+  const int64_t tiles = ceil_div(int64_t(p.batch) * p.tokens, TokenFragment::kTokens);
   p.token_warps = int32_t(std::clamp<int64_t>(tiles / blocks, 1, most_warps / p.channel_warps));
   p.tiles_of_group = int32_t(ceil_div(tiles, blocks * p.token_warps));
   p.groups = int32_t(ceil_div(tiles, int64_t(p.tiles_of_group) * p.token_warps));

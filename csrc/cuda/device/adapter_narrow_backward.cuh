@@ -19,17 +19,11 @@
 
 namespace lka::cuda {
 
-// 16 tokens of the sequence from `first` on, which is `token` of `image`.
-struct SequenceTile {
-  static constexpr int kTokens = TokenFragment::kTokens;
-  int first, image, token;
-};
-
 // kTiles times 8 channels of the rank. Places in tensors are computed in 32 bits.
 template <class Storage, int kTiles>
 class AdapterNarrowBackwardBlock {
  public:
-  static constexpr int kTokens = SequenceTile::kTokens, kChannels = TokenFragment::kChannels;
+  static constexpr int kTokens = TokenFragment::kTokens, kChannels = TokenFragment::kChannels;
 
  protected:
   using Element = uint16_t;
@@ -46,29 +40,18 @@ class AdapterNarrowBackwardBlock {
     channel_warp_ = int(warp % channel_warps);
   }
 
-  // The first tile of this warp's run; tokens from end_ on are not of the run.
-  LKA_DEVICE SequenceTile first_tile(int group) {
-    const int tokens = p.batch * p.tokens, run = p.tiles_of_group * kTokens;
-    SequenceTile tile;
-    tile.first = (group * p.token_warps + token_warp_) * run;
-    tile.image = int(unsigned(tile.first) / unsigned(p.tokens));
-    tile.token = tile.first - tile.image * p.tokens;
-    end_ = tile.first + run < tokens ? tile.first + run : tokens;
-    return tile;
-  }
-
-  LKA_DEVICE SequenceTile next_tile(SequenceTile tile) const {
-    const Token next = token_of(tile, kTokens);
-    return {tile.first + kTokens, int(next.image), int(next.token)};
-  }
-
   struct Token {
     uint32_t image, token;
-    bool exists;
+  };
+  // A tile of the sequence from token `first` on, and what of it a lane has: tokens g and g + 8,
+  // and the first of each pair.
+  struct Tile {
+    int first;
+    Token rows[2], pairs[2];
   };
 
-  LKA_DEVICE Token token_of(const SequenceTile& tile, int i) const {
-    Token t = {uint32_t(tile.image), uint32_t(tile.token + i), tile.first + i < end_};
+  LKA_DEVICE Token behind(Token t, int tokens) const {
+    t.token += tokens;
     if (t.token >= uint32_t(p.tokens)) {
       t.token -= p.tokens;
       ++t.image;
@@ -76,26 +59,54 @@ class AdapterNarrowBackwardBlock {
     return t;
   }
 
+  // The first tile of this warp's run; tokens from end_ on are not of the run.
+  LKA_DEVICE Tile first_tile(int group) {
+    const int tokens = p.batch * p.tokens, run = p.tiles_of_group * kTokens;
+    Tile tile;
+    tile.first = (group * p.token_warps + token_warp_) * run;
+    end_ = tile.first + run < tokens ? tile.first + run : tokens;
+    const unsigned first = tile.first, size = p.tokens;
+    const Token token = {first / size, first % size};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      tile.rows[half] = behind(token, g_ + 8 * half);
+      tile.pairs[half] = behind(token, token_of_pair(half));
+    }
+    return tile;
+  }
+
+  LKA_DEVICE Tile next_tile(Tile tile) const {
+    tile.first += kTokens;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      tile.rows[half] = behind(tile.rows[half], kTokens);
+      tile.pairs[half] = behind(tile.pairs[half], kTokens);
+    }
+    return tile;
+  }
+
+  LKA_DEVICE bool exists(const Tile& tile, int i) const { return tile.first + i < end_; }
+
   // Channels from `channel` on.
   static LKA_DEVICE Element* row_of(const TokenTensor& tensor, const Token& t, int channel) {
     const uint32_t at = t.image * uint32_t(tensor.stride_b) + t.token * uint32_t(tensor.stride_t);
     return static_cast<Element*>(tensor.data) + (at + uint32_t(channel));
   }
 
-  // The lane's channels, `channel` and seven more, of tokens g and g + 8; of unit i 32·i further
-  // on. Zero beyond the run and the channels, and for tokens of an image below `from`.
+  // The lane's channels, `channel` and seven more; of unit i 32·i further on. Zero beyond the run
+  // and the channels, and for tokens of an image below `from`.
   template <int kUnits>
-  LKA_DEVICE void load_rows(const TokenTensor& tensor, const SequenceTile& tile, int from,
-                            int channel, TokenFragment (&rows)[kUnits]) const {
+  LKA_DEVICE void load_rows(const TokenTensor& tensor, const Tile& tile, int from, int channel,
+                            TokenFragment (&to)[kUnits]) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const Token t = token_of(tile, g_ + 8 * half);
-      const bool exists = t.exists && t.token >= uint32_t(from);
+      const Token& t = tile.rows[half];
+      const bool loads = exists(tile, g_ + 8 * half) && t.token >= uint32_t(from);
       const Element* row = row_of(tensor, t, channel);
 #pragma unroll
       for (int i = 0; i < kUnits; ++i)
-        (half == 0 ? rows[i].low : rows[i].high) = load_vector_if(
-            exists && (i == 0 || channel + i * kChannels < p.channels), row + i * kChannels);
+        (half == 0 ? to[i].low : to[i].high) = load_vector_if(
+            loads && (i == 0 || channel + i * kChannels < p.channels), row + i * kChannels);
     }
   }
 
@@ -114,36 +125,31 @@ class AdapterNarrowBackwardBlock {
   LKA_DEVICE int rank_of_pair(int n) const { return 8 * n + g_; }
   LKA_DEVICE int token_of_pair(int half) const { return 2 * q_ + 8 * half; }
 
-  LKA_DEVICE void load_pairs(const void* tensor, const SequenceTile& tile, Pairs& pairs) const {
+  LKA_DEVICE void load_pairs(const void* tensor, const Tile& tile, Pairs& pairs) const {
     const auto* data = static_cast<const Element*>(tensor);
     for_each_pair([&](int n, int half) {
-      const int rank = rank_of_pair(n);
-      const Token t = token_of(tile, token_of_pair(half));
-      const bool exists = rank < p.rank && t.exists;
-      if (p.rank_vector > 1) {  // both of one image
-        const auto* from = reinterpret_cast<const uint32_t*>(data + place_of(t, rank));
-        pairs[n][half] = exists ? load_global(from) : 0;
+      const int rank = rank_of_pair(n), i = token_of_pair(half);
+      const Element* low = data + place_of(tile.pairs[half], rank);
+      const bool loads = rank < p.rank && exists(tile, i);
+      if (p.rank_vector > 1) {  // both are of one image
+        pairs[n][half] = loads ? load_global(reinterpret_cast<const uint32_t*>(low)) : 0;
       } else {
-        const Token next = token_of(tile, token_of_pair(half) + 1);
-        const Element low = exists ? load_global(data + place_of(t, rank)) : Element();
-        const Element high =
-            exists && next.exists ? load_global(data + place_of(next, rank)) : Element();
-        pairs[n][half] = pack(low, high);
+        const Element* high = data + place_of(behind(tile.pairs[half], 1), rank);
+        pairs[n][half] = pack(loads ? load_global(low) : Element(),
+                              loads && exists(tile, i + 1) ? load_global(high) : Element());
       }
     });
   }
 
-  LKA_DEVICE void store_pair(void* tensor, const SequenceTile& tile, int n, int half,
-                             uint32_t pair) const {
+  LKA_DEVICE void store_pair(void* tensor, const Tile& tile, int n, int half, uint32_t pair) const {
     auto* data = static_cast<Element*>(tensor);
-    const int rank = rank_of_pair(n);
-    const Token t = token_of(tile, token_of_pair(half));
-    if (rank >= p.rank || !t.exists) return;
-    if (p.rank_vector > 1)
-      return store_global(reinterpret_cast<uint32_t*>(data + place_of(t, rank)), pair);
-    const Token next = token_of(tile, token_of_pair(half) + 1);
-    store_global(data + place_of(t, rank), Element(pair));
-    if (next.exists) store_global(data + place_of(next, rank), Element(pair >> 16));
+    const int rank = rank_of_pair(n), i = token_of_pair(half);
+    if (rank >= p.rank || !exists(tile, i)) return;
+    Element* low = data + place_of(tile.pairs[half], rank);
+    if (p.rank_vector > 1) return store_global(reinterpret_cast<uint32_t*>(low), pair);
+    store_global(low, Element(pair));
+    if (exists(tile, i + 1))
+      store_global(data + place_of(behind(tile.pairs[half], 1), rank), Element(pair >> 16));
   }
 
   static LKA_DEVICE uint32_t narrow_pair(float low, float high) {
@@ -201,6 +207,7 @@ class AdapterNarrowUpBackwardBlock : AdapterNarrowBackwardBlock<Storage, kTiles>
   using Base::p;
   using typename Base::Element;
   using typename Base::Pairs;
+  using typename Base::Tile;
 
  public:
   using Base::kChannels;
@@ -214,19 +221,17 @@ class AdapterNarrowUpBackwardBlock : AdapterNarrowBackwardBlock<Storage, kTiles>
   }
 
   LKA_DEVICE void run() {
-    const int run = p.tiles_of_group * SequenceTile::kTokens;
+    const int run = p.tiles_of_group * Base::kTokens;
     // Of the first row of warps, which has the most tiles: all meet at its barriers.
     const int left = p.batch * p.tokens - int(blockIdx.x) * p.token_warps * run;
-    const int tiles =
-        ((left < run ? left : run) + SequenceTile::kTokens - 1) / SequenceTile::kTokens;
-    SequenceTile tile = this->first_tile(blockIdx.x);
+    const int tiles = ((left < run ? left : run) + Base::kTokens - 1) / Base::kTokens;
     Loaded even, odd;
-    load(tile, even);
+    load(this->first_tile(blockIdx.x), even);
     if (p.grad_c != nullptr) stage_weight();
     __syncthreads();
     for (int i = 0; i < tiles; i += 2) {
-      run_tile<0>(tile, even, kAhead ? odd : even);
-      if (i + 1 < tiles) run_tile<1>(tile, kAhead ? odd : even, even);
+      run_tile<0>(even, kAhead ? odd : even);
+      if (i + 1 < tiles) run_tile<1>(kAhead ? odd : even, even);
     }
     if (p.up_partials != nullptr) store_partials();
   }
@@ -236,11 +241,13 @@ class AdapterNarrowUpBackwardBlock : AdapterNarrowBackwardBlock<Storage, kTiles>
   static constexpr bool kAhead = kUnits <= 2;
 
   struct Loaded {
+    Tile tile;
     TokenFragment rows[kUnits];
     Pairs c;
   };
 
-  LKA_DEVICE void load(const SequenceTile& tile, Loaded& to) const {
+  LKA_DEVICE void load(const Tile& tile, Loaded& to) const {
+    to.tile = tile;
     // In this mode prefix tokens have no gradient here.
     const int from = p.prefix_mode == PrefixMode::zero ? p.prefix : 0;
     this->load_rows(p.grad_output, tile, from, channel_ + 8 * this->q_, to.rows);
@@ -248,9 +255,9 @@ class AdapterNarrowUpBackwardBlock : AdapterNarrowBackwardBlock<Storage, kTiles>
   }
 
   template <int kBuffer>
-  LKA_DEVICE void run_tile(SequenceTile& tile, Loaded& now, Loaded& next) {
+  LKA_DEVICE void run_tile(Loaded& now, Loaded& next) {
     const bool finishes = this->channel_warp_ == finisher_;
-    const SequenceTile following = this->next_tile(tile);
+    const Tile tile = now.tile, following = this->next_tile(tile);
     if (p.grad_c != nullptr) multiply_channels(now, kBuffer);
     if constexpr (kAhead) load(following, next);
     if (activates_ && finishes) activate_c(tile, now.c, kBuffer);
@@ -258,7 +265,6 @@ class AdapterNarrowUpBackwardBlock : AdapterNarrowBackwardBlock<Storage, kTiles>
     if (p.up_partials != nullptr) multiply_tokens(now, kBuffer);
     if constexpr (!kAhead) load(following, next);
     if (p.grad_c != nullptr && finishes) store_grad_c(tile, kBuffer);
-    tile = following;
     finisher_ = finisher_ + 1 == p.channel_warps ? 0 : finisher_ + 1;
   }
 
@@ -336,7 +342,7 @@ class AdapterNarrowUpBackwardBlock : AdapterNarrowBackwardBlock<Storage, kTiles>
   }
 
   // e = dropout(act(c)), and its slope.
-  LKA_DEVICE void activate_c(const SequenceTile& tile, const Pairs& c, int buffer) const {
+  LKA_DEVICE void activate_c(const Tile& tile, const Pairs& c, int buffer) const {
     Base::for_each_pair([&](int n, int half) { store_shared(e(buffer, n, half), c[n][half]); });
 #pragma unroll 1  // so that activations and the random stream are in the code twice only
     for (int i = 0; i < 2 * kTiles; ++i) {
@@ -378,7 +384,7 @@ class AdapterNarrowUpBackwardBlock : AdapterNarrowBackwardBlock<Storage, kTiles>
       }
   }
 
-  LKA_DEVICE void store_grad_c(const SequenceTile& tile, int buffer) const {
+  LKA_DEVICE void store_grad_c(const Tile& tile, int buffer) const {
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       Sums sums = load_shared(parts(buffer, 0, n));
@@ -450,6 +456,7 @@ class AdapterNarrowDownBackwardBlock : AdapterNarrowBackwardBlock<Storage, kTile
   using Base::p;
   using typename Base::Element;
   using typename Base::Pairs;
+  using typename Base::Tile;
 
  public:
   using Base::kChannels;
@@ -464,7 +471,7 @@ class AdapterNarrowDownBackwardBlock : AdapterNarrowBackwardBlock<Storage, kTile
   }
 
   LKA_DEVICE void run() {
-    SequenceTile tile = this->first_tile(group_);
+    Tile tile = this->first_tile(group_);
     if (channel_ < p.channels) {  // all lanes of a warp
       load_weight();
       Pairs grad_z;
@@ -474,19 +481,16 @@ class AdapterNarrowDownBackwardBlock : AdapterNarrowBackwardBlock<Storage, kTile
       if (p.down_partials != nullptr) load(p.x, tile, x);
       // What is used up makes room for the next tile.
       while (tile.first < this->end_) {
-        const SequenceTile next = this->next_tile(tile);
-        Pairs next_grad_z;
-        this->load_pairs(p.grad_z, next, next_grad_z);
-        if (p.grad_x.data != nullptr) {
-          store_grad_x(tile, grad_z, residual[0]);
-          load(p.residual, next, residual);
-        }
+        if (p.grad_x.data != nullptr) store_grad_x(tile, grad_z, residual[0]);
+        tile = this->next_tile(tile);
+        Pairs next;
+        this->load_pairs(p.grad_z, tile, next);
+        load(p.residual, tile, residual);
         if (p.down_partials != nullptr) {
           multiply_tokens(grad_z, x[0]);
-          load(p.x, next, x);
+          load(p.x, tile, x);
         }
-        Base::for_each_pair([&](int n, int half) { grad_z[n][half] = next_grad_z[n][half]; });
-        tile = next;
+        Base::for_each_pair([&](int n, int half) { grad_z[n][half] = next[n][half]; });
       }
     }
     if (p.down_partials != nullptr) store_partials();
@@ -505,34 +509,34 @@ class AdapterNarrowDownBackwardBlock : AdapterNarrowBackwardBlock<Storage, kTile
     }
   }
 
-  LKA_DEVICE void load(const TokenTensor& tensor, const SequenceTile& tile,
-                       TokenFragment (&rows)[1]) const {
-    if (tensor.data != nullptr) this->load_rows(tensor, tile, 0, lane_channel_, rows);
+  LKA_DEVICE void load(const TokenTensor& tensor, const Tile& tile, TokenFragment (&to)[1]) const {
+    if (tensor.data != nullptr) this->load_rows(tensor, tile, 0, lane_channel_, to);
   }
 
   // grad_z · weight + residual, tokens as rows and channels as columns.
-  LKA_DEVICE void store_grad_x(const SequenceTile& tile, const Pairs& grad_z,
+  LKA_DEVICE void store_grad_x(const Tile& tile, const Pairs& grad_z,
                                const TokenFragment& added) const {
-    uint32_t rows[2 * kTiles];
+    uint32_t left[2 * kTiles];
 #pragma unroll
-    for (int i = 0; i < 2 * kTiles; ++i) rows[i] = transpose_matrix(grad_z[i / 2][i % 2]);
+    for (int i = 0; i < 2 * kTiles; ++i) left[i] = transpose_matrix(grad_z[i / 2][i % 2]);
     TokenFragment result;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       float sums[4] = {Base::widen_low(added.low.words[j]), Base::widen_high(added.low.words[j]),
                        Base::widen_low(added.high.words[j]), Base::widen_high(added.high.words[j])};
       if constexpr (kTiles == 1)
-        mma_16x8x8<Storage>(sums, rows, weight_[j][0]);
+        mma_16x8x8<Storage>(sums, left, weight_[j][0]);
       else
-        mma_16x8x16<Storage>(sums, rows, weight_[j]);
+        mma_16x8x16<Storage>(sums, left, weight_[j]);
       result.low.words[j] = Base::narrow_pair(sums[0], sums[1]);
       result.high.words[j] = Base::narrow_pair(sums[2], sums[3]);
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const auto t = this->token_of(tile, this->g_ + 8 * half);
-      auto* to = reinterpret_cast<Vector16*>(Base::row_of(p.grad_x, t, lane_channel_));
-      if (t.exists) store_global(to, half == 0 ? result.low : result.high);
+      auto* to =
+          reinterpret_cast<Vector16*>(Base::row_of(p.grad_x, tile.rows[half], lane_channel_));
+      if (this->exists(tile, this->g_ + 8 * half))
+        store_global(to, half == 0 ? result.low : result.high);
     }
   }
 
@@ -543,8 +547,7 @@ class AdapterNarrowDownBackwardBlock : AdapterNarrowBackwardBlock<Storage, kTile
       uint32_t rows[4];
       Base::turn(x, h, rows);
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n)
-        mma_16x8x16<Storage>(weight_sums_[h][n], rows, grad_z[n]);
+      for (int n = 0; n < kTiles; ++n) mma_16x8x16<Storage>(weight_sums_[h][n], rows, grad_z[n]);
     }
     const uint32_t one = Base::narrow_pair(1.0f, 1.0f);
     const uint32_t ones[4] = {one, one, one, one};
@@ -591,13 +594,14 @@ template <class Storage, int kUnitsOfWarp, int kTilesOfRank>
 struct NarrowUpBackward {
   using Block = AdapterNarrowUpBackwardBlock<Storage, kUnitsOfWarp, kTilesOfRank>;
   static constexpr int kUnits = kUnitsOfWarp, kTiles = kTilesOfRank, kSums = Block::kSums;
-  static constexpr int kWarps = kUnits == 1 ? 12 : 16, kBlocks = kUnits == 1 ? 2 : 1;
+  static constexpr int kWarps = kUnits > 1 ? 16 : kTiles == 1 ? 12 : 10;
+  static constexpr int kBlocks = kUnits > 1 ? 1 : 2;
 };
 template <class Storage, int kTilesOfRank>
 struct NarrowDownBackward {
   using Block = AdapterNarrowDownBackwardBlock<Storage, kTilesOfRank>;
   static constexpr int kTiles = kTilesOfRank, kSums = Block::kSums;
-  static constexpr int kWarps = 12, kBlocks = 2;
+  static constexpr int kWarps = kTiles == 1 ? 12 : 8, kBlocks = 2;
 };
 
 }  // namespace lka::cuda
