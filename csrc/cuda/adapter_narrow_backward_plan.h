@@ -17,7 +17,7 @@ inline bool has_small_places(const TokenTensor& t, const AdapterParams& p) {
 // What both launches ask beside is_narrow: no tile in more than two images.
 inline bool has_narrow_sequence(const AdapterParams& p) {
   return p.tokens >= TokenFragment::kTokens && int64_t(p.batch) * p.rank * p.tokens < int64_t(1)
-                                                                                         << 31;
+                                                                                          << 31;
 }
 
 // Rows of warps and their runs of tiles: blocks for the whole device before rows in a block.

@@ -205,7 +205,7 @@ inline std::vector<Work> work_of(const AdapterCall& call, AdapterBackward& plan)
     Work up;
     up.memory = of.x;
     up.cache = of.x + 2 * of.rank;
-    of.narrow(up, plan.narrow_up, 190 + 30 * (tiles - 1), 6 + 2 * tiles, 1024 + 1024 * tiles,
+    of.narrow(up, plan.narrow_up, 185 + 40 * (tiles - 1), 6 + 2 * tiles, 1024 + 1024 * tiles,
               call.need_up);
     if (call.need_up) partials += plan.of_up().groups * partial;
     all.push_back(up);
@@ -242,7 +242,7 @@ inline std::vector<Work> work_of(const AdapterCall& call, AdapterBackward& plan)
     Work down;
     down.memory = down_memory - (call.need_down ? 0 : of.x);
     down.cache = down.memory + of.rank * plan.narrow_down.params.splits;
-    of.narrow(down, plan.narrow_down, 180 + 60 * (tiles - 1), 5 * tiles, 0, call.need_down);
+    of.narrow(down, plan.narrow_down, 175 + 25 * (tiles - 1), 5 * tiles, 0, call.need_down);
     if (call.need_down) partials += plan.of_down().groups * partial;
     all.push_back(down);
   }

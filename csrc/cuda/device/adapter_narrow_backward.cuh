@@ -260,7 +260,7 @@ class AdapterNarrowUpBackwardBlock : AdapterNarrowBackwardBlock<Storage, kTiles>
     const Tile tile = now.tile, following = this->next_tile(tile);
     if (p.grad_c != nullptr) multiply_channels(now, kBuffer);
     if constexpr (kAhead) load(following, next);
-    if (activates_ && finishes) activate_c(tile, now.c, kBuffer);
+    if (activates_) activate_c(tile, now.c, kBuffer);
     __syncthreads();
     if (p.up_partials != nullptr) multiply_tokens(now, kBuffer);
     if constexpr (!kAhead) load(following, next);
@@ -341,13 +341,16 @@ class AdapterNarrowUpBackwardBlock : AdapterNarrowBackwardBlock<Storage, kTiles>
           Sums{{{sums[0][2 * n], sums[0][2 * n + 1]}, {sums[1][2 * n], sums[1][2 * n + 1]}}});
   }
 
-  // e = dropout(act(c)), and its slope.
+  // e = dropout(act(c)), and what grad_c is multiplied by, before the barrier: of one word of Pairs
+  // by the warp that finishes the tile, of the next by the next.
   LKA_DEVICE void activate_c(const Tile& tile, const Pairs& c, int buffer) const {
-    Base::for_each_pair([&](int n, int half) { store_shared(e(buffer, n, half), c[n][half]); });
+    int turn = this->channel_warp_ - finisher_;
+    if (turn < 0) turn += p.channel_warps;
 #pragma unroll 1  // so that activations and the random stream are in the code twice only
-    for (int i = 0; i < 2 * kTiles; ++i) {
+    for (int i = turn; i < 2 * kTiles; i += p.channel_warps) {
       const int n = i / 2, half = i % 2;
-      const uint32_t pair = load_shared(e(buffer, n, half));
+      uint32_t pair = 0;  // by masks: an index would put the words in local memory
+      Base::for_each_pair([&](int m, int h) { pair |= c[m][h] & -uint32_t(2 * m + h == i); });
       const float value[2] = {Base::widen_low(pair), Base::widen_high(pair)};
       float activated[2], factor[2];
 #pragma unroll
