@@ -5,7 +5,7 @@ namespace lka::cuda {
 namespace {
 
 template <class Form>
-__global__ void __launch_bounds__(32 * Form::kWarps, Form::kBlocks)
+__global__ void __launch_bounds__(32 * Form::kWarps, Form::kResidentWarps / Form::kWarps)
     adapter_narrow_backward_kernel(const __grid_constant__ AdapterParams p) {
   extern __shared__ __align__(16) char shared[];
 #if __CUDA_ARCH__ >= 800

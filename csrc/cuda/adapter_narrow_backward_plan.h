@@ -20,10 +20,14 @@ inline bool has_narrow_sequence(const AdapterParams& p) {
                                                                                           << 31;
 }
 
-// Rows of warps and their runs of tiles: blocks for the whole device before rows in a block.
-inline void share_narrow_tiles(AdapterParams& p, int64_t blocks, int64_t most_warps) {
+// Rows of warps and their runs of tiles: blocks for the whole device before rows in a block, two
+// blocks on a multiprocessor where a row lets them, each of which leaves partial sums.
+inline void share_narrow_tiles(AdapterParams& p, int64_t multiprocessors, int64_t resident_warps) {
   const int64_t tiles = ceil_div(int64_t(p.batch) * p.tokens, TokenFragment::kTokens);
-  p.token_warps = int32_t(std::clamp<int64_t>(tiles / blocks, 1, most_warps / p.channel_warps));
+  const int64_t shared_by = p.channel_warps <= resident_warps / 2 ? 2 : 1;
+  const int64_t blocks = std::max<int64_t>(1, shared_by * multiprocessors / p.splits);
+  const int64_t most = resident_warps / shared_by / p.channel_warps;
+  p.token_warps = int32_t(std::clamp<int64_t>(tiles / blocks, 1, most));
   p.tiles_of_group = int32_t(ceil_div(tiles, blocks * p.token_warps));
   p.groups = int32_t(ceil_div(tiles, int64_t(p.tiles_of_group) * p.token_warps));
 }
@@ -49,9 +53,8 @@ bool with_narrow_up_block(const AdapterParams& p, F f) {
     return true;
   };
   if (p.rank <= 8)
-    return fits(NarrowUpBackward<Storage, 1, 1>()) || fits(NarrowUpBackward<Storage, 2, 1>()) ||
-           fits(NarrowUpBackward<Storage, 4, 1>());
-  return fits(NarrowUpBackward<Storage, 1, 2>()) || fits(NarrowUpBackward<Storage, 2, 2>());
+    return fits(NarrowUpBackward<Storage, 2, 1>()) || fits(NarrowUpBackward<Storage, 4, 1>());
+  return fits(NarrowUpBackward<Storage, 2, 2>());
 }
 template <class Storage, class F>
 void with_narrow_down_block(const AdapterParams& p, F f) {
@@ -69,7 +72,7 @@ inline void plan_narrow_up_backward(const AdapterParams& call, int64_t multiproc
   with_narrow_up_block<BFloat16>(p, [&](auto block) {
     const int64_t units = p.channels / TokenFragment::kChannels;
     p.channel_warps = int32_t(ceil_div(units, block.kUnits));
-    share_narrow_tiles(p, block.kBlocks * multiprocessors, block.kWarps);
+    share_narrow_tiles(p, multiprocessors, block.kResidentWarps);
     p.rank_vector = narrow_rank_vector(p, {p.c, p.grad_c});
     // In shared memory: the weight; two buffers of parts of grad_c, later what rows of warps have
     // of the gradients; two of e and of its slope.
@@ -97,8 +100,7 @@ inline void plan_narrow_down_backward(const AdapterParams& call, int64_t multipr
     const int64_t units = p.channels / TokenFragment::kChannels;
     p.splits = int32_t(ceil_div(units, block.kWarps));
     p.channel_warps = int32_t(ceil_div(units, p.splits));
-    const int64_t blocks = std::max<int64_t>(1, block.kBlocks * multiprocessors / p.splits);
-    share_narrow_tiles(p, blocks, block.kWarps);
+    share_narrow_tiles(p, multiprocessors, block.kResidentWarps);
     p.rank_vector = narrow_rank_vector(p, {p.grad_z});
     shape.blocks = int64_t(p.groups) * p.splits;
     shape.threads = 32 * p.channel_warps * p.token_warps;

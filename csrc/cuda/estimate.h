@@ -205,7 +205,7 @@ inline std::vector<Work> work_of(const AdapterCall& call, AdapterBackward& plan)
     Work up;
     up.memory = of.x;
     up.cache = of.x + 2 * of.rank;
-    of.narrow(up, plan.narrow_up, 185 + 40 * (tiles - 1), 6 + 2 * tiles, 1024 + 1024 * tiles,
+    of.narrow(up, plan.narrow_up, 115 + 25 * (tiles - 1), 6 + 2 * tiles, 1024 + 512 * tiles,
               call.need_up);
     if (call.need_up) partials += plan.of_up().groups * partial;
     all.push_back(up);

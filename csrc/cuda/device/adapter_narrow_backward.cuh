@@ -50,7 +50,7 @@ class AdapterNarrowBackwardBlock {
     Token rows[2], pairs[2];
   };
 
-  LKA_DEVICE Token behind(Token t, int tokens) const {
+  LKA_DEVICE Token later(Token t, int tokens) const {
     t.token += tokens;
     if (t.token >= uint32_t(p.tokens)) {
       t.token -= p.tokens;
@@ -69,8 +69,8 @@ class AdapterNarrowBackwardBlock {
     const Token token = {first / size, first % size};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      tile.rows[half] = behind(token, g_ + 8 * half);
-      tile.pairs[half] = behind(token, token_of_pair(half));
+      tile.rows[half] = later(token, g_ + 8 * half);
+      tile.pairs[half] = later(token, token_of_pair(half));
     }
     return tile;
   }
@@ -79,8 +79,8 @@ class AdapterNarrowBackwardBlock {
     tile.first += kTokens;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      tile.rows[half] = behind(tile.rows[half], kTokens);
-      tile.pairs[half] = behind(tile.pairs[half], kTokens);
+      tile.rows[half] = later(tile.rows[half], kTokens);
+      tile.pairs[half] = later(tile.pairs[half], kTokens);
     }
     return tile;
   }
@@ -134,7 +134,7 @@ class AdapterNarrowBackwardBlock {
       if (p.rank_vector > 1) {  // both are of one image
         pairs[n][half] = loads ? load_global(reinterpret_cast<const uint32_t*>(low)) : 0;
       } else {
-        const Element* high = data + place_of(behind(tile.pairs[half], 1), rank);
+        const Element* high = data + place_of(later(tile.pairs[half], 1), rank);
         pairs[n][half] = pack(loads ? load_global(low) : Element(),
                               loads && exists(tile, i + 1) ? load_global(high) : Element());
       }
@@ -149,7 +149,7 @@ class AdapterNarrowBackwardBlock {
     if (p.rank_vector > 1) return store_global(reinterpret_cast<uint32_t*>(low), pair);
     store_global(low, Element(pair));
     if (exists(tile, i + 1))
-      store_global(data + place_of(behind(tile.pairs[half], 1), rank), Element(pair >> 16));
+      store_global(data + place_of(later(tile.pairs[half], 1), rank), Element(pair >> 16));
   }
 
   static LKA_DEVICE uint32_t narrow_pair(float low, float high) {
@@ -591,20 +591,19 @@ class AdapterNarrowDownBackwardBlock : AdapterNarrowBackwardBlock<Storage, kTile
   float weight_sums_[2][kTiles][4] = {}, bias_sums_[kTiles][4] = {};
 };
 
-// What launches are made of: blocks, how many warps one has at most, and how many share a
+// What launches are made of: the most warps of a block, and of all blocks that share a
 // multiprocessor, which is what registers are for.
 template <class Storage, int kUnitsOfWarp, int kTilesOfRank>
 struct NarrowUpBackward {
   using Block = AdapterNarrowUpBackwardBlock<Storage, kUnitsOfWarp, kTilesOfRank>;
   static constexpr int kUnits = kUnitsOfWarp, kTiles = kTilesOfRank, kSums = Block::kSums;
-  static constexpr int kWarps = kUnits > 1 ? 16 : kTiles == 1 ? 12 : 10;
-  static constexpr int kBlocks = kUnits > 1 ? 1 : 2;
+  static constexpr int kWarps = 16, kResidentWarps = 16;
 };
 template <class Storage, int kTilesOfRank>
 struct NarrowDownBackward {
   using Block = AdapterNarrowDownBackwardBlock<Storage, kTilesOfRank>;
   static constexpr int kTiles = kTilesOfRank, kSums = Block::kSums;
-  static constexpr int kWarps = kTiles == 1 ? 12 : 8, kBlocks = 2;
+  static constexpr int kWarps = kTiles == 1 ? 12 : 8, kResidentWarps = 2 * kWarps;
 };
 
 }  // namespace lka::cuda
