@@ -268,26 +268,35 @@ class AdapterNarrowUpBackwardBlock : AdapterNarrowBackwardBlock<Storage, kTiles>
     finisher_ = finisher_ + 1 == p.channel_warps ? 0 : finisher_ + 1;
   }
 
-  // Products with the weight, ranks as rows and channels as terms, as their lanes take them:
-  // [unit][product][lane].
-  LKA_DEVICE Vector16* weight() const {
-    return reinterpret_cast<Vector16*>(this->shared_ + p.at_weight);
+  // What a lane has of the weight in product s of two of a unit: ranks as rows, channels as terms.
+  LKA_DEVICE Vector16* weight(int unit, int s) const {
+    return reinterpret_cast<Vector16*>(this->shared_ + p.at_weight) + (unit * 2 + s) * 32 +
+           this->lane_;
   }
 
+  // Words of two ranks of a channel are turned into words of two channels of a rank.
   LKA_DEVICE void stage_weight() const {
-    const auto* from = static_cast<const Element*>(p.up_weight);
-    const int places = p.channels / kChannels * 64;
-    for (int i = threadIdx.x; i < places; i += blockDim.x) {
-      const int lane = i % 32, s = i / 32 % 2;
-      const int channel = i / 64 * kChannels + lane % 4 * 8 + 4 * s;
-      const auto pair = [&](int rank, int word) {
-        if (rank >= p.rank) return 0u;
-        const Element* at = from + (channel + 2 * word) * p.rank + rank;
-        return pack(load_global(at), load_global(at + p.rank));
-      };
-      const int g = lane / 4;
-      store_shared(weight() + i,
-                   Vector16{{pair(g, 0), pair(g + 8, 0), pair(g, 1), pair(g + 8, 1)}});
+    const int units = p.channels / kChannels;
+#pragma unroll 2  // loads under way together
+    for (int unit = threadIdx.x / 32; unit < units; unit += blockDim.x / 32) {
+      uint32_t words[4][2] = {};
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+          const int channel = unit * kChannels + channel_of_column(this->g_, j);
+          const int rank = 8 * n + 2 * this->q_;
+          const auto* from = static_cast<const Element*>(p.up_weight) + channel * p.rank + rank;
+          if (rank < p.rank) words[j][n] = load_global(reinterpret_cast<const uint32_t*>(from));
+        }
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) words[j][n] = transpose_matrix(words[j][n]);
+#pragma unroll
+      for (int s = 0; s < 2; ++s)
+        store_shared(weight(unit, s), Vector16{{words[2 * s][0], words[2 * s][1],
+                                                words[2 * s + 1][0], words[2 * s + 1][1]}});
     }
   }
 
@@ -324,9 +333,8 @@ class AdapterNarrowUpBackwardBlock : AdapterNarrowBackwardBlock<Storage, kTiles>
       if (unit > 0 && channel_ + unit * kChannels >= p.channels) continue;
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
-        const int at = (channel_ / kChannels + unit) * 64 + s * 32 + this->lane_;
-        const Vector16 row = load_shared(weight() + at);
-        const uint32_t a[4] = {row.words[0], row.words[1], row.words[2], row.words[3]};
+        const Vector16 ranks = load_shared(weight(channel_ / kChannels + unit, s));
+        const uint32_t a[4] = {ranks.words[0], ranks.words[1], ranks.words[2], ranks.words[3]};
         uint32_t b[2];
         as_terms(now.rows[unit].low, s, b);
         mma_16x8x16<Storage>(sums[0], a, b);
