@@ -224,6 +224,10 @@ def test_what_narrow_kernels_do_not_serve():
     ):
         assert not plan_of(other, dtype, True).keys() & narrow
     assert narrow <= plan_of(case, torch.bfloat16, True).keys()
+    # A block of the first has all channels, in 16 warps.
+    for dim, served in ((2048, narrow), (2080, {"narrow_down"})):
+        found = plan_of(dataclasses.replace(case, dim=dim), torch.bfloat16, True)
+        assert found.keys() & narrow == served
 
 
 @settings(max_examples=30)
