@@ -62,6 +62,8 @@ const char* run_adapter_backward(AdapterCall call, int multiprocessors, void* co
   const auto weight_gradient = [&](const auto& p, const auto& shape) {
     runner.adapter_weight_gradient(p, shape);
   };
+  run_launch(plan.narrow_up,
+             [&](const auto& p, const auto& s) { runner.adapter_narrow_up_backward(p, s); });
   run_launch(plan.up, [&](const auto& p, const auto& s) { runner.adapter_up_backward(p, s); });
   run_launch(plan.up_weight, weight_gradient);
   run_correlation(plan.correlate, runner);
@@ -69,6 +71,8 @@ const char* run_adapter_backward(AdapterCall call, int multiprocessors, void* co
              [&](const auto& p, const auto& s) { runner.adapter_convolve_backward(p, s); });
   run_launch(plan.taps,
              [&](const auto& p, const auto& s) { runner.toeplitz_weight_gradient(p, s); });
+  run_launch(plan.narrow_down,
+             [&](const auto& p, const auto& s) { runner.adapter_narrow_down_backward(p, s); });
   run_launch(plan.down, [&](const auto& p, const auto& s) { runner.adapter_down_backward(p, s); });
   run_launch(plan.down_weight, weight_gradient);
   LaunchOf<AdapterSums> sums;

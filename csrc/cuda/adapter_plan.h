@@ -3,6 +3,7 @@
 #pragma once
 
 #include "adapter_call.h"
+#include "adapter_narrow_backward_plan.h"
 #include "depthwise_estimate.h"
 #include "device/adapter_backward.cuh"
 #include "device/adapter_convolve_backward.cuh"
@@ -43,11 +44,15 @@ struct AdapterBackward {
   AdapterLaunch convolve;
   LaunchOf<WeightGradientParams> taps;
   AdapterLaunch down, down_weight;
+  AdapterLaunch narrow_up, narrow_down;  // in place of up and down, and of those for their weights
 
   // The launches that leave partial sums of the projections' gradients.
-  AdapterParams& of_up() { return up_weight.shape.blocks > 0 ? up_weight.params : up.params; }
-  AdapterParams& of_down() {
-    return down_weight.shape.blocks > 0 ? down_weight.params : down.params;
+  AdapterParams& of_up() { return first_of(narrow_up, up_weight, up); }
+  AdapterParams& of_down() { return first_of(narrow_down, down_weight, down); }
+
+ private:
+  static AdapterParams& first_of(AdapterLaunch& a, AdapterLaunch& b, AdapterLaunch& c) {
+    return a.shape.blocks > 0 ? a.params : b.shape.blocks > 0 ? b.params : c.params;
   }
 };
 
@@ -449,7 +454,14 @@ inline AdapterBackward plan_adapter_backward(const AdapterCall& call, int64_t mu
   bool fits = true;
 
   plan.up.params = plan.convolve.params = plan.down.params = p;
-  if (need_c || call.need_up) {
+  if (detail::is_narrow(call, p) && (need_c || call.need_up) && detail::in_fragments(p.grad_output))
+    detail::plan_narrow_up_backward(p, multiprocessors, plan.narrow_up.params,
+                                    plan.narrow_up.shape);
+  if (detail::is_narrow(call, p) && need_z && (!call.need_down || detail::in_fragments(p.x)) &&
+      detail::in_fragments(p.residual) && detail::in_fragments(p.grad_x))
+    detail::plan_narrow_down_backward(p, multiprocessors, plan.narrow_down.params,
+                                      plan.narrow_down.shape);
+  if (plan.narrow_up.shape.blocks == 0 && (need_c || call.need_up)) {
     AdapterParams& up = plan.up.params;
     detail::group_tiles(up, multiprocessors);
     fits &= detail::place_stages(up, sizes.element, rank_tile, turned, [&](AdapterParams& q) {
@@ -462,7 +474,7 @@ inline AdapterBackward plan_adapter_backward(const AdapterCall& call, int64_t mu
   }
   if (need_z || call.need_conv)
     plan.refusal = detail::plan_convolve_backward(call, multiprocessors, need_z, plan);
-  if (need_z) {
+  if (plan.narrow_down.shape.blocks == 0 && need_z) {
     AdapterParams& down = plan.down.params;
     detail::group_tiles(down, multiprocessors);
     if (call.need_down && detail::sums_weights_apart(down, sizes.element))

@@ -114,6 +114,19 @@ struct AdapterWork {
     work.memory += bytes;
     work.cache += blocks * bytes;
   }
+  // Kernels for narrow ranks, for each fragment: instructions and products, counted in the compiled
+  // loops, and bytes of shared memory. Partial sums are written once.
+  void narrow(Work& work, const AdapterLaunch& launch, double instructions, double products,
+              double shared, bool sums) const {
+    const double fragments = std::ceil(tokens / 16) * double(call.channels) / 32;
+    const double bytes = sums ? 4.0 * launch.params.groups * call.channels * (call.rank + 1) : 0;
+    work.blocks = double(launch.shape.blocks);
+    work.instructions += fragments * instructions;
+    work.products += fragments * products;
+    work.shared += fragments * shared;
+    (bytes <= kStaysInCache ? work.cache : work.memory) += bytes;
+    weights(work, launch.params.groups);
+  }
   // The convolution by multiply-adds, or the gradient of its taps.
   void convolve(Work& work) const {
     const auto taps = [&](int64_t size, int64_t kernel) {
@@ -194,6 +207,16 @@ inline std::vector<Work> work_of(const AdapterCall& call, AdapterBackward& plan)
     (bytes <= detail::kStaysInCache ? work.cache : work.memory) += times * bytes;
     of.project(work, p);
   };
+  const double tiles = call.rank <= 8 ? 1 : 2;  // of 8 channels of the rank
+  if (plan.narrow_up.shape.blocks > 0) {
+    Work up;
+    up.memory = of.x;
+    up.cache = of.x + 2 * of.rank;
+    of.narrow(up, plan.narrow_up, 115 + 25 * (tiles - 1), 6 + 2 * tiles, 1024 + 512 * tiles,
+              call.need_up);
+    if (call.need_up) partials += plan.of_up().groups * partial;
+    all.push_back(up);
+  }
   if (plan.up.shape.blocks > 0) {
     Work up;
     up.blocks = double(plan.up.shape.blocks);
@@ -219,12 +242,21 @@ inline std::vector<Work> work_of(const AdapterCall& call, AdapterBackward& plan)
   if (plan.taps.shape.blocks > 0) all.push_back(work_of(plan.taps.params, plan.taps.shape));
   if (call.need_conv)
     partials += 4.0 * double(tap_groups(plan) * call.rank * (call.kernel_h * call.kernel_w + 1));
+  // x, grad_x, and grad_output where x was its own residual.
+  const double down_memory =
+      of.x * (1 + (call.need_grad_x ? 1 : 0) + (call.need_grad_x && call.residual_is_x ? 1 : 0));
+  if (plan.narrow_down.shape.blocks > 0) {
+    Work down;
+    down.memory = down_memory - (call.need_down ? 0 : of.x);
+    down.cache = down.memory + of.rank * plan.narrow_down.params.splits;
+    of.narrow(down, plan.narrow_down, 175 + 25 * (tiles - 1), 5 * tiles, 0, call.need_down);
+    if (call.need_down) partials += plan.of_down().groups * partial;
+    all.push_back(down);
+  }
   if (plan.down.shape.blocks > 0) {
     Work down;
     down.blocks = double(plan.down.shape.blocks);
-    // x, grad_x, and grad_output where x was its own residual.
-    down.memory =
-        of.x * (1 + (call.need_grad_x ? 1 : 0) + (call.need_grad_x && call.residual_is_x ? 1 : 0));
+    down.memory = down_memory;
     if (plan.down_weight.shape.blocks > 0) down.memory -= of.x;  // x is read there
     down.cache = down.memory + of.rank;
     of.weights(down, double(call.batch) * plan.down.params.tiling.tiles);

@@ -36,8 +36,10 @@ class Runner {
   LKA_RUN(adapter_narrow_down, AdapterParams)
   LKA_RUN(adapter_narrow_up, AdapterParams)
   LKA_RUN(adapter_up_backward, AdapterParams)
+  LKA_RUN(adapter_narrow_up_backward, AdapterParams)
   LKA_RUN(adapter_convolve_backward, AdapterParams)
   LKA_RUN(adapter_down_backward, AdapterParams)
+  LKA_RUN(adapter_narrow_down_backward, AdapterParams)
   LKA_RUN(adapter_weight_gradient, AdapterParams)
   LKA_RUN(adapter_sums, AdapterSums)
 #undef LKA_RUN

@@ -15,15 +15,8 @@ _ADDRESS = 1024  # of tensors without memory
 LAUNCHES = {
     False: ("down", "narrow_down", "correlate", "dense", "planes", "up", "narrow_up"),
     True: (
-        "up",
-        "up_weight",
-        "correlate",
-        "dense",
-        "planes",
-        "convolve",
-        "taps",
-        "down",
-        "down_weight",
+        *("narrow_up", "up", "up_weight", "correlate", "dense", "planes", "convolve", "taps"),
+        *("narrow_down", "down", "down_weight"),
     ),
 }
 

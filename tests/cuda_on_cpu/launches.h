@@ -178,6 +178,22 @@ class Runner {
       in_16_bits([&](auto s) { cuda::AdapterNarrowUpBlock<decltype(s)>(p, shared).run(); });
     });
   }
+  void adapter_narrow_up_backward(const cuda::AdapterParams& p, const cuda::LaunchShape& shape) {
+    run("adapter_narrow_up_backward", shape, [&](char* shared) {
+      in_16_bits([&](auto s) {
+        cuda::detail::with_narrow_up_block<decltype(s)>(
+            p, [&](auto form) { typename decltype(form)::Block(p, shared).run(); });
+      });
+    });
+  }
+  void adapter_narrow_down_backward(const cuda::AdapterParams& p, const cuda::LaunchShape& shape) {
+    run("adapter_narrow_down_backward", shape, [&](char* shared) {
+      in_16_bits([&](auto s) {
+        cuda::detail::with_narrow_down_block<decltype(s)>(
+            p, [&](auto form) { typename decltype(form)::Block(p, shared).run(); });
+      });
+    });
+  }
   void adapter_sums(const cuda::AdapterSums& p, const cuda::LaunchShape& shape) {
     run("adapter_sums", shape, [&](char* shared) {
       in_any([&](auto s) {

@@ -189,7 +189,7 @@ _PROJECTIONS = tuple(
 def multiplies(name: str) -> bool:
     depthwise = ("correlate_kernel", "weight_gradient_kernel")
     dense = tuple(f"dense_{kernel}" for kernel in depthwise)
-    return name.startswith((*depthwise, *dense, *_PROJECTIONS))
+    return name.startswith((*depthwise, *dense, *_PROJECTIONS, "adapter_narrow_"))
 
 
 def main() -> None:

@@ -24,6 +24,10 @@ LKA_DEVICE uint32_t narrow_pair(float low, float high);
 template <class Storage>
 LKA_DEVICE void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
+// The same of 8 terms: the first half of what a lane holds of a and b.
+template <class Storage>
+LKA_DEVICE void mma_16x8x8(float (&d)[4], const uint32_t (&a)[2], uint32_t b);
+
 #ifdef __CUDACC__
 
 template <>
@@ -80,6 +84,21 @@ LKA_DEVICE void mma_16x8x16<BFloat16>(float (&d)[4], const uint32_t (&a)[4],
 }
 #undef LKA_MMA
 
+#define LKA_MMA(TYPE)                                                     \
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32." TYPE "." TYPE      \
+               ".f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};" \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])           \
+               : "r"(a[0]), "r"(a[1]), "r"(b))
+template <>
+LKA_DEVICE void mma_16x8x8<Float16>(float (&d)[4], const uint32_t (&a)[2], uint32_t b) {
+  LKA_MMA("f16");
+}
+template <>
+LKA_DEVICE void mma_16x8x8<BFloat16>(float (&d)[4], const uint32_t (&a)[2], uint32_t b) {
+  LKA_MMA("bf16");
+}
+#undef LKA_MMA
+
 #else
 
 template <>
@@ -105,6 +124,10 @@ inline uint32_t narrow_pair(float low, float high) {
 template <class Storage>
 inline void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   cuda_on_cpu::mma_16x8x16(d, a, b, widen<Storage>);
+}
+template <class Storage>
+inline void mma_16x8x8(float (&d)[4], const uint32_t (&a)[2], uint32_t b) {
+  mma_16x8x16<Storage>(d, {a[0], a[1], 0, 0}, {b, 0});
 }
 
 #endif

@@ -20,17 +20,30 @@ class DropoutStream {
     seed_ = uint64_t(load_global(p.seed));
     if ((next_ & 3) != 0) draw();
   }
+  // Of one element alone.
+  static LKA_DEVICE float factor(const DropoutParams& params, int64_t element) {
+    if (params.seed == nullptr) return 1.0f;
+    DropoutStream stream(params, element & ~int64_t(3));
+    stream.next_ = element;
+    stream.draw();
+    return stream.drawn(int(element & 3));
+  }
 
   LKA_DEVICE float next() {
     if (p.seed == nullptr) return 1.0f;
     const int lane = int(next_ & 3);
     if (lane == 0) draw();
-    const uint32_t word = lane < 2 ? (lane == 0 ? w0_ : w1_) : (lane == 2 ? w2_ : w3_);
+    const float factor = drawn(lane);
     ++next_;
-    return word >= p.threshold ? p.keep_factor : 0.0f;
+    return factor;
   }
 
  private:
+  LKA_DEVICE float drawn(int lane) const {
+    const uint32_t word = lane < 2 ? (lane == 0 ? w0_ : w1_) : (lane == 2 ? w2_ : w3_);
+    return word >= p.threshold ? p.keep_factor : 0.0f;
+  }
+
   LKA_DEVICE void draw() {
     const uint64_t counter = uint64_t(next_) >> 2;
     w0_ = uint32_t(counter);
