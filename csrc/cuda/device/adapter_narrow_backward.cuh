@@ -388,7 +388,9 @@ class AdapterNarrowUpBackwardBlock : AdapterNarrowBackwardBlock<Storage, kTiles>
 #pragma unroll
         for (int n = 0; n < kTiles; ++n)
           mma_16x8x16<Storage>(weight_sums_[unit][h][n], rows, terms[n]);
-        // A column for each half of a unit, so that all have sums of a single product.
+        // A column for each half of a unit, so that all have the sums of a single product:
+        // separate ones do not fit the registers. The price is 0 · infinity = NaN where
+        // grad_output is not finite: in row g of the other halves too.
         const uint32_t one = this->g_ == 2 * unit + h ? Base::narrow_pair(1.0f, 1.0f) : 0;
         const uint32_t ones[2] = {one, one};
         mma_16x8x16<Storage>(bias_sums_, rows, ones);
