@@ -54,7 +54,7 @@ const char* run_adapter_backward(AdapterCall call, int multiprocessors, void* co
   };
   AdapterParams &up = plan.of_up(), &down = plan.of_down();
   up.up_partials = partials(call.need_up, up.groups, call.channels, call.rank);
-  plan.convolve.params.conv_partials = plan.taps.params.partials =
+  plan.convolve.params.conv_partials = plan.taps.params.partials = plan.plane_taps.params.partials =
       partials(call.need_conv, tap_groups(plan), call.rank, call.kernel_h * call.kernel_w);
   down.down_partials = partials(call.need_down, down.groups, call.rank, call.channels);
   if (up.of_up) plan.up.params.e = up.e = runner.rank_tensor(call);
@@ -69,6 +69,8 @@ const char* run_adapter_backward(AdapterCall call, int multiprocessors, void* co
   run_correlation(plan.correlate, runner);
   run_launch(plan.convolve,
              [&](const auto& p, const auto& s) { runner.adapter_convolve_backward(p, s); });
+  run_launch(plan.plane_taps,
+             [&](const auto& p, const auto& s) { runner.plane_weight_gradient(p, s); });
   run_launch(plan.taps,
              [&](const auto& p, const auto& s) { runner.toeplitz_weight_gradient(p, s); });
   run_launch(plan.narrow_down,

@@ -43,6 +43,7 @@ struct AdapterBackward {
   AdapterCorrelation correlate;
   AdapterLaunch convolve;
   LaunchOf<WeightGradientParams> taps;
+  LaunchOf<PlaneWeightGradientParams> plane_taps;
   AdapterLaunch down, down_weight;
   AdapterLaunch narrow_up, narrow_down;  // in place of up and down, and of those for their weights
 
@@ -59,15 +60,19 @@ struct AdapterBackward {
 // Whether the grid is worth a launch of its own for the tensor cores. About 1.7 instructions a tap,
 // channel and token, of the 128 of a clock, hide behind the 4 or 6 bytes that a token's channel
 // takes of the 13 that memory gives: up to some 24 taps a channel if all overlaps, which it does
-// not; a launch costs little beside what half of them take.
+// not; a launch costs little beside what half of them take. And where there is much of it at all:
+// measured on an H100, see docs/kernel-notes.md.
 inline bool convolves_apart(const AdapterCall& call) {
   const auto taps = [&](int64_t size, int64_t kernel) {
     return taps_that_touch(size, size, kernel, call.dilation * (kernel - 1) / 2, call.dilation)
         .count;
   };
-  return call.storage != Storage::float32 &&
-         call.rank * taps(call.height, call.kernel_h) * taps(call.width, call.kernel_w) >
-             12 * call.channels;
+  double kMuch = 8e6;
+  if (const char* much = std::getenv("LKA_APART")) kMuch = std::atof(much);
+  const int64_t of_token =
+      call.rank * taps(call.height, call.kernel_h) * taps(call.width, call.kernel_w);
+  const double all = double(call.batch) * double(call.height * call.width) * double(of_token);
+  return call.storage != Storage::float32 && (of_token > 12 * call.channels || all > kMuch);
 }
 
 // The same of the taps' gradients, to which prefix tokens must not belong.
@@ -114,6 +119,8 @@ inline int64_t place_convolution(AdapterParams& p, int64_t at, int64_t budget,
   int64_t kernel_rows = k.kernel_h;
   while (kernel_rows > 0 && bytes(kernel_rows) > budget) --kernel_rows;
   if (kernel_rows == 0) return 0;
+  // Places in a few channels are computed in 32 bits.
+  most_channels = std::clamp<int64_t>(((int64_t(1) << 31) - 1) / p.tokens, 1, most_channels);
   int64_t channels = std::min({budget / bytes(kernel_rows), int64_t(p.rank), most_channels});
   if (kernel_rows < k.kernel_h) channels = 1;
   k.staged_taps = int32_t(kernel_rows);
@@ -308,11 +315,19 @@ inline const char* plan_convolve_backward(const AdapterCall& call, int64_t multi
   // The gradients of the taps need a, which is z or is left by the blocks of grad_z.
   if (sums_taps_apart(call) && (p.before == Activation::none || p.convolved)) {
     void* const a = p.before == Activation::none ? call.z : call.a;
-    const Plan taps = plan_weight_gradient(adapter_convolution(call, a, call.grad_c),
-                                           int(multiprocessors), plan.taps.params);
-    if (taps.refusal == nullptr) plan.taps.shape = taps.shape;
+    const ConvParams convolution = adapter_convolution(call, a, call.grad_c);
+    const auto plan_form = [](const Plan& form, LaunchShape& launch) {
+      if (form.refusal == nullptr) launch = form.shape;
+      return form.refusal == nullptr;
+    };
+    if (!plan_form(
+            plan_plane_weight_gradient(convolution, int(multiprocessors), plan.plane_taps.params),
+            plan.plane_taps.shape))
+      plan_form(plan_weight_gradient(convolution, int(multiprocessors), plan.taps.params),
+                plan.taps.shape);
   }
-  if (plan.taps.shape.blocks == 0) p.a = nullptr;
+  const bool taps_apart = plan.taps.shape.blocks > 0 || plan.plane_taps.shape.blocks > 0;
+  if (!taps_apart) p.a = nullptr;
   if (need_z) {
     p.convolution.staged_channels = std::min(8, p.rank);  // for more blocks
     if (!p.convolved) {
@@ -326,7 +341,7 @@ inline const char* plan_convolve_backward(const AdapterCall& call, int64_t multi
           int64_t(p.batch) * p.tiling.tiles * ceil_div(p.rank, p.convolution.staged_channels);
   }
   shape.blocks = p.first_weight_block;
-  if (call.need_conv && plan.taps.shape.blocks == 0) {
+  if (call.need_conv && !taps_apart) {
     int64_t shared_bytes = 0;
     const int64_t blocks = plan_tap_gradient(call, multiprocessors, p, shared_bytes);
     if (blocks == 0) return kWindowDoesNotFit;
@@ -494,6 +509,7 @@ inline AdapterBackward plan_adapter_backward(const AdapterCall& call, int64_t mu
 
 // Groups of partial sums of the taps' gradients.
 inline int64_t tap_groups(const AdapterBackward& plan) {
+  if (plan.plane_taps.shape.blocks > 0) return plan.plane_taps.params.groups;
   return plan.taps.shape.blocks > 0 ? plan.taps.params.groups : plan.convolve.params.taps.groups;
 }
 
@@ -539,7 +555,9 @@ inline LaunchShape plan_adapter_sums(const AdapterCall& call, AdapterBackward& p
   const AdapterParams &down = plan.of_down(), &up = plan.of_up();
   if (call.need_down)
     add(adapter_sum(down.down_partials, down.groups, call.rank, call.channels), 0);
-  if (plan.taps.shape.blocks > 0)
+  if (plan.plane_taps.shape.blocks > 0)
+    add(adapter_sum(plan.plane_taps.params.partials, plan.plane_taps.params, call.rank), 2);
+  else if (plan.taps.shape.blocks > 0)
     add(adapter_sum(plan.taps.params.partials, plan.taps.params, call.rank), 2);
   else if (call.need_conv)
     add(adapter_sum(plan.convolve.params.conv_partials, plan.convolve.params.taps, call.rank), 2);

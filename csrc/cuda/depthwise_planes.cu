@@ -32,6 +32,7 @@ void correlate(const char* name, const PlaneCorrelateParams& p, const LaunchShap
     case 4:
       return with(wide ? plane_correlate_kernel<Storage, 4, true>
                        : plane_correlate_kernel<Storage, 4, false>);
+    case 7: return with(plane_correlate_kernel<Storage, 7, false>);
     default: return with(plane_correlate_kernel<Storage, 8, false>);
   }
 }

@@ -236,9 +236,12 @@ inline std::vector<Work> work_of(const AdapterCall& call, AdapterBackward& plan)
     convolve.blocks = double(plan.convolve.shape.blocks);
     convolve.cache = 4 * of.rank;
     if (!plan.convolve.params.convolved) of.convolve(convolve);
-    if (call.need_conv && plan.taps.shape.blocks == 0) of.convolve(convolve);
+    if (call.need_conv && plan.taps.shape.blocks == 0 && plan.plane_taps.shape.blocks == 0)
+      of.convolve(convolve);
     all.push_back(convolve);
   }
+  if (plan.plane_taps.shape.blocks > 0)
+    all.push_back(work_of(plan.plane_taps.params, plan.plane_taps.shape));
   if (plan.taps.shape.blocks > 0) all.push_back(work_of(plan.taps.params, plan.taps.shape));
   if (call.need_conv)
     partials += 4.0 * double(tap_groups(plan) * call.rank * (call.kernel_h * call.kernel_w + 1));

@@ -71,7 +71,8 @@ inline bool place_rows(int64_t out_height, int64_t height, PlaneCorrelateParams&
 
 // Tiles of a row that a warp has in registers.
 inline int plane_tiles(const PlaneCorrelateParams& p) {
-  return p.tiles > 4 ? (p.source.row_vector > 0 ? 8 : 4) : p.tiles > 2 ? 4 : p.tiles;
+  if (p.source.row_vector > 0 && p.tiles > 4) return p.tiles == 7 ? 7 : 8;
+  return p.tiles > 2 ? 4 : p.tiles;
 }
 
 // Forward and backward-input; fills what does not depend on weight and bias.
@@ -86,6 +87,10 @@ inline Plan plan_plane_correlate(const Correlation& call, PlaneCorrelateParams& 
   const bool wide = p.source.row_vector == 0 && p.result.row_vector == 0 &&
                     p.source.channel_vector == 8 && p.result.channel_vector == 8;
   if (!by_rows && !wide) return refuse(kNoPlanes);
+
+  if (16 * std::abs(call.result.stride_b) + call.result.height * std::abs(call.result.stride_h) >=
+      int64_t(1) << 31)
+    return refuse("sixteen images have more than 2^31 elements");
 
   p.tiles = int32_t(ceil_div(call.result.width, 8));
   if (by_rows)

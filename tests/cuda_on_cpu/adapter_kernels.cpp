@@ -78,7 +78,8 @@ extern "C" const char* adapter_plan(const AdapterCall* call, bool backward, int 
     const cuda::AdapterBackward plan = cuda::plan_adapter_backward(*call, multiprocessors);
     put({plan.narrow_up.shape, plan.up.shape, plan.up_weight.shape, plan.correlate.rows.shape,
          plan.correlate.dense.shape, plan.correlate.planes.shape, plan.convolve.shape,
-         plan.taps.shape, plan.narrow_down.shape, plan.down.shape, plan.down_weight.shape});
+         plan.taps.shape, plan.plane_taps.shape, plan.narrow_down.shape, plan.down.shape,
+         plan.down_weight.shape});
     refusal = plan.refusal;
   } else {
     const cuda::AdapterForward plan = cuda::plan_adapter_forward(*call, multiprocessors);

@@ -15,7 +15,17 @@ _ADDRESS = 1024  # of tensors without memory
 LAUNCHES = {
     False: ("down", "narrow_down", "correlate", "dense", "planes", "up", "narrow_up"),
     True: (
-        *("narrow_up", "up", "up_weight", "correlate", "dense", "planes", "convolve", "taps"),
+        *(
+            "narrow_up",
+            "up",
+            "up_weight",
+            "correlate",
+            "dense",
+            "planes",
+            "convolve",
+            "taps",
+            "plane_taps",
+        ),
         *("narrow_down", "down", "down_weight"),
     ),
 }

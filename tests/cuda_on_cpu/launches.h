@@ -94,6 +94,7 @@ class Runner {
           case 4:
             return with(cuda::PlaneCorrelateBlock<S, 4, false>(p, shared),
                         cuda::PlaneCorrelateBlock<S, 4, true>(p, shared));
+          case 7: return cuda::PlaneCorrelateBlock<S, 7, false>(p, shared).run();
           default: cuda::PlaneCorrelateBlock<S, 8, false>(p, shared).run();
         }
       });

@@ -14,12 +14,13 @@ struct alignas(16) Float4 {
 };
 
 // Rows [first_y, end_y) of a grid from column from_x on, of channels `plane` apart, become floats:
-// `columns` a row, zeros where the grid ends, rows `pitch` apart and channels `to_plane`. Loads of
-// four rows are under way together, and nothing is divided in the loop.
+// `columns` a row, zeros where the grid ends, rows `pitch` apart and channels `to_plane`. A thread
+// goes down a column, loads of four rows under way together, and divides nothing on its way.
 template <class Storage, class Map>
-LKA_DEVICE void stage_grid(const typename Stored<Storage>::Type* from, int64_t plane, int channels,
+LKA_DEVICE void stage_grid(const typename Stored<Storage>::Type* from, int plane, int channels,
                            int width, int first_y, int end_y, int from_x, int columns, float* to,
                            int pitch, int to_plane, Map map) {
+  using Element = typename Stored<Storage>::Type;
   constexpr int kBatch = 4;
   const int rows = end_y - first_y, all = channels * rows;
   if (all <= 0) return;
@@ -28,31 +29,38 @@ LKA_DEVICE void stage_grid(const typename Stored<Storage>::Type* from, int64_t p
   while (shift < 5 && (1 << shift) < columns) ++shift;
   const int step = blockDim.x >> shift, step_channels = step / rows,
             step_rows = step - step_channels * rows;
+  // From a row to the one `step` behind it, and what more it is where a channel ends between.
+  const int step_from = step_channels * plane + step_rows * width, wrap_from = plane - rows * width;
+  const int step_to = step_channels * to_plane + step_rows * pitch,
+            wrap_to = to_plane - rows * pitch;
+  const int first = threadIdx.x >> shift, channel = first / rows;
   from += int64_t(first_y) * width + from_x;
   for (int column = threadIdx.x & ((1 << shift) - 1); column < columns; column += 1 << shift) {
     const int x = from_x + column;
     const bool exists = x >= 0 && x < width;
-    int i = threadIdx.x >> shift, channel = i / rows, row = i - channel * rows;
-    while (i < all) {
-      typename Stored<Storage>::Type values[kBatch];
-      int places[kBatch];
+    int row = first - channel * rows;
+    int source = channel * plane + row * width + column;
+    int target = channel * to_plane + row * pitch + column;
+    for (int i = first; i < all; i += kBatch * step) {
+      Element values[kBatch] = {};
+      int targets[kBatch];
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
-        places[b] = i < all ? channel * to_plane + row * pitch + column : -1;
-        if (i < all && exists)
-          values[b] = load_global(from + channel * plane + row * width + column);
-        i += step;
-        channel += step_channels;
+        targets[b] = target;
+        if (exists && i + b * step < all) values[b] = load_global(from + source);
         row += step_rows;
+        source += step_from;
+        target += step_to;
         if (row >= rows) {
           row -= rows;
-          ++channel;
+          source += wrap_from;
+          target += wrap_to;
         }
       }
 #pragma unroll
       for (int b = 0; b < kBatch; ++b)
-        if (places[b] >= 0)
-          store_shared(to + places[b], exists ? map(Stored<Storage>::value(values[b])) : 0.0f);
+        if (i + b * step < all)
+          store_shared(to + targets[b], exists ? map(Stored<Storage>::value(values[b])) : 0.0f);
     }
   }
 }

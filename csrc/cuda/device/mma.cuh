@@ -132,18 +132,51 @@ inline void mma_16x8x8(float (&d)[4], const uint32_t (&a)[2], uint32_t b) {
 
 #endif
 
+// Where an element lies in shared memory: 32 bits on a GPU, so that constants are added within the
+// instruction that loads.
+#ifdef __CUDACC__
+struct SharedAddress {
+  uint32_t bytes;
+
+  LKA_DEVICE SharedAddress after(int elements) const { return {bytes + 2 * uint32_t(elements)}; }
+};
+LKA_DEVICE SharedAddress shared_address(const uint16_t* element) {
+  return {uint32_t(__cvta_generic_to_shared(element))};
+}
+#else
+struct SharedAddress {
+  const uint16_t* element;
+
+  SharedAddress after(int elements) const { return {element + elements}; }
+};
+inline SharedAddress shared_address(const uint16_t* element) { return {element}; }
+#endif
+
+// Two neighbours.
+LKA_DEVICE uint32_t load_pair(SharedAddress from) {
+#ifdef __CUDACC__
+  uint32_t pair;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(pair) : "r"(from.bytes) : "memory");
+  return pair;
+#else
+  return load_shared(reinterpret_cast<const uint32_t*>(from.element));
+#endif
+}
+
 // Four 8×8 matrices from shared memory: lane 8·n + r gives the address of row r of matrix n, 16
 // bytes, and receives of each matrix its row lane / 4, columns lane % 4 · 2 and the next.
-LKA_DEVICE void load_matrices(uint32_t (&m)[4], const uint16_t* row) {
+LKA_DEVICE void load_matrices(uint32_t (&m)[4], SharedAddress row) {
 #ifdef __CUDACC__
-  const uint32_t from = uint32_t(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
-               : "r"(from)
+               : "r"(row.bytes)
                : "memory");
 #else
-  cuda_on_cpu::load_matrices(m, row);
+  cuda_on_cpu::load_matrices(m, row.element);
 #endif
+}
+LKA_DEVICE void load_matrices(uint32_t (&m)[4], const uint16_t* row) {
+  load_matrices(m, shared_address(row));
 }
 
 // The same, but of each matrix the lane receives column lane / 4, rows lane % 4 · 2 and the next.

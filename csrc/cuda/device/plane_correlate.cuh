@@ -167,13 +167,18 @@ class PlaneCorrelateBlock : PlaneCorrelate {
     for (int t = 0; t < kTiles; ++t)
 #pragma unroll
       for (int i = 0; i < 4; ++i) sums[t][i] = bias;
-    multiply(sums, slot0, tile0, live);
+    if (live == kTiles)
+      multiply<true>(sums, slot0, tile0, live);
+    else
+      multiply<false>(sums, slot0, tile0, live);
     if constexpr (kWide)
       store_pixels(sums, slot0, tile0, live);
     else
       store_rows(sums, slot0, tile0, live);
   }
 
+  // kAll: live is kTiles.
+  template <bool kAll>
   LKA_DEVICE void multiply(float (&sums)[kTiles][4], int slot0, int tile0, int live) const {
     const int height = int(p.source.view.height);
     const Slot slot = slot_of(slot0 + lane_ % kSlots);
@@ -181,41 +186,49 @@ class PlaneCorrelateBlock : PlaneCorrelate {
     // Lanes 16 to 31 give the second eight columns of the same rows.
     const int columns = 8 * tile0 + lane_ / 16 * 8;
     int y = y0_ + slot.row - p.top;
-    const uint16_t* row =
-        plane_ + (slot.image * p.staged_rows + y - first_row_) * p.pitch + columns;
-    const uint16_t* none = zeros_ + columns;
+    const SharedAddress none = shared_address(zeros_ + columns);
+    SharedAddress row = shared_address(plane_ + columns)
+                            .after((slot.image * p.staged_rows + y - first_row_) * p.pitch);
     // Kernel rows that meet the map in a strip of one image.
     int first = 0, end = p.kernel_h;
     if (p.images == 1) {
-      const int highest = y0_ + slot0 - p.top, above = -(highest + kSlots - 1);
-      if (above > 0) first = (above + p.dilation_h - 1) / p.dilation_h;
-      const int below = height - highest;  // rows from there to the end
-      const int met = below > 0 ? (below + p.dilation_h - 1) / p.dilation_h : 0;
+      const int highest = y0_ + slot0 - p.top;
+      first = steps_of(-(highest + kSlots - 1));
+      const int met = steps_of(height - highest);  // rows from there to the end
       end = met < end ? met : end;
     }
     // Column lane / 4 of the matrix is shifted by as many taps.
     const int start = lane_ % 4 * 2 - lane_ / 4 - (p.lead - p.left) + kTapsLead;
-    const uint32_t* taps = taps_ + (start & 1) * p.taps_copy + start / 2 + first * p.taps_pitch;
+    SharedAddress taps =
+        shared_address(reinterpret_cast<const uint16_t*>(taps_))
+            .after(2 * ((start & 1) * p.taps_copy + start / 2 + first * p.taps_pitch));
     const int step = p.dilation_h * p.pitch;
     y += first * p.dilation_h;
-    row += first * step;
+    row = row.after(first * step);
     for (int ky = first; ky < end; ++ky) {
-      const uint16_t* from = exists && y >= 0 && y < height ? row : none;
+      const SharedAddress from = exists && y >= 0 && y < height ? row : none;
+#pragma unroll 1  // there is one, mostly
       for (int chunk = 0; chunk < p.chunks; ++chunk) {
-        const uint32_t matrix[2] = {load_shared(taps + 8 * chunk),
-                                    load_shared(taps + 8 * chunk + 4)};
+        const SharedAddress at = taps.after(16 * chunk), rows_at = from.after(16 * chunk);
+        const uint32_t matrix[2] = {load_pair(at), load_pair(at.after(8))};
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) {
-          if (t >= live) continue;
+          if (!kAll && t >= live) continue;
           uint32_t rows[4];
-          load_matrices(rows, from + 8 * t + 16 * chunk);
+          load_matrices(rows, rows_at.after(8 * t));
           mma_16x8x16<Storage>(sums[t], rows, matrix);
         }
       }
       y += p.dilation_h;
-      row += step;
-      taps += p.taps_pitch;
+      row = row.after(step);
+      taps = taps.after(2 * p.taps_pitch);
     }
+  }
+
+  // Steps of the dilation that `rows` take, none for negative ones.
+  LKA_DEVICE int steps_of(int rows) const {
+    if (rows <= 0) return 0;
+    return p.dilation_h == 1 ? rows : (rows + p.dilation_h - 1) / p.dilation_h;
   }
 
   // By way of shared memory, so that lanes store whole vectors of a row.
@@ -247,17 +260,21 @@ class PlaneCorrelateBlock : PlaneCorrelate {
       uint16_t values[kVector];
     };
     const int vectors = columns / kVector, shift = shift_of_lanes(vectors);
-    auto* to = static_cast<uint16_t*>(p.result.view.data) +
-               (channel0_ + warp_) * p.result.view.stride_c + x0;
-    for (int i = lane_ >> shift; i < kSlots; i += kWarp >> shift) {
-      const Slot slot = slot_of(slot0 + i);
-      if (!stores(slot)) continue;
-      uint16_t* row = to + (image0_ + slot.image) * p.result.view.stride_b +
-                      (y0_ + slot.row) * p.result.view.stride_h;
-      const uint16_t* from = result_ + i * p.result_pitch;
-      for (int v = lane_ & ((1 << shift) - 1); v < vectors; v += 1 << shift)
-        store_global(reinterpret_cast<Vector*>(row + v * kVector),
-                     load_shared(reinterpret_cast<const Vector*>(from + v * kVector)));
+    const int first = lane_ >> shift, rows = kWarp >> shift;
+    const int stride_b = int(p.result.view.stride_b), stride_h = int(p.result.view.stride_h);
+    for (int v = lane_ & ((1 << shift) - 1); v < vectors; v += 1 << shift) {
+      auto* to = static_cast<uint16_t*>(p.result.view.data) + image0_ * p.result.view.stride_b +
+                 (channel0_ + warp_) * p.result.view.stride_c + y0_ * p.result.view.stride_h + x0 +
+                 v * kVector;
+      const uint16_t* from = result_ + first * p.result_pitch + v * kVector;
+      for (int i = first; i < kSlots; i += rows, from += rows * p.result_pitch) {
+        const Slot slot = slot_of(slot0 + i);
+        // The plan has made sure that offsets from the first image of a step fit 32 bits.
+        if (stores(slot))
+          store_global(
+              reinterpret_cast<Vector*>(to + (slot.image * stride_b + slot.row * stride_h)),
+              load_shared(reinterpret_cast<const Vector*>(from)));
+      }
     }
   }
 

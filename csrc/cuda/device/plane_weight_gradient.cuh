@@ -71,7 +71,15 @@ class PlaneWeightGradientBlock : PlaneWeightGradient {
       stage();
       cp_async_wait<0>();
       synchronize();
-      for (int i = 0; i < p.images && image0_ + i < p.batch; ++i) multiply(sums, i);
+      for (int i = 0; i < p.images && image0_ + i < p.batch; ++i) {
+        // Chunks of a row that are unrolled.
+        if (p.chunks == 1)
+          multiply<1>(sums, i);
+        else if (p.chunks == 2)
+          multiply<2>(sums, i);
+        else
+          multiply<kSums>(sums, i);
+      }
     }
     store(sums);
   }
@@ -126,42 +134,48 @@ class PlaneWeightGradientBlock : PlaneWeightGradient {
       stage_channel_plane(map, image, channel0_ + warp_, first, end, to, pitch, lead);
   }
 
+  // By kChunks products at a time.
+  template <int kChunks>
   LKA_DEVICE void multiply(float (&sums)[kSums][4], int image) const {
     const int height = int(p.input.view.height);
     // Lane l gives row l % 16 of the left matrix, lanes 16 to 31 its second eight columns.
     const int kernel_row = lane_ % 16, column = lane_ / 16 * 8;
-    const uint16_t* constant = (kernel_row == kMostRows ? ones_ : zeros_) + column;
-    int y = y0_ - p.top + kernel_row * p.dilation_h;
-    const uint16_t* row =
-        input_ + (image * p.staged_rows + y - first_row_) * p.input_pitch + column;
+    const SharedAddress constant =
+        shared_address((kernel_row == kMostRows ? ones_ : zeros_) + column);
+    // As a row of the input, none of which a row of ones or of zeros is.
+    int y = kernel_row < p.kernel_h ? y0_ - p.top + kernel_row * p.dilation_h : -(1 << 30);
+    SharedAddress row =
+        shared_address(input_ + column)
+            .after((image * p.staged_rows + y0_ - p.top + kernel_row * p.dilation_h - first_row_) *
+                   p.input_pitch);
     // Row lane % 4 · 2 and column lane / 4 of the right matrix.
     const int start = p.grad_lead + p.left + lane_ % 4 * 2 - lane_ / 4 * p.dilation_w;
-    const auto* words = reinterpret_cast<const uint32_t*>(
-        grad_ + image * p.band_rows * p.grad_pitch + (start & ~1));
+    SharedAddress pair =
+        shared_address(grad_).after(image * p.band_rows * p.grad_pitch + (start & ~1));
     const int odd = start & 1;
     for (int i = 0; i < rows_; ++i) {
-      const bool exists = kernel_row < p.kernel_h && y >= 0 && y < height;
-      const uint16_t* from = exists ? row : constant;
-      for (int chunk0 = 0; chunk0 < p.chunks; chunk0 += kSums) {
+      const SharedAddress from = y >= 0 && y < height ? row : constant;
+      for (int chunk0 = 0; chunk0 < p.chunks; chunk0 += kChunks) {
+        const int left = p.chunks - chunk0;
 #pragma unroll
-        for (int j = 0; j < kSums; ++j) {
-          if (chunk0 + j >= p.chunks) continue;
+        for (int j = 0; j < kChunks; ++j) {
+          if (kChunks == kSums && j >= left) continue;  // fewer are whole
           uint32_t rows[4];
-          load_matrices(rows, from + 16 * (chunk0 + j));
-          const uint32_t* at = words + 8 * (chunk0 + j);
-          const uint32_t matrix[2] = {pair_at(at, odd), pair_at(at + 4, odd)};
+          load_matrices(rows, from.after(16 * (chunk0 + j)));
+          const SharedAddress at = pair.after(16 * (chunk0 + j));
+          const uint32_t matrix[2] = {pair_at(at, odd), pair_at(at.after(8), odd)};
           mma_16x8x16<Storage>(sums[j], rows, matrix);
         }
       }
       ++y;
-      row += p.input_pitch;
-      words += p.grad_pitch / 2;
+      row = row.after(p.input_pitch);
+      pair = pair.after(p.grad_pitch);
     }
   }
 
   // Two neighbours, from the second half of a word on if `odd`.
-  static LKA_DEVICE uint32_t pair_at(const uint32_t* word, int odd) {
-    const uint64_t both = load_shared(word) | uint64_t(load_shared(word + 1)) << 32;
+  static LKA_DEVICE uint32_t pair_at(SharedAddress word, int odd) {
+    const uint64_t both = load_pair(word) | uint64_t(load_pair(word.after(2))) << 32;
     return uint32_t(both >> 16 * odd);
   }
 

@@ -19,15 +19,17 @@ template <int kVector>
 LKA_DEVICE void stage_plane_vectors(const uint16_t* from, const MapView& view, int first_row,
                                     int end_row, uint16_t* to, int pitch) {
   const int vectors = int(view.width) / kVector, shift = shift_of_lanes(vectors);
-  const int lane = threadIdx.x % kWarp;
-  for (int y = first_row + (lane >> shift); y < end_row; y += kWarp >> shift) {
-    const uint16_t* row = from + y * view.stride_h;
-    uint16_t* at = to + (y - first_row) * pitch;
-    for (int v = lane & ((1 << shift) - 1); v < vectors; v += 1 << shift) {
+  const int lane = threadIdx.x % kWarp, rows = kWarp >> shift, first = lane >> shift;
+  const int64_t step = rows * view.stride_h;
+  // A lane goes down a column of vectors: rows hardly ever have more than a warp has lanes.
+  for (int v = lane & ((1 << shift) - 1); v < vectors; v += 1 << shift) {
+    const uint16_t* element = from + (first_row + first) * view.stride_h + v * kVector;
+    uint16_t* at = to + first * pitch + v * kVector;
+    for (int y = first_row + first; y < end_row; y += rows, element += step, at += rows * pitch) {
       if constexpr (kVector == 1)
-        store_shared(at + v, load_global(row + v));
+        store_shared(at, load_global(element));
       else
-        cp_async<2 * kVector>(at + v * kVector, row + v * kVector, 2 * kVector);
+        cp_async<2 * kVector>(at, element, 2 * kVector);
     }
   }
 }
