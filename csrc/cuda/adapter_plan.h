@@ -114,13 +114,11 @@ inline int64_t place_convolution(AdapterParams& p, int64_t at, int64_t budget,
     return std::min<int64_t>(p.height, p.tiling.rows + (kernel_rows - 1) * k.dilation_h);
   };
   const auto bytes = [&](int64_t kernel_rows) {
-    return 4 * (rows(kernel_rows) * k.pitch + kernel_rows * taps);
+    return 4 * (rows(kernel_rows) * k.pitch + (kernel_rows + 2) * taps);
   };
   int64_t kernel_rows = k.kernel_h;
   while (kernel_rows > 0 && bytes(kernel_rows) > budget) --kernel_rows;
   if (kernel_rows == 0) return 0;
-  // Places in a few channels are computed in 32 bits.
-  most_channels = std::clamp<int64_t>(((int64_t(1) << 31) - 1) / p.tokens, 1, most_channels);
   int64_t channels = std::min({budget / bytes(kernel_rows), int64_t(p.rank), most_channels});
   if (kernel_rows < k.kernel_h) channels = 1;
   k.staged_taps = int32_t(kernel_rows);
@@ -128,7 +126,7 @@ inline int64_t place_convolution(AdapterParams& p, int64_t at, int64_t budget,
   k.staged_channels = int32_t(ceil_div(p.rank, ceil_div(p.rank, channels)));
   p.at_source = int32_t(at);
   p.at_taps = int32_t(at + 4 * int64_t(k.staged_channels) * k.staged_rows * k.pitch);
-  return p.at_taps + 4 * int64_t(k.staged_channels) * kernel_rows * taps;
+  return p.at_taps + 4 * int64_t(k.staged_channels) * (kernel_rows + 2) * taps;
 }
 
 constexpr const char* kWindowDoesNotFit =
@@ -179,7 +177,7 @@ inline void group_tiles(AdapterParams& p, int64_t multiprocessors) {
   p.groups = int32_t(ceil_div(tiles, p.tiles_of_group));
 }
 
-constexpr int64_t kConvolutionBudget = 24 * 1024;
+constexpr int64_t kConvolutionBudget = 24 * 1024, kTapGradientBudget = 28 * 1024;
 
 // Fragments are shared out among the warps of a block so that each has some six of a sum's terms,
 // three where few blocks would leave multiprocessors idle: as many loads are under way together.
@@ -239,26 +237,27 @@ inline int64_t plan_tap_gradient(const AdapterCall& call, int64_t multiprocessor
   describe(adapter_convolution(call, call.z, call.grad_c), t);
   const int64_t chunks = ceil_div(t.kernel_w, Block::kTaps);
   int64_t tap_chunks = std::min<int64_t>(chunks, 16);
-  int64_t tap_rows = std::min<int64_t>(t.kernel_h, Block::kThreads / tap_chunks);
+  int64_t tap_pairs = std::min<int64_t>(ceil_div(t.kernel_h, 2), Block::kThreads / tap_chunks);
   int64_t columns = call.width <= 128 ? call.width : 128;
-  int64_t rows = std::min(call.height, std::max<int64_t>(1, 1024 / columns));
+  int64_t rows = std::min(call.height, std::max<int64_t>(1, 3200 / columns));
+  rows = ceil_div(call.height, ceil_div(call.height, rows));  // of about the same height
   const auto fits = [&] {
     const int64_t taps = std::min<int64_t>(Block::kTaps * tap_chunks, t.kernel_w);
     t.source_pitch = pitch_for<float>(
         int(round_up(columns, 4) +
             (t.dilation_w == 1 ? Block::kTaps * tap_chunks : (taps - 1) * t.dilation_w)));
     t.grad_pitch = int32_t(round_up(columns, 4));
-    t.staged_rows = int32_t(std::min(call.height, rows + (tap_rows - 1) * t.dilation_h));
+    t.staged_rows = int32_t(std::min(call.height, rows + (2 * tap_pairs - 1) * t.dilation_h));
     shared_bytes =
-        std::max<int64_t>(4 * (int64_t(t.staged_rows) * t.source_pitch + rows * t.grad_pitch),
-                          4 * Block::kThreads * Block::kSums);
-    return shared_bytes <= kConvolutionBudget;
+        4 * std::max<int64_t>(int64_t(t.staged_rows) * t.source_pitch + rows * t.grad_pitch,
+                              Block::floats_of_sums(int(tap_pairs * tap_chunks)));
+    return shared_bytes <= kTapGradientBudget;
   };
   while (!fits()) {
     if (rows > 1)
       rows = ceil_div(rows, 2);
-    else if (tap_rows > 1)
-      tap_rows = ceil_div(tap_rows, 2);
+    else if (tap_pairs > 1)
+      tap_pairs = ceil_div(tap_pairs, 2);
     else if (tap_chunks > 1)
       tap_chunks = ceil_div(tap_chunks, 2);
     else if (columns > 16)
@@ -268,12 +267,19 @@ inline int64_t plan_tap_gradient(const AdapterCall& call, int64_t multiprocessor
     else
       break;
   }
-  t.tiles_h = int32_t(ceil_div(t.kernel_h, tap_rows));
+  t.tiles_h = int32_t(ceil_div(t.kernel_h, 2 * tap_pairs));
   t.tiles_w = int32_t(ceil_div(chunks, tap_chunks));
-  t.tap_rows = int32_t(tap_rows);
+  t.tap_pairs = int32_t(tap_pairs);
   t.tap_chunks = int32_t(tap_chunks);
   t.rows = int32_t(rows);
   t.columns = int32_t(columns);
+  // As many strips as threads can go down at once, but no shorter than two rows, of which a third
+  // is met besides.
+  const int64_t parts = Block::kThreads / (tap_pairs * tap_chunks);
+  const int64_t of_phase = ceil_div(rows, t.dilation_h);
+  const int64_t segments = parts / (ceil_div(columns, 4) * std::min<int64_t>(t.dilation_h, rows));
+  t.strip_rows = int32_t(std::clamp<int64_t>(ceil_div(of_phase, std::max<int64_t>(segments, 1)),
+                                             std::min<int64_t>(2, of_phase), of_phase));
   t.y_pieces = int32_t(ceil_div(call.height, rows));
   t.x_pieces = int32_t(ceil_div(call.width, columns));
   const int64_t pieces = call.batch * t.y_pieces * t.x_pieces;

@@ -50,4 +50,29 @@ LKA_DEVICE float slope(Activation activation, float x) {
   return 1.0f;
 }
 
+// Every value becomes f(activation, value): which it is is asked for once, and the arithmetic of
+// several values overlaps.
+template <int kCount, class F>
+LKA_DEVICE void for_all(Activation activation, float (&x)[kCount], F f) {
+  const auto each = [&](Activation one) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[i] = f(one, x[i]);
+  };
+  switch (activation) {
+    case Activation::gelu: return each(Activation::gelu);
+    case Activation::gelu_tanh: return each(Activation::gelu_tanh);
+    case Activation::relu: return each(Activation::relu);
+    case Activation::silu: return each(Activation::silu);
+    case Activation::none: return each(Activation::none);
+  }
+}
+template <int kCount>
+LKA_DEVICE void activate_all(Activation activation, float (&x)[kCount]) {
+  for_all(activation, x, [](Activation one, float value) { return activate(one, value); });
+}
+template <int kCount>
+LKA_DEVICE void slope_all(Activation activation, float (&x)[kCount]) {
+  for_all(activation, x, [](Activation one, float value) { return slope(one, value); });
+}
+
 }  // namespace lka::cuda

@@ -50,17 +50,18 @@ struct AdapterConvolution {
   int32_t taps_pitch = 0;       // floats of a kernel row
 };
 
-// The gradient of the convolution's taps: a block has one channel, tap_rows × tap_chunks chunks of
-// eight taps of a kernel row, and a group of pieces (rows × columns of the grid of an image).
+// The gradient of the convolution's taps: a block has one channel, tap_pairs × tap_chunks of eight
+// taps of two kernel rows each, and a group of pieces (rows × columns of the grid of an image).
 struct AdapterTapGradient {
   int32_t batch = 0, channels = 0;
   int32_t kernel_h = 0, kernel_w = 0;  // of the taps that can touch
   int32_t dilation_h = 1, dilation_w = 1;
   int32_t top = 0, left = 0;
   int32_t first_h = 0, first_w = 0, full_h = 0, full_w = 0;  // the first of them, and of all taps
-  int32_t tap_rows = 0, tap_chunks = 0;
+  int32_t tap_pairs = 0, tap_chunks = 0;
   int32_t tiles_h = 0, tiles_w = 0;  // of taps
   int32_t rows = 0, columns = 0;     // of the grid in a piece
+  int32_t strip_rows = 0;            // that a thread goes down
   int32_t y_pieces = 0, x_pieces = 0;
   int32_t staged_rows = 0, source_pitch = 0, grad_pitch = 0;
   int32_t groups = 0;
