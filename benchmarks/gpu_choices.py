@@ -1,6 +1,6 @@
 """The times by which GPU calls choose their kernels, from sweeps.
 
-`python -m benchmarks.gpu_choices SWEEP.jsonl... [--out FILE] [--facts NAME=VALUE...]`
+`python -m benchmarks.gpu_choices SWEEP.jsonl... [--out FILE] [--update] [--facts NAME=VALUE...]`
 
 Reads what ``benchmarks.gpu_sweep`` wrote and writes what ``lka_kernels.gpu_choice`` reads. Where
 files have the same family of the same case, the later one counts. ``--facts`` says what files
@@ -115,17 +115,39 @@ def rounded(number: float) -> float | int:
     return int(number) if number == int(number) else number
 
 
-def content(facts: dict, lines: list[dict]) -> dict:
-    """What goes into the file."""
+def recorded(before: dict) -> dict[Key, dict[str, float]]:
+    """As ``merged``, of what a file has."""
+    found: dict[Key, dict[str, float]] = {}
+    for operator, families in gpu_choice.FAMILIES.items():
+        numbers = len(gpu_choice.SIZES[operator])
+        for name, rows in before[operator]["cases"].items():
+            direction, *layout, dtype = name.split()
+            for row in rows:
+                times = dict(zip(families, row[numbers:], strict=True))
+                key = (operator, direction, " ".join(layout), dtype, tuple(row[:numbers]))
+                found[key] = {family: t for family, t in times.items() if t is not None}
+    return found
+
+
+def content(facts: dict, lines: list[dict], before: dict | None = None) -> dict:
+    """What goes into the file, which has what is in ``before`` where no line says otherwise."""
+    everything = recorded(before) if before else {}
+    for key, times in merged(lines).items():
+        everything[key] = everything.get(key, {}) | times
+    host = hosts(lines)
+    for operator, directions in (before or {}).get("host", {}).items():
+        for direction, families in directions.items():
+            of_direction = host.setdefault(operator, {}).setdefault(direction, {})
+            of_direction.update({f: t for f, t in families.items() if f not in of_direction})
     found = {
         "device": facts.get("device"),
         "date": facts.get("date"),
         "versions": facts.get("versions", {}),
-        "host": hosts(lines),
+        "host": host,
     }
     for operator, families in gpu_choice.FAMILIES.items():
         rows: dict[str, list] = {}
-        for key, times in sorted(merged(lines).items()):
+        for key, times in sorted(everything.items()):
             of_operator, direction, layout, dtype, numbers = key
             if of_operator == operator:
                 name = " ".join(filter(None, (direction, layout, dtype)))
@@ -183,6 +205,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("sweeps", type=Path, nargs="+", metavar="SWEEP.jsonl")
     parser.add_argument("--out", type=Path, default=gpu_choice.DATA)
+    parser.add_argument(
+        "--update", action="store_true", help="keep what the file has of what was not measured"
+    )
     parser.add_argument("--facts", nargs="+", default=[], metavar="NAME=VALUE")
     options = parser.parse_args(arguments)
     facts, lines = read(options.sweeps)
@@ -192,7 +217,8 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             facts["versions"] = {**facts.get("versions", {}), name: value}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(as_text(content(facts, lines)))
+    before = json.loads(options.out.read_text()) if options.update else None
+    options.out.write_text(as_text(content(facts, lines, before)))
     print(f"{options.out}: {len(merged(lines))} cases, {options.out.stat().st_size / 1e3:.0f} kB")
     if options.out != gpu_choice.DATA:
         return

@@ -74,6 +74,25 @@ def test_facts_come_first_or_from_the_command(distilled):
     assert found["host"] == {}
 
 
+def test_an_update_keeps_what_was_not_measured_again(distilled):
+    first = distilled(
+        [
+            FACTS,
+            line(REPLKNET, "forward", "torch", 9.0, host=20e-6),
+            line(REPLKNET, "forward", "cuda", 8.0, host=30e-6),
+            line(VIT, "backward", "triton", 7.0),
+        ]
+    )
+    changed = {**FACTS, "date": "2026-02-03"}
+    again = [changed, line(REPLKNET, "forward", "cuda", 4.0, host=15e-6)]
+    found = distilled(again, arguments=["--update"])
+    (row,) = found["depthwise_conv2d"]["cases"]["forward contiguous bfloat16"]
+    assert row[7:] == [9, 4, None, None]
+    assert found["large_kernel_adapter"] == first["large_kernel_adapter"]
+    assert found["host"] == {"depthwise_conv2d": {"forward": {"torch": 20, "cuda": 15}}}
+    assert found["date"] == "2026-02-03"
+
+
 def test_the_forward_pass_is_taken_off_torchs_adapter(distilled):
     found = distilled(
         [

@@ -398,16 +398,13 @@ Work work_of_sum(const Params& p, double element) {
   return work;
 }
 
-// How much longer than estimated the row-Toeplitz form takes, beside the dense form. Measured on an
-// H100 (bfloat16, 64 images, contiguous), µs by rows and dense: on 28² with K = 29 784 and 104, 7
-// 184 and 147, 5 56 and 52, 7 dilated by 3 78 and 54, 5×51 182 and 79; on 14² with 27 517 and 33, 7
-// 156 and 43; on 7² with 13 233 and 41, 7 270 and 47; of weight gradients on 14² 340 and 130, 439
-// and 137, on 7² 379 and 58, 553 and 82. The quotients are those of the estimates times 1.4 to 4.8;
-// on 28², where the choice is close, times 2.8 or more.
-constexpr double kRowsTakeLonger = 2.75;
-
-// The same of planes in shared memory.
-constexpr double kPlanesTakeLonger = 1.5;
+// How much longer than estimated each form takes. Measured on an H100 (bfloat16, 8 and 64 images,
+// both layouts, all directions), the quotients are 1.7 to 7.5 by rows, in the geometric mean 3.5;
+// 1.1 to 5.6, 1.7 to 3.7 as dense matrices; 0.8 to 4.6, 1.3 to 1.7 by planes. What decides where
+// two are close, in µs by rows, dense and planes: 28² with K = 29 773, 103 and 310, 7 189, 148 and
+// 76, 5 57, 53 and 28, 5×51 184, 80 and 62; 14² with K = 7 158, 43 and 58; of weight gradients on
+// 14² with K = 7 443, 138 and 105, on 7² 557, 82 and 201.
+constexpr double kRowsTakeLonger = 3.5, kDenseTakesLonger = 1.5, kPlanesTakeLonger = 1.3;
 
 // How a convolution is made into products for the tensor cores: by rows from memory, as a dense
 // matrix of a small map, or by rows of planes in shared memory.
@@ -477,7 +474,7 @@ inline TensorCoreForm estimate_correlate_form(ConvParams call, bool backward) {
   const Plan as_dense = plan_dense_correlate(correlation, dense);
   const Plan by_planes = plan_plane_correlate(correlation, planes);
   return least_of({time(TensorCoreForm::rows, by_rows, rows, kRowsTakeLonger),
-                   time(TensorCoreForm::dense, as_dense, dense, 1),
+                   time(TensorCoreForm::dense, as_dense, dense, kDenseTakesLonger),
                    time(TensorCoreForm::planes, by_planes, planes, kPlanesTakeLonger)});
 }
 
@@ -497,7 +494,7 @@ inline TensorCoreForm estimate_weight_gradient_form(ConvParams call, int multipr
   const Plan as_dense = plan_dense_weight_gradient(call, multiprocessors, dense);
   const Plan by_planes = plan_plane_weight_gradient(call, multiprocessors, planes);
   return least_of({time(TensorCoreForm::rows, by_rows, rows, kRowsTakeLonger),
-                   time(TensorCoreForm::dense, as_dense, dense, 1),
+                   time(TensorCoreForm::dense, as_dense, dense, kDenseTakesLonger),
                    time(TensorCoreForm::planes, by_planes, planes, kPlanesTakeLonger)});
 }
 

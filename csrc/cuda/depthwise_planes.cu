@@ -6,8 +6,9 @@
 namespace lka::cuda {
 namespace {
 
+// Five blocks of four warps are as many as the shared memory of an H100 has room for.
 template <class Storage, int kTiles, bool kWide>
-__global__ void __launch_bounds__(256, 2)
+__global__ void __launch_bounds__(kWide ? 256 : 128, kWide ? 2 : 5)
     plane_correlate_kernel(const __grid_constant__ PlaneCorrelateParams p) {
   extern __shared__ __align__(16) char shared[];
 #if __CUDA_ARCH__ >= 800
@@ -38,7 +39,7 @@ void correlate(const char* name, const PlaneCorrelateParams& p, const LaunchShap
 }
 
 template <class Storage, bool kWide>
-__global__ void __launch_bounds__(256, 2)
+__global__ void __launch_bounds__(kWide ? 256 : 128, kWide ? 2 : 5)
     plane_weight_gradient_kernel(const __grid_constant__ PlaneWeightGradientParams p) {
   extern __shared__ __align__(16) char shared[];
 #if __CUDA_ARCH__ >= 800

@@ -117,6 +117,8 @@ CASES = {
     "weights apart, zero": AdapterCase(
         5, 70, 130, (6, 8), (3, 3), prefix=3, prefix_mode="zero", position="both"
     ),
+    "planes": AdapterCase(6, 8, 20, (18, 33), (7, 7), dropout=0.1, residual=True),
+    "planes, class token": AdapterCase(2, 8, 20, (18, 33), (7, 7), prefix=1, position="both"),
     "tensor cores": AdapterCase(2, 8, 20, (9, 10), (7, 7), dropout=0.1, residual=True),
     "tensor cores, post": AdapterCase(2, 8, 20, (9, 10), (7, 7), position="post", layout="map"),
     "tensor cores, class token": AdapterCase(2, 8, 20, (9, 16), (7, 31), prefix=1),
@@ -381,22 +383,25 @@ def test_tensor_cores_convolve_where_it_pays():
     small, large = NETWORKS["ViT-L"], NETWORKS["large rank and kernel"]
     token = dataclasses.replace(large, prefix=1)
     wide = dataclasses.replace(large, grid=(56, 56), dim=192)
+    many = AdapterCase(64, 96, 8, (56, 56), (7, 7))
     for case, dtype, launches in (
         (small, torch.bfloat16, [set(), set()]),
         (large, torch.bfloat16, [{"dense"}, {"dense", "taps"}]),
         (token, torch.bfloat16, [{"dense"}, {"dense"}]),
-        (wide, torch.bfloat16, [{"correlate"}, {"correlate", "taps"}]),
+        (wide, torch.bfloat16, [{"planes"}, {"planes", "taps"}]),
+        (many, torch.bfloat16, [{"planes"}, {"planes", "plane_taps"}]),
         (large, torch.float32, [set(), set()]),
     ):
         for backward in (False, True):
             found = plan_of(case, dtype, backward)
-            assert found.keys() & {"correlate", "dense", "taps"} == launches[backward]
+            apart = {"correlate", "dense", "planes", "taps", "plane_taps"}
+            assert found.keys() & apart == launches[backward]
 
 
 @pytest.mark.parametrize("prefix", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_the_dense_form_convolves(dtype, prefix):
-    case = AdapterCase(20, 16, 16, (7, 7), (13, 13), prefix, residual=True)
+    case = AdapterCase(64, 16, 16, (7, 7), (13, 13), prefix, residual=True)
     for backward in (False, True):
         assert "dense" in plan_of(case, dtype, backward)
     check(case, dtype)

@@ -18,12 +18,12 @@ struct AdapterSum {
 };
 
 struct AdapterSums {
-  static constexpr int kMost = 3, kElements = 32, kSlices = 8;
+  static constexpr int kMost = 3, kElements = 32, kSlices = 16;
   AdapterSum sums[kMost];
   int32_t count = 0;
 };
 
-// A block has 32 elements. Each of eight warps adds a part of the groups in their order, and one
+// A block has 32 elements. Each of sixteen warps adds a part of the groups in their order, and one
 // adds the parts in theirs. `shared` holds kSlices · kElements floats.
 template <class Storage>
 LKA_DEVICE void sum_adapter_partials(const AdapterSums& p, float* shared) {

@@ -111,7 +111,11 @@ class PlaneCorrelateBlock : PlaneCorrelate {
   }
 
   LKA_DEVICE void stage() const {
-    for (int i = 0; i < p.images && image0_ + i < p.batch; ++i) {
+    const int left = p.batch - image0_, images = left < p.images ? left : p.images;
+    if (p.source.row_vector == 1)
+      return stage_channel_elements(p.source, image0_, images, channel0_ + warp_, first_row_,
+                                    end_row_, plane_, p.staged_rows * p.pitch, p.pitch, p.lead);
+    for (int i = 0; i < images; ++i) {
       const int at = i * p.staged_rows * p.pitch;
       if constexpr (kWide)
         stage_eight_planes(p.source, image0_ + i, channel0_, first_row_, end_row_, planes_ + at,

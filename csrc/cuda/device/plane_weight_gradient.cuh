@@ -115,23 +115,25 @@ class PlaneWeightGradientBlock : PlaneWeightGradient {
   }
 
   LKA_DEVICE void stage() const {
-    for (int i = 0; i < p.images && image0_ + i < p.batch; ++i) {
-      stage(p.input, image0_ + i, first_row_, end_row_, input_ + i * p.staged_rows * p.input_pitch,
-            p.input_pitch, 0);
-      stage(p.grad_output, image0_ + i, y0_, y0_ + rows_, grad_ + i * p.band_rows * p.grad_pitch,
-            p.grad_pitch, p.grad_lead);
-    }
+    const int left = p.batch - image0_, images = left < p.images ? left : p.images;
+    stage(p.input, images, first_row_, end_row_, input_, p.staged_rows, p.input_pitch, 0);
+    stage(p.grad_output, images, y0_, y0_ + rows_, grad_, p.band_rows, p.grad_pitch, p.grad_lead);
     cp_async_commit();
   }
 
-  // `to` is in the planes of this warp.
-  LKA_DEVICE void stage(const MapAccess& map, int image, int first, int end, uint16_t* to,
-                        int pitch, int lead) const {
-    if constexpr (kWide)
-      stage_eight_planes(map, image, channel0_, first, end, to - warp_ * (p.warp_bytes / 2),
-                         p.warp_bytes / 2, pitch, lead);
-    else
-      stage_channel_plane(map, image, channel0_ + warp_, first, end, to, pitch, lead);
+  // `to` is in the planes of this warp; images have `rows` rows there.
+  LKA_DEVICE void stage(const MapAccess& map, int images, int first, int end, uint16_t* to,
+                        int rows, int pitch, int lead) const {
+    if (map.row_vector == 1)
+      return stage_channel_elements(map, image0_, images, channel0_ + warp_, first, end, to,
+                                    rows * pitch, pitch, lead);
+    for (int i = 0; i < images; ++i, to += rows * pitch) {
+      if constexpr (kWide)
+        stage_eight_planes(map, image0_ + i, channel0_, first, end, to - warp_ * (p.warp_bytes / 2),
+                           p.warp_bytes / 2, pitch, lead);
+      else
+        stage_channel_plane(map, image0_ + i, channel0_ + warp_, first, end, to, pitch, lead);
+    }
   }
 
   // By kChunks products at a time.

@@ -26,18 +26,15 @@ LKA_DEVICE void stage_plane_vectors(const uint16_t* from, const MapView& view, i
     const uint16_t* element = from + (first_row + first) * view.stride_h + v * kVector;
     uint16_t* at = to + first * pitch + v * kVector;
     for (int y = first_row + first; y < end_row; y += rows, element += step, at += rows * pitch) {
-      if constexpr (kVector == 1)
-        store_shared(at, load_global(element));
-      else
-        cp_async<2 * kVector>(at, element, 2 * kVector);
+      cp_async<2 * kVector>(at, element, 2 * kVector);
     }
   }
 }
 
 }  // namespace detail
 
-// Rows [first_row, end_row) of one channel of one image, by one warp. Copies may be under way when
-// this returns.
+// Rows [first_row, end_row) of one channel of one image, by one warp, in vectors of two elements or
+// more. Copies may be under way when this returns.
 LKA_DEVICE void stage_channel_plane(const MapAccess& map, int64_t image, int64_t channel,
                                     int first_row, int end_row, uint16_t* to, int pitch, int lead) {
   const auto* from = static_cast<const uint16_t*>(map.view.data) + image * map.view.stride_b +
@@ -46,8 +43,41 @@ LKA_DEVICE void stage_channel_plane(const MapAccess& map, int64_t image, int64_t
   switch (map.row_vector) {
     case 8: return detail::stage_plane_vectors<8>(from, map.view, first_row, end_row, to, pitch);
     case 4: return detail::stage_plane_vectors<4>(from, map.view, first_row, end_row, to, pitch);
-    case 2: return detail::stage_plane_vectors<2>(from, map.view, first_row, end_row, to, pitch);
-    default: return detail::stage_plane_vectors<1>(from, map.view, first_row, end_row, to, pitch);
+    default: return detail::stage_plane_vectors<2>(from, map.view, first_row, end_row, to, pitch);
+  }
+}
+
+// The same of several images, `to_image` elements apart, whose elements are copied one by one:
+// loads of four rows, of whatever images, are under way together.
+LKA_DEVICE void stage_channel_elements(const MapAccess& map, int64_t image, int images,
+                                       int64_t channel, int first_row, int end_row, uint16_t* to,
+                                       int to_image, int pitch, int lead) {
+  constexpr int kBatch = 4;
+  const MapView& view = map.view;
+  const auto* from =
+      static_cast<const uint16_t*>(view.data) + image * view.stride_b + channel * view.stride_c;
+  const int width = int(view.width), shift = shift_of_lanes(width), lane = threadIdx.x % kWarp;
+  const int step = kWarp >> shift, rows = end_row - first_row;
+  for (int x = lane & ((1 << shift) - 1); x < width; x += 1 << shift) {
+    int i = 0, y = lane >> shift;  // of the images, and from first_row on
+    while (i < images) {
+      uint16_t values[kBatch];
+      uint16_t* targets[kBatch];
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        while (i < images && y >= rows) {
+          y -= rows;
+          ++i;
+        }
+        targets[b] = i < images ? to + i * to_image + y * pitch + lead + x : nullptr;
+        if (i < images)
+          values[b] = load_global(from + i * view.stride_b + (first_row + y) * view.stride_h + x);
+        y += step;
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b)
+        if (targets[b] != nullptr) store_shared(targets[b], values[b]);
+    }
   }
 }
 
