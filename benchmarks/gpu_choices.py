@@ -1,6 +1,7 @@
 """The times by which GPU calls choose their kernels, from sweeps.
 
-`python -m benchmarks.gpu_choices SWEEP.jsonl... [--out FILE] [--update] [--facts NAME=VALUE...]`
+`python -m benchmarks.gpu_choices SWEEP.jsonl... [--out FILE] [--update] [--hosts]
+[--facts NAME=VALUE...]`
 
 Reads what ``benchmarks.gpu_sweep`` wrote and writes what ``lka_kernels.gpu_choice`` reads. Where
 files have the same family of the same case, the later one counts. ``--facts`` says what files
@@ -129,12 +130,14 @@ def recorded(before: dict) -> dict[Key, dict[str, float]]:
     return found
 
 
-def content(facts: dict, lines: list[dict], before: dict | None = None) -> dict:
+def content(
+    facts: dict, lines: list[dict], before: dict | None = None, with_hosts: bool = False
+) -> dict:
     """What goes into the file, which has what is in ``before`` where no line says otherwise."""
     everything = recorded(before) if before else {}
     for key, times in merged(lines).items():
         everything[key] = everything.get(key, {}) | times
-    host = hosts(lines)
+    host = hosts(lines) if with_hosts else {}
     for operator, directions in (before or {}).get("host", {}).items():
         for direction, families in directions.items():
             of_direction = host.setdefault(operator, {}).setdefault(direction, {})
@@ -208,6 +211,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--update", action="store_true", help="keep what the file has of what was not measured"
     )
+    parser.add_argument(
+        "--hosts",
+        action="store_true",
+        help="also what the host needed, where all families of an operator were measured at once",
+    )
     parser.add_argument("--facts", nargs="+", default=[], metavar="NAME=VALUE")
     options = parser.parse_args(arguments)
     facts, lines = read(options.sweeps)
@@ -218,7 +226,7 @@ def main(arguments: list[str] | None = None) -> None:
             facts["versions"] = {**facts.get("versions", {}), name: value}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     before = json.loads(options.out.read_text()) if options.update else None
-    options.out.write_text(as_text(content(facts, lines, before)))
+    options.out.write_text(as_text(content(facts, lines, before, options.hosts)))
     print(f"{options.out}: {len(merged(lines))} cases, {options.out.stat().st_size / 1e3:.0f} kB")
     if options.out != gpu_choice.DATA:
         return

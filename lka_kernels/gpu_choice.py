@@ -33,11 +33,15 @@ SIZES = {
     "large_kernel_adapter": ("batch", "side", "dim", "rank", "kernel", "prefix"),
 }
 
-# What the host needs to issue a call, where the data does not say. PyTorch and one launch of CUDA
-# C++ take about as long; the transforms are two launches; Triton's launches pass through Python.
-# Of ours, 10 more for what autograd and the choice take in Python around it, where PyTorch has both
-# in C++. (On an H100's host: PyTorch 17 to 40, CUDA C++ 15 to 25; Triton is estimated.)
-HOST_MICROSECONDS = {"torch": 25.0, "cuda": 30.0, "cuda_fft": 35.0, "triton": 45.0}
+# What the host needs to issue a call, where the data does not say. A depthwise convolution of
+# PyTorch and one launch of CUDA C++ take about as long; the transforms are two launches; Triton's
+# launches pass through Python. Of ours, 10 more for what autograd and the choice take in Python
+# around it, where PyTorch has both in C++. (On an H100's host: PyTorch 17 to 45, CUDA C++ 15 to 25,
+# Triton 33 to 54. The adapter forward: CUDA C++ 25 to 55, Triton 48 to 130.)
+HOST_MICROSECONDS = {
+    "depthwise_conv2d": {"torch": 25.0, "cuda": 30.0, "cuda_fft": 35.0, "triton": 45.0},
+    "large_kernel_adapter": {"torch": 150.0, "cuda": 50.0, "triton": 85.0},
+}
 
 # The distance of two cases is the sum of |log(a / b)| of these, each times its weight. The sides of
 # map and kernel decide which tiles and transforms fit. Once a device is full, the number of planes
@@ -206,7 +210,7 @@ def is_16_bit(dtype: str) -> bool:
 def host_microseconds(operator: str, direction: str, family: str) -> float:
     """What the host needs to issue a call."""
     measured = recorded().get("host", {}).get(operator, {}).get(direction, {})
-    return measured.get(family, HOST_MICROSECONDS[family])
+    return measured.get(family, HOST_MICROSECONDS[operator][family])
 
 
 def estimates(

@@ -64,11 +64,12 @@ def test_a_measurement_that_was_refused_is_no_time(distilled):
 
 def test_facts_come_first_or_from_the_command(distilled):
     lines = [line(REPLKNET, "forward", "torch", 2.5, host=20e-6)]
-    found = distilled([FACTS, *lines])
+    assert distilled([FACTS, *lines])["host"] == {}
+    found = distilled([FACTS, *lines], arguments=["--hosts"])
     assert {name: found[name] for name in FACTS} == FACTS
     assert found["host"] == {"depthwise_conv2d": {"forward": {"torch": 20}}}
     assert list(found)[:3] == list(FACTS)
-    found = distilled(lines, arguments=["--facts", "device=B", "torch=2.12"])
+    found = distilled(lines, arguments=["--hosts", "--facts", "device=B", "torch=2.12"])
     assert (found["device"], found["date"], found["versions"]) == ("B", None, {"torch": "2.12"})
     # Hosts of files without a first line were measured otherwise.
     assert found["host"] == {}
@@ -81,11 +82,12 @@ def test_an_update_keeps_what_was_not_measured_again(distilled):
             line(REPLKNET, "forward", "torch", 9.0, host=20e-6),
             line(REPLKNET, "forward", "cuda", 8.0, host=30e-6),
             line(VIT, "backward", "triton", 7.0),
-        ]
+        ],
+        arguments=["--hosts"],
     )
     changed = {**FACTS, "date": "2026-02-03"}
     again = [changed, line(REPLKNET, "forward", "cuda", 4.0, host=15e-6)]
-    found = distilled(again, arguments=["--update"])
+    found = distilled(again, arguments=["--update", "--hosts"])
     (row,) = found["depthwise_conv2d"]["cases"]["forward contiguous bfloat16"]
     assert row[7:] == [9, 4, None, None]
     assert found["large_kernel_adapter"] == first["large_kernel_adapter"]

@@ -57,27 +57,26 @@ struct AdapterBackward {
   }
 };
 
-// Whether the grid is worth a launch of its own for the tensor cores. About 1.7 instructions a tap,
-// channel and token, of the 128 of a clock, hide behind the 4 or 6 bytes that a token's channel
-// takes of the 13 that memory gives: up to some 24 taps a channel if all overlaps, which it does
-// not; a launch costs little beside what half of them take. And where there is much of it at all:
-// measured on an H100, see docs/kernel-notes.md.
-inline bool convolves_apart(const AdapterCall& call) {
+// Whether the grid is worth a launch of its own for the tensor cores: where a token has far more
+// taps than channels, or where there are so many taps in all that a launch is little beside them.
+// Measured on an H100 with r 8 and K 7, µs within the other launches and apart, forward and
+// backward: 64 images of 56² (79 million taps) 74.5 and 71.6, 135 and 118; of 28² (20 million) 34.4
+// and 36.3, 69.3 and 66.1; 8 images of 56² (10 million) 14.9 and 23.3, 31.6 and 46.1.
+inline bool convolves_apart(const AdapterCall& call, bool backward) {
   const auto taps = [&](int64_t size, int64_t kernel) {
     return taps_that_touch(size, size, kernel, call.dilation * (kernel - 1) / 2, call.dilation)
         .count;
   };
-  double kMuch = 8e6;
-  if (const char* much = std::getenv("LKA_APART")) kMuch = std::atof(much);
   const int64_t of_token =
       call.rank * taps(call.height, call.kernel_h) * taps(call.width, call.kernel_w);
   const double all = double(call.batch) * double(call.height * call.width) * double(of_token);
-  return call.storage != Storage::float32 && (of_token > 12 * call.channels || all > kMuch);
+  return call.storage != Storage::float32 &&
+         (of_token > 12 * call.channels || all > (backward ? 15e6 : 40e6));
 }
 
 // The same of the taps' gradients, to which prefix tokens must not belong.
 inline bool sums_taps_apart(const AdapterCall& call) {
-  return call.need_conv && convolves_apart(call) &&
+  return call.need_conv && convolves_apart(call, true) &&
          (call.prefix == 0 || call.prefix_mode != PrefixMode::center_tap);
 }
 
@@ -317,7 +316,8 @@ inline const char* plan_convolve_backward(const AdapterCall& call, int64_t multi
   AdapterParams& p = plan.convolve.params;
   LaunchShape& shape = plan.convolve.shape;
   shape.threads = AdapterTapGradientBlock<Float32>::kThreads;
-  if (need_z && convolves_apart(call)) p.convolved = plan_correlation(call, true, plan.correlate);
+  if (need_z && convolves_apart(call, true))
+    p.convolved = plan_correlation(call, true, plan.correlate);
   // The gradients of the taps need a, which is z or is left by the blocks of grad_z.
   if (sums_taps_apart(call) && (p.before == Activation::none || p.convolved)) {
     void* const a = p.before == Activation::none ? call.z : call.a;
@@ -424,7 +424,8 @@ inline AdapterForward plan_adapter_forward(const AdapterCall& call, int64_t mult
     plan.down.shape = detail::adapter_shape(plan.down.params, tiles, turned);
   }
 
-  if (convolves_apart(call)) p.convolved = detail::plan_correlation(call, false, plan.correlate);
+  if (convolves_apart(call, false))
+    p.convolved = detail::plan_correlation(call, false, plan.correlate);
   plan.narrow_up.params = p;
   const bool aligned = reinterpret_cast<uintptr_t>(call.up_bias) % 16 == 0;
   const auto serves = [&](const TokenTensor& t) {

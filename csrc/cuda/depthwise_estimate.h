@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <tuple>
 #include <type_traits>
 
@@ -419,9 +418,6 @@ struct FormTime {
   double seconds;
 };
 inline TensorCoreForm least_of(std::initializer_list<FormTime> forms) {
-  if (const char* forced = std::getenv("LKA_FORM"))
-    for (const FormTime& f : forms)
-      if (f.served && f.form == TensorCoreForm(std::atoi(forced))) return f.form;
   FormTime least = {TensorCoreForm::rows, false, 0};
   for (const FormTime& f : forms)
     if (f.served && (!least.served || f.seconds < least.seconds)) least = f;
@@ -443,7 +439,6 @@ TensorCoreForm remembered(const ConvParams& call, int which, Decide decide) {
   const auto key = std::make_tuple(which, call.batch, call.channels, key_of_map(call.input),
                                    key_of_map(call.output), call.kernel_h, call.kernel_w,
                                    call.dilation_h, call.dilation_w, call.pad_top, call.pad_left);
-  if (std::getenv("LKA_FORM")) return decide();
   constexpr int kEntries = 16;
   thread_local struct {
     std::remove_const_t<decltype(key)> keys[kEntries];

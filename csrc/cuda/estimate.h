@@ -141,10 +141,20 @@ struct AdapterWork {
   }
 };
 
+// A launch between others of the adapter: what they leave for each other stays in the cache, if it
+// is not too much.
+template <class Launch>
+void add_between(std::vector<Work>& all, const Launch& launch) {
+  if (launch.shape.blocks == 0) return;
+  Work work = work_of(launch.params, launch.shape);
+  if (work.memory <= kStaysInCache) work.memory = 0;  // each byte is one of the cache's too
+  all.push_back(work);
+}
+
 inline void add_correlation(std::vector<Work>& all, const AdapterCorrelation& plan) {
-  if (plan.rows.shape.blocks > 0) all.push_back(work_of(plan.rows.params, plan.rows.shape));
-  if (plan.dense.shape.blocks > 0) all.push_back(work_of(plan.dense.params, plan.dense.shape));
-  if (plan.planes.shape.blocks > 0) all.push_back(work_of(plan.planes.params, plan.planes.shape));
+  add_between(all, plan.rows);
+  add_between(all, plan.dense);
+  add_between(all, plan.planes);
 }
 
 }  // namespace detail
@@ -240,9 +250,8 @@ inline std::vector<Work> work_of(const AdapterCall& call, AdapterBackward& plan)
       of.convolve(convolve);
     all.push_back(convolve);
   }
-  if (plan.plane_taps.shape.blocks > 0)
-    all.push_back(work_of(plan.plane_taps.params, plan.plane_taps.shape));
-  if (plan.taps.shape.blocks > 0) all.push_back(work_of(plan.taps.params, plan.taps.shape));
+  detail::add_between(all, plan.plane_taps);
+  detail::add_between(all, plan.taps);
   if (call.need_conv)
     partials += 4.0 * double(tap_groups(plan) * call.rank * (call.kernel_h * call.kernel_w + 1));
   // x, grad_x, and grad_output where x was its own residual.

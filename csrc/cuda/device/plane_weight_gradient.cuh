@@ -116,24 +116,31 @@ class PlaneWeightGradientBlock : PlaneWeightGradient {
 
   LKA_DEVICE void stage() const {
     const int left = p.batch - image0_, images = left < p.images ? left : p.images;
-    stage(p.input, images, first_row_, end_row_, input_, p.staged_rows, p.input_pitch, 0);
-    stage(p.grad_output, images, y0_, y0_ + rows_, grad_, p.band_rows, p.grad_pitch, p.grad_lead);
-    cp_async_commit();
+    const int input = p.staged_rows * p.input_pitch, grad = p.band_rows * p.grad_pitch;
+    if constexpr (kWide) {
+      const int plane = p.warp_bytes / 2;
+      for (int i = 0; i < images; ++i) {
+        stage_eight_planes(p.input, image0_ + i, channel0_, first_row_, end_row_,
+                           planes_ + i * input, plane, p.input_pitch, 0);
+        stage_eight_planes(p.grad_output, image0_ + i, channel0_, y0_, y0_ + rows_,
+                           planes_ + p.at_grad_bytes / 2 + i * grad, plane, p.grad_pitch,
+                           p.grad_lead);
+      }
+    } else {
+      stage(p.input, images, first_row_, end_row_, input_, input, p.input_pitch, 0);
+      stage(p.grad_output, images, y0_, y0_ + rows_, grad_, grad, p.grad_pitch, p.grad_lead);
+      cp_async_commit();
+    }
   }
 
-  // `to` is in the planes of this warp; images have `rows` rows there.
   LKA_DEVICE void stage(const MapAccess& map, int images, int first, int end, uint16_t* to,
-                        int rows, int pitch, int lead) const {
+                        int to_image, int pitch, int lead) const {
+    const int channel = channel0_ + warp_;
     if (map.row_vector == 1)
-      return stage_channel_elements(map, image0_, images, channel0_ + warp_, first, end, to,
-                                    rows * pitch, pitch, lead);
-    for (int i = 0; i < images; ++i, to += rows * pitch) {
-      if constexpr (kWide)
-        stage_eight_planes(map, image0_ + i, channel0_, first, end, to - warp_ * (p.warp_bytes / 2),
-                           p.warp_bytes / 2, pitch, lead);
-      else
-        stage_channel_plane(map, image0_ + i, channel0_ + warp_, first, end, to, pitch, lead);
-    }
+      return stage_channel_elements(map, image0_, images, channel, first, end, to, to_image, pitch,
+                                    lead);
+    for (int i = 0; i < images; ++i)
+      stage_channel_plane(map, image0_ + i, channel, first, end, to + i * to_image, pitch, lead);
   }
 
   // By kChunks products at a time.
