@@ -549,10 +549,14 @@ def test_explain_names_the_family_of_each_direction():
     for layout in (torch.contiguous_format, torch.channels_last):
         text = explained((64, 128, 56, 56), 31, layout)
         assert text == f"forward: {fft}, dX: {fft}, dW: {fft}"
-    text = explained((64, 192, 56, 56), 7, torch.channels_last)
-    assert text.endswith("dW: torch (aten.convolution)")
+    products = "cuda (dense, planes or rows)"
+    for layout in (torch.contiguous_format, torch.channels_last):
+        text = explained((64, 192, 56, 56), 7, layout)
+        assert text == f"forward: {products}, dX: {products}, dW: {products}"
     text = explained((64, 512, 14, 14), 27, torch.contiguous_format)
-    assert text.startswith("forward: cuda (dense or rows), ")
+    assert text.startswith(f"forward: {products}, ")
+    text = explained((1, 192, 56, 56), 7, torch.channels_last)
+    assert "dX: torch (aten.convolution)" in text
 
 
 def test_a_gpu_that_no_kernel_serves_is_served_by_torch(monkeypatch):

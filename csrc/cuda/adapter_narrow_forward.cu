@@ -4,6 +4,13 @@
 namespace lka::cuda {
 namespace {
 
+// Blocks of *up* on a multiprocessor that registers are for. On 9.0 three do without local memory.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1000
+constexpr int kUpBlocks = 3;
+#else
+constexpr int kUpBlocks = 2;
+#endif
+
 template <class Storage, int kRankTiles>
 __global__ void __launch_bounds__(256, 3)
     adapter_narrow_down_kernel(const __grid_constant__ AdapterParams p) {
@@ -16,7 +23,7 @@ __global__ void __launch_bounds__(256, 3)
 }
 
 template <class Storage>
-__global__ void __launch_bounds__(256, 3)
+__global__ void __launch_bounds__(256, kUpBlocks)
     adapter_narrow_up_kernel(const __grid_constant__ AdapterParams p) {
   extern __shared__ __align__(16) char shared[];
 #if __CUDA_ARCH__ >= 800

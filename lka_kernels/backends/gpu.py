@@ -163,7 +163,7 @@ def explained(
 
 def _in_words(family: str, dtype: torch.dtype) -> str:
     words = {
-        "cuda": "dense or rows" if dtype in _16_BIT else "sums in registers",
+        "cuda": "dense, planes or rows" if dtype in _16_BIT else "sums in registers",
         "cuda_fft": "transforms in one launch",
         "triton": "implicit_gemm or direct",
         "torch": "aten.convolution",
