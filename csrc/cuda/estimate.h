@@ -85,13 +85,15 @@ namespace detail {
 struct AdapterWork {
   const AdapterCall& call;
   double element, tokens, x, rank;  // bytes of an element; tokens; bytes of x, of a rank-r tensor
+  double grid;                      // bytes of its grid
 
   explicit AdapterWork(const AdapterCall& c)
       : call(c),
         element(double(AdapterSizes(c.storage).element)),
         tokens(double(c.batch * c.tokens)),
         x(element * tokens * double(c.channels)),
-        rank(element * tokens * double(c.rank)) {}
+        rank(element * tokens * double(c.rank)),
+        grid(element * double(c.batch * c.height * c.width * c.rank)) {}
 
   // A product of every token's channels with the projection's weights, or of its gradient.
   void project(Work& work, const AdapterParams& p) const {
@@ -144,17 +146,19 @@ struct AdapterWork {
 // A launch between others of the adapter: what they leave for each other stays in the cache, if it
 // is not too much.
 template <class Launch>
-void add_between(std::vector<Work>& all, const Launch& launch) {
+void add_between(std::vector<Work>& all, const Launch& launch, double grid_bytes) {
   if (launch.shape.blocks == 0) return;
   Work work = work_of(launch.params, launch.shape);
-  if (work.memory <= kStaysInCache) work.memory = 0;  // each byte is one of the cache's too
+  // The grids of two rank-r tensors; they are counted as the cache's too.
+  if (2 * grid_bytes <= kStaysInCache) work.memory -= 2 * grid_bytes;
   all.push_back(work);
 }
 
-inline void add_correlation(std::vector<Work>& all, const AdapterCorrelation& plan) {
-  add_between(all, plan.rows);
-  add_between(all, plan.dense);
-  add_between(all, plan.planes);
+inline void add_correlation(std::vector<Work>& all, const AdapterCorrelation& plan,
+                            double grid_bytes) {
+  add_between(all, plan.rows, grid_bytes);
+  add_between(all, plan.dense, grid_bytes);
+  add_between(all, plan.planes, grid_bytes);
 }
 
 }  // namespace detail
@@ -176,7 +180,7 @@ inline std::vector<Work> work_of(const AdapterCall& call, const AdapterForward& 
   of.step(down, narrow_down ? 2.5 : 26);
   of.project(down, first.params);
   all.push_back(down);
-  detail::add_correlation(all, plan.correlate);
+  detail::add_correlation(all, plan.correlate, of.grid);
   const bool narrow_up = plan.narrow_up.shape.blocks > 0;
   const AdapterLaunch& last = narrow_up ? plan.narrow_up : plan.up;
   const AdapterParams& p = last.params;
@@ -240,7 +244,7 @@ inline std::vector<Work> work_of(const AdapterCall& call, AdapterBackward& plan)
     all.push_back(up);
   }
   gradient(plan.up_weight);
-  detail::add_correlation(all, plan.correlate);
+  detail::add_correlation(all, plan.correlate, of.grid);
   if (plan.convolve.shape.blocks > 0) {
     Work convolve;
     convolve.blocks = double(plan.convolve.shape.blocks);
@@ -250,8 +254,8 @@ inline std::vector<Work> work_of(const AdapterCall& call, AdapterBackward& plan)
       of.convolve(convolve);
     all.push_back(convolve);
   }
-  detail::add_between(all, plan.plane_taps);
-  detail::add_between(all, plan.taps);
+  detail::add_between(all, plan.plane_taps, of.grid);
+  detail::add_between(all, plan.taps, of.grid);
   if (call.need_conv)
     partials += 4.0 * double(tap_groups(plan) * call.rank * (call.kernel_h * call.kernel_w + 1));
   // x, grad_x, and grad_output where x was its own residual.
