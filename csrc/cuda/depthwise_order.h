@@ -12,43 +12,48 @@
 
 namespace lka::cuda {
 
+namespace detail {
+
+// Forward or backward-input in one form: plan(correlation, params), then launch(params, shape).
+template <class Params, class MakePlan, class Launch>
+const char* run_correlate(const ConvParams& call, bool backward, const void* weight,
+                          const void* bias, MakePlan plan_form, Launch launch) {
+  Params p;
+  const Plan plan = plan_form(correlation_of(call, backward), p);
+  if (plan.refusal != nullptr) return plan.refusal;
+  p.weight = weight;
+  p.bias = bias;
+  launch(p, plan.shape);
+  return nullptr;
+}
+
+}  // namespace detail
+
 // Forward or backward-input for the tensor cores, row by row.
 template <class Runner>
 const char* run_toeplitz_correlate(const ConvParams& call, bool backward, const void* weight,
                                    const void* bias, Runner& runner) {
-  CorrelateParams p;
-  const Plan plan = plan_correlate(correlation_of(call, backward), p);
-  if (plan.refusal != nullptr) return plan.refusal;
-  p.weight = weight;
-  p.bias = bias;
-  runner.toeplitz_correlate(p, plan.shape);
-  return nullptr;
+  return detail::run_correlate<CorrelateParams>(
+      call, backward, weight, bias, plan_correlate,
+      [&](const auto& p, const auto& shape) { runner.toeplitz_correlate(p, shape); });
 }
 
 // The same of small maps in the dense form.
 template <class Runner>
 const char* run_dense_correlate(const ConvParams& call, bool backward, const void* weight,
                                 const void* bias, Runner& runner) {
-  DenseCorrelateParams p;
-  const Plan plan = plan_dense_correlate(correlation_of(call, backward), p);
-  if (plan.refusal != nullptr) return plan.refusal;
-  p.weight = weight;
-  p.bias = bias;
-  runner.dense_correlate(p, plan.shape);
-  return nullptr;
+  return detail::run_correlate<DenseCorrelateParams>(
+      call, backward, weight, bias, plan_dense_correlate,
+      [&](const auto& p, const auto& shape) { runner.dense_correlate(p, shape); });
 }
 
 // The same with planes in shared memory.
 template <class Runner>
 const char* run_plane_correlate(const ConvParams& call, bool backward, const void* weight,
                                 const void* bias, Runner& runner) {
-  PlaneCorrelateParams p;
-  const Plan plan = plan_plane_correlate(correlation_of(call, backward), p);
-  if (plan.refusal != nullptr) return plan.refusal;
-  p.weight = weight;
-  p.bias = bias;
-  runner.plane_correlate(p, plan.shape);
-  return nullptr;
+  return detail::run_correlate<PlaneCorrelateParams>(
+      call, backward, weight, bias, plan_plane_correlate,
+      [&](const auto& p, const auto& shape) { runner.plane_correlate(p, shape); });
 }
 
 // Forward or backward-input for the tensor cores, in the form that is estimated to be faster.
@@ -81,43 +86,49 @@ void make_partials(Params& p, Runner& runner) {
   p.partials = runner.floats(int64_t(p.groups) * p.channels * (int64_t(p.full_h) * p.full_w + 1));
 }
 
-// Backward-weight for the tensor cores, row by row: partial sums, then their sum.
+namespace detail {
+
+// Backward-weight in one form: partial sums by launch(params, shape), then their sum.
+template <class Params, class MakePlan, class Runner, class Launch>
+const char* run_weight_gradient(const ConvParams& call, int multiprocessors, void* grad_weight,
+                                void* grad_bias, Runner& runner, MakePlan plan_form,
+                                Launch launch) {
+  Params p;
+  const Plan plan = plan_form(call, multiprocessors, p);
+  if (plan.refusal != nullptr) return plan.refusal;
+  make_partials(p, runner);
+  launch(p, plan.shape);
+  runner.sum_partials(p, plan_sum_partials(p), grad_weight, grad_bias);
+  return nullptr;
+}
+
+}  // namespace detail
+
+// Backward-weight for the tensor cores, row by row.
 template <class Runner>
 const char* run_toeplitz_weight_gradient(const ConvParams& call, int multiprocessors,
                                          void* grad_weight, void* grad_bias, Runner& runner) {
-  WeightGradientParams p;
-  const Plan plan = plan_weight_gradient(call, multiprocessors, p);
-  if (plan.refusal != nullptr) return plan.refusal;
-  make_partials(p, runner);
-  runner.toeplitz_weight_gradient(p, plan.shape);
-  runner.sum_partials(p, plan_sum_partials(p), grad_weight, grad_bias);
-  return nullptr;
+  return detail::run_weight_gradient<WeightGradientParams>(
+      call, multiprocessors, grad_weight, grad_bias, runner, plan_weight_gradient,
+      [&](const auto& p, const auto& shape) { runner.toeplitz_weight_gradient(p, shape); });
 }
 
 // The same of small maps in the dense form.
 template <class Runner>
 const char* run_dense_weight_gradient(const ConvParams& call, int multiprocessors,
                                       void* grad_weight, void* grad_bias, Runner& runner) {
-  DenseWeightGradientParams p;
-  const Plan plan = plan_dense_weight_gradient(call, multiprocessors, p);
-  if (plan.refusal != nullptr) return plan.refusal;
-  make_partials(p, runner);
-  runner.dense_weight_gradient(p, plan.shape);
-  runner.sum_partials(p, plan_sum_partials(p), grad_weight, grad_bias);
-  return nullptr;
+  return detail::run_weight_gradient<DenseWeightGradientParams>(
+      call, multiprocessors, grad_weight, grad_bias, runner, plan_dense_weight_gradient,
+      [&](const auto& p, const auto& shape) { runner.dense_weight_gradient(p, shape); });
 }
 
 // The same of small kernels with planes in shared memory.
 template <class Runner>
 const char* run_plane_weight_gradient(const ConvParams& call, int multiprocessors,
                                       void* grad_weight, void* grad_bias, Runner& runner) {
-  PlaneWeightGradientParams p;
-  const Plan plan = plan_plane_weight_gradient(call, multiprocessors, p);
-  if (plan.refusal != nullptr) return plan.refusal;
-  make_partials(p, runner);
-  runner.plane_weight_gradient(p, plan.shape);
-  runner.sum_partials(p, plan_sum_partials(p), grad_weight, grad_bias);
-  return nullptr;
+  return detail::run_weight_gradient<PlaneWeightGradientParams>(
+      call, multiprocessors, grad_weight, grad_bias, runner, plan_plane_weight_gradient,
+      [&](const auto& p, const auto& shape) { runner.plane_weight_gradient(p, shape); });
 }
 
 // Backward-weight for the tensor cores, in the form that is estimated to be faster.

@@ -129,7 +129,7 @@ def weight_gradient(
 def run_correlate(
     form: str, call: ConvParams, backward: bool, weight: Tensor, bias: Tensor | None
 ) -> None:
-    """As ``correlate``: "toeplitz", "dense", or "tensor_core", which the operators take."""
+    """As ``correlate``: "toeplitz", "dense", "plane"; "tensor_core" is what the operators take."""
     flag = ctypes.c_bool(backward)
     arguments = (ctypes.byref(call), flag, _pointer(weight), _pointer(bias))
     _raise_for(_function(f"{form}_correlate")(*arguments))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import on_cpu
 import pytest
 import torch
-from stride_one_cases import CASES, Case, same, spread
+from form_checks import check_correlate, check_gradients
+from stride_one_cases import CASES, Case, same
 
 pytestmark = pytest.mark.skipif(on_cpu.compiler() is None, reason="no C++ compiler")
 DTYPES = [torch.float16, torch.bfloat16]
@@ -39,23 +40,11 @@ SMALLER = [
 
 
 def run(case: Case, dtype: torch.dtype, backward: bool, form: str = "dense") -> None:
-    generator = torch.Generator().manual_seed(0)
-    shape, out_shape = case.shape, case.output_shape
-    weight = torch.randn(case.channels, 1, *case.kernel, generator=generator).to(dtype)
-    source = torch.randn(out_shape if backward else shape, generator=generator).to(dtype)
-    given = spread(source, case.layout)
-    result = spread(torch.full(shape if backward else out_shape, torch.nan).to(dtype), case.layout)
-    geometry = (case.kernel, case.padding, case.dilation)
-    if backward:
-        on_cpu.run_correlate(form, on_cpu.params(result, given, *geometry), True, weight, None)
-        truth = case.backward_input(source.double(), weight.double())
-    else:
-        b = torch.randn(case.channels, generator=generator).to(dtype)
-        on_cpu.run_correlate(form, on_cpu.params(given, result, *geometry), False, weight, b)
-        truth = case.forward(source.double(), weight.double(), b.double())
-    case.check(result, truth)
-    if result._base is not None:  # nothing was written between the elements
-        assert result._base.isnan().sum() == result._base.numel() - result.numel()
+    check_correlate(form, case, dtype, backward)
+
+
+def gradients(case: Case, dtype: torch.dtype, multiprocessors: int = 4, form: str = "dense"):
+    return check_gradients(form, case, dtype, multiprocessors)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -75,21 +64,6 @@ def test_every_size(size):
     for kernel in ((1, 1), (3, 4), (2, 9)):
         for backward in (False, True):
             run(same(2, 2, *size, kernel), torch.float16, backward)
-
-
-def gradients(case: Case, dtype, multiprocessors: int = 4, form: str = "dense"):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(case.shape, generator=generator).to(dtype)
-    grad_output = torch.randn(case.output_shape, generator=generator).to(dtype)
-    maps = spread(x, case.layout), spread(grad_output, case.layout)
-    call = on_cpu.params(*maps, case.kernel, case.padding, case.dilation)
-    shapes = ((case.channels, 1, *case.kernel), (case.channels,))
-    results = [torch.full(shape, torch.nan).to(dtype) for shape in shapes]
-    on_cpu.run_weight_gradient(form, call, *results, multiprocessors)
-    truths = case.backward_weight(grad_output.double(), x.double())
-    for result, truth in zip(results, truths, strict=True):
-        case.check(result, truth, grad_output[:, 0].numel())
-    return results
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
