@@ -121,6 +121,11 @@ def recorded(before: dict) -> dict[Key, dict[str, float]]:
     found: dict[Key, dict[str, float]] = {}
     for operator, families in gpu_choice.FAMILIES.items():
         numbers = len(gpu_choice.SIZES[operator])
+        columns = [*gpu_choice.SIZES[operator], *families]
+        if before[operator]["columns"] != columns:
+            raise ValueError(
+                f"columns of {operator} are {before[operator]['columns']}, not {columns}"
+            )
         for name, rows in before[operator]["cases"].items():
             direction, *layout, dtype = name.split()
             for row in rows:
@@ -134,18 +139,25 @@ def content(
     facts: dict, lines: list[dict], before: dict | None = None, with_hosts: bool = False
 ) -> dict:
     """What goes into the file, which has what is in ``before`` where no line says otherwise."""
+    before = before or {}
+    known = {name: before.get(name) for name in ("device", "date")} | {
+        name: facts[name] for name in ("device", "date") if facts.get(name)
+    }
+    if before.get("device") not in (None, known["device"]):
+        raise ValueError(
+            f"times of {before['device']} are not brought up to date by {known['device']}'s"
+        )
     everything = recorded(before) if before else {}
     for key, times in merged(lines).items():
         everything[key] = everything.get(key, {}) | times
     host = hosts(lines) if with_hosts else {}
-    for operator, directions in (before or {}).get("host", {}).items():
+    for operator, directions in before.get("host", {}).items():
         for direction, families in directions.items():
             of_direction = host.setdefault(operator, {}).setdefault(direction, {})
             of_direction.update({f: t for f, t in families.items() if f not in of_direction})
     found = {
-        "device": facts.get("device"),
-        "date": facts.get("date"),
-        "versions": facts.get("versions", {}),
+        **known,
+        "versions": before.get("versions", {}) | facts.get("versions", {}),
         "host": host,
     }
     for operator, families in gpu_choice.FAMILIES.items():

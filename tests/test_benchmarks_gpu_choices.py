@@ -93,6 +93,11 @@ def test_an_update_keeps_what_was_not_measured_again(distilled):
     assert found["large_kernel_adapter"] == first["large_kernel_adapter"]
     assert found["host"] == {"depthwise_conv2d": {"forward": {"torch": 20, "cuda": 15}}}
     assert found["date"] == "2026-02-03"
+    # Of files without a first line the facts stay, and another device is none to mix with.
+    found = distilled([line(VIT, "forward", "cuda", 3.0)], arguments=["--update"])
+    assert {name: found[name] for name in FACTS} == changed
+    with pytest.raises(ValueError, match="times of A GPU are not brought up to date by B's"):
+        distilled([{**FACTS, "device": "B"}], arguments=["--update"])
 
 
 def test_the_forward_pass_is_taken_off_torchs_adapter(distilled):

@@ -289,7 +289,7 @@ inline int64_t plan_tap_gradient(const AdapterCall& call, int64_t multiprocessor
   return blocks * t.groups;
 }
 
-// Leaves no blocks where neither form can be; returns whether one can.
+// Leaves no blocks where no form can be; returns whether one can.
 inline bool plan_correlation(const AdapterCall& call, bool backward, AdapterCorrelation& plan) {
   const ConvParams convolution = backward ? adapter_convolution(call, call.grad_z, call.grad_c)
                                           : adapter_convolution(call, call.a, call.c);

@@ -1,7 +1,7 @@
 // What launches have to do, counted from their parameters, and how long an H100 takes for it: pure
 // functions, plain C++. All of it is an estimate: instructions were counted by hand, as the source
-// and the machine code for compute capability 9.0 have them. A GPU has been asked only how two
-// forms compare, kRowsTakeLonger. tests/offline/cuda_estimates.py has a table of all benchmark
+// and the machine code for compute capability 9.0 have them. A GPU has been asked how much longer
+// each form takes, k...Longer below. tests/offline/cuda_estimates.py has a table of all benchmark
 // shapes.
 #pragma once
 

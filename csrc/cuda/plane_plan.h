@@ -60,8 +60,11 @@ inline bool place_rows(int64_t out_height, int64_t height, PlaneCorrelateParams&
   const int64_t most = std::min<int64_t>(
       {16, p.batch, std::max<int64_t>(1, int64_t(p.batch) * p.channels / kManyWarps)});
   const auto slots = [&](int64_t images) { return ceil_div(images * band, 16) * 16; };
+  // As far as inverse_rows divides: the error of a slot is below its number times the band.
+  const auto divides = [&](int64_t images) { return slots(images) * band < 65536; };
   for (int64_t images = 2; p.bands == 1 && images <= most; ++images)
-    if (images * bytes(band) <= wanted && slots(images) * p.images < slots(p.images) * images)
+    if (images * bytes(band) <= wanted && divides(images) &&
+        slots(images) * p.images < slots(p.images) * images)
       p.images = int32_t(images);
   p.plane_bytes = int32_t(p.images * bytes(band));
   return true;
@@ -88,10 +91,6 @@ inline Plan plan_plane_correlate(const Correlation& call, PlaneCorrelateParams& 
                     p.source.channel_vector == 8 && p.result.channel_vector == 8;
   if (!by_rows && !wide) return refuse(kNoPlanes);
 
-  if (16 * std::abs(call.result.stride_b) + call.result.height * std::abs(call.result.stride_h) >=
-      int64_t(1) << 31)
-    return refuse("sixteen images have more than 2^31 elements");
-
   p.tiles = int32_t(ceil_div(call.result.width, 8));
   if (by_rows)
     detail::place_columns(p.source.row_vector, 1, p);
@@ -101,6 +100,10 @@ inline Plan plan_plane_correlate(const Correlation& call, PlaneCorrelateParams& 
                                             p.lead + ceil_div(call.source.width, 2) * 2);
   p.pitch = int32_t(row_pitch(columns));
   if (!detail::place_rows(call.result.height, call.source.height, p)) return refuse(kPlaneTooLarge);
+  if (by_rows && p.images * std::abs(call.result.stride_b) +
+                         call.result.height * std::abs(call.result.stride_h) >=
+                     int64_t(1) << 31)
+    return refuse("the images of a step have more than 2^31 elements");
 
   p.taps_pitch = 8 * p.chunks + PlaneCorrelate::kTapsLead / 2;
   // Words of one copy of the taps and of the other should meet different banks.
@@ -112,24 +115,30 @@ inline Plan plan_plane_correlate(const Correlation& call, PlaneCorrelateParams& 
   const int64_t in_registers = 8 * plane_tiles(p);
   p.result_pitch = int32_t(wide ? 8 * in_registers + 8 : row_pitch(in_registers));
   const int64_t results = 2 * PlaneCorrelate::kSlots * int64_t(p.result_pitch);
-  p.warp_bytes = int32_t(p.plane_bytes + 8 * taps_copy + (wide ? 0 : results));
-  p.steps = int32_t(ceil_div(call.batch, p.images) * p.bands);
-  for (int warps = wide ? 8 : 4; warps > 0; warps /= 2) {
-    LaunchShape shape;
-    shape.threads = 32 * warps;
-    shape.shared_bytes =
-        2 * int64_t(p.pitch) + warps * int64_t(p.warp_bytes) + (wide ? results : 0);
-    if (shape.shared_bytes > kMostShared) {
-      if (wide) break;  // eight channels are a vector
-      continue;
+  // Of one image where several do not fit: no batch is refused that a smaller one would not be.
+  const int32_t most = p.images, of_image = p.plane_bytes / p.images;
+  for (const int32_t images : {most, 1}) {
+    p.images = images;
+    p.plane_bytes = images * of_image;
+    p.warp_bytes = int32_t(p.plane_bytes + 8 * taps_copy + (wide ? 0 : results));
+    p.steps = int32_t(ceil_div(call.batch, images) * p.bands);
+    for (int warps = wide ? 8 : 4; warps > 0; warps /= 2) {
+      LaunchShape shape;
+      shape.threads = 32 * warps;
+      shape.shared_bytes =
+          2 * int64_t(p.pitch) + warps * int64_t(p.warp_bytes) + (wide ? results : 0);
+      if (shape.shared_bytes > kMostShared) {
+        if (wide) break;  // eight channels are a vector
+        continue;
+      }
+      p.channel_groups = int32_t(ceil_div(call.channels, warps));
+      const int64_t groups =
+          std::clamp<int64_t>(ceil_div(detail::kManyWarps, p.channel_groups), 1, p.steps);
+      p.steps_of_group = int32_t(ceil_div(p.steps, groups));
+      shape.blocks = p.channel_groups * ceil_div(p.steps, p.steps_of_group);
+      if (shape.blocks > kMostBlocks) return refuse("more than 2^31 blocks");
+      return {shape};
     }
-    p.channel_groups = int32_t(ceil_div(call.channels, warps));
-    const int64_t groups =
-        std::clamp<int64_t>(ceil_div(detail::kManyWarps, p.channel_groups), 1, p.steps);
-    p.steps_of_group = int32_t(ceil_div(p.steps, groups));
-    shape.blocks = p.channel_groups * ceil_div(p.steps, p.steps_of_group);
-    if (shape.blocks > kMostBlocks) return refuse("more than 2^31 blocks");
-    return {shape};
   }
   return refuse(kPlaneTooLarge);
 }
@@ -159,8 +168,7 @@ inline Plan plan_plane_weight_gradient(const ConvParams& call, int multiprocesso
   // The eighth kernel column reaches back farthest; a pair may lie in two words.
   p.grad_lead =
       int32_t(ceil_div(std::max(0, (Kernel::kMostColumns - 1) * p.dilation_w - p.left), 8) * 8);
-  p.grad_pitch =
-      int32_t(row_pitch(p.grad_lead + std::max(p.left + columns + 2, call.output.width + 1)));
+  p.grad_pitch = int32_t(row_pitch(p.grad_lead + p.left + columns + 2));
   p.constant_elements = int32_t(columns);
   const int64_t height = call.input.height, out_height = call.output.height;
   const auto rows = [&](int64_t band) {
@@ -174,6 +182,7 @@ inline Plan plan_plane_weight_gradient(const ConvParams& call, int multiprocesso
   while (p.bands < out_height && bytes(ceil_div(out_height, p.bands)) > wanted) ++p.bands;
   p.band_rows = int32_t(ceil_div(out_height, p.bands));
   p.bands = int32_t(ceil_div(out_height, p.band_rows));
+  if (bytes(p.band_rows) > kMostShared) return refuse(kPlaneTooLarge);
   p.staged_rows = int32_t(rows(p.band_rows));
   p.images = 1;
   if (p.bands == 1)

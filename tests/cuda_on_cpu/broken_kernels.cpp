@@ -66,6 +66,25 @@ void no_barrier_before_reuse(char* shared) {
   load_shared(floats(shared) + (thread() + 1) % kThreads);
   store_shared(floats(shared) + thread(), 0.0f);
 }
+void barrier_of_a_warp(char* shared) {
+  store_shared(floats(shared) + thread(), 0.0f);
+  __syncwarp();
+  load_shared(floats(shared) + (thread() ^ 1));
+  __syncwarp();
+  store_shared(floats(shared) + (thread() ^ 1), 0.0f);
+}
+void barrier_of_another_warp(char* shared) {
+  store_shared(floats(shared) + thread(), 0.0f);
+  __syncwarp();
+  load_shared(floats(shared) + thread() % 32);  // the first warp's
+}
+void barrier_of_a_warp_before_reuse(char* shared) {
+  store_shared(floats(shared) + thread(), 0.0f);
+  __syncthreads();
+  if (thread() < 32) load_shared(floats(shared) + thread() + 32);
+  __syncwarp();
+  if (thread() >= 32) store_shared(floats(shared) + thread(), 0.0f);
+}
 void two_writers(char* shared) { store_shared(floats(shared), float(thread())); }
 void copy_not_waited_for(char* shared) {
   cp_async<4>(floats(shared) + thread(), input + thread(), 4);
@@ -142,6 +161,9 @@ const std::map<std::string, void (*)(char*)> kernels = {
     LKA_KERNEL(shared_load_unwritten),
     LKA_KERNEL(no_barrier),
     LKA_KERNEL(no_barrier_before_reuse),
+    LKA_KERNEL(barrier_of_a_warp),
+    LKA_KERNEL(barrier_of_another_warp),
+    LKA_KERNEL(barrier_of_a_warp_before_reuse),
     LKA_KERNEL(two_writers),
     LKA_KERNEL(copy_not_waited_for),
     LKA_KERNEL(copy_waited_for_too_little),

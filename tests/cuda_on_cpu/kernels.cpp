@@ -68,6 +68,24 @@ extern "C" const char* plane_correlate(const ConvParams* call, bool backward, co
   });
 }
 
+// Images that a warp has side by side, of the input's or output's and of a weight gradient's; 0
+// where the form refuses, -1 where a slot would be taken for one of another image.
+extern "C" int plane_images(const ConvParams* call, const char* direction, int multiprocessors) {
+  const std::string wanted = direction;
+  if (wanted == "backward_weight") {
+    cuda::PlaneWeightGradientParams p;
+    const cuda::Plan plan = cuda::plan_plane_weight_gradient(*call, multiprocessors, p);
+    return plan.refusal == nullptr ? p.images : 0;
+  }
+  cuda::PlaneCorrelateParams p;
+  const cuda::Plan plan =
+      cuda::plan_plane_correlate(cuda::correlation_of(*call, wanted == "backward_input"), p);
+  if (plan.refusal != nullptr) return 0;
+  for (int slot = 0; slot < p.images * p.band_rows + cuda::PlaneCorrelate::kSlots; ++slot)
+    if (slot * p.inverse_rows >> 16 != slot / p.band_rows) return -1;
+  return p.images;
+}
+
 extern "C" const char* plane_weight_gradient(const ConvParams* call, int multiprocessors,
                                              void* grad_weight, void* grad_bias) {
   return weight_gradient(*call, grad_weight, grad_bias, [&](Runner& runner) {

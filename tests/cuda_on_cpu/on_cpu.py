@@ -172,6 +172,12 @@ def plan(
     return dict(zip(("blocks", "threads", "shared"), shape, strict=True))
 
 
+def plane_images(call: ConvParams, direction: str, multiprocessors: int = 132) -> int:
+    """Images side by side in the form with planes, or 0; -1 would mix them up."""
+    function = library("kernels.cpp").plane_images
+    return function(ctypes.byref(call), direction.encode(), multiprocessors)
+
+
 def why_device_cannot(capability: int, compiled: int, tensor_cores: bool) -> str:
     """``lka::cuda::why_device_cannot`` of versions 10 · major + minor."""
     function = _function("why_device_cannot")

@@ -39,13 +39,26 @@ def served(case: Case) -> bool:
 
 
 SERVED = [case for case in [*CASES, *MORE] if served(case)]
-# Large enough that several images share a warp's slots.
+# Enough planes that several images share a warp's slots, with a last step of fewer.
 MANY = [
-    same(64, 40, 7, 7, (7, 7)),
-    same(61, 40, 7, 6, (5, 5)),
-    same(33, 140, 14, 14, (3, 3)),
-    same(40, 64, 7, 7, (3, 3), layout="channels_last"),
+    same(65, 136, 3, 3, (3, 3)),
+    same(66, 65, 4, 6, (5, 3)),
+    same(70, 128, 3, 3, (3, 3), layout="channels_last"),
+    same(69, 64, 5, 4, (3, 3), layout="channels_last"),
 ]
+DIRECTIONS = ("forward", "backward_input", "backward_weight")
+
+
+def without_memory(case: Case, layout: str = "contiguous"):
+    """A call that can be planned."""
+    format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    maps = [
+        torch.empty(shape, dtype=torch.bfloat16, device="meta", memory_format=format)
+        for shape in (case.shape, case.output_shape)
+    ]
+    call = on_cpu.params(*maps, case.kernel, case.padding, case.dilation)
+    call.input.data = call.output.data = 1024
+    return call
 
 
 def run(case: Case, dtype: torch.dtype, backward: bool) -> None:
@@ -73,8 +86,29 @@ def test_backward_input(case, dtype):
 
 @pytest.mark.parametrize("case", MANY, ids=str)
 def test_images_side_by_side(case):
+    for direction in DIRECTIONS:
+        assert on_cpu.plane_images(without_memory(case, case.layout), direction) > 1
     for backward in (False, True):
         run(case, torch.bfloat16, backward)
+
+
+@pytest.mark.parametrize("kernel", [(56, 1), (97, 1), (125, 1), (3, 3)])
+def test_slots_are_of_the_image_they_are_taken_for(kernel):
+    """Also where many rows of results meet few of the source, which leave room for many images."""
+    for height in range(kernel[0], 241, 3):
+        unpadded = Case(64, 1024, height, 8, kernel, (0, 0, 0, 0))
+        assert on_cpu.plane_images(without_memory(unpadded), "backward_input") >= 0
+        padded = Case(64, 1024, 7, 8, (7, 1), (height, 0, height, 0))
+        assert on_cpu.plane_images(without_memory(padded), "forward") >= 0
+
+
+@pytest.mark.parametrize("side", [20, 24])
+@pytest.mark.parametrize("kernel", [27, 31])
+def test_no_batch_is_refused_that_a_smaller_one_is_not(side, kernel):
+    for batch in (1, 256, 1024, 4096):
+        case = same(batch, 8, side, side, (kernel, kernel))
+        call = without_memory(case, "channels_last")
+        assert on_cpu.plane_images(call, "forward") > 0
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 8, 15, 17, 33, 66])
@@ -116,7 +150,7 @@ def test_weight_gradients_need_a_column_for_the_bias():
 @pytest.mark.parametrize("multiprocessors", [1, 132])
 def test_groups_add_up(multiprocessors, layout):
     """One group or many, the same bits for the same device."""
-    case = same(70, 8, 7, 7, (7, 7), layout=layout)
+    case = same(70, 64, 7, 7, (7, 7), layout=layout)
     first, second = (gradients(case, torch.bfloat16, multiprocessors) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
@@ -134,6 +168,7 @@ def test_refusals_name_the_reason():
 def test_what_is_not_finite_stays_in_its_image():
     """Rows of an image in shared memory are not those of the next one."""
     case = same(64, 70, 7, 7, (7, 7))
+    assert on_cpu.plane_images(without_memory(case), "forward") > 1
     x, weight = torch.randn(case.shape).half(), torch.randn(70, 1, 7, 7).half()
     x[3, 1] = torch.inf
     result = torch.empty_like(x)

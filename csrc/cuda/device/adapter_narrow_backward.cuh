@@ -152,9 +152,6 @@ class AdapterNarrowBackwardBlock {
       store_global(data + place_of(later(tile.pairs[half], 1), rank), Element(pair >> 16));
   }
 
-  static LKA_DEVICE uint32_t narrow_pair(float low, float high) {
-    return pack(narrow<Storage>(low), narrow<Storage>(high));
-  }
   static LKA_DEVICE float widen_low(uint32_t pair) { return widen<Storage>(uint16_t(pair)); }
   static LKA_DEVICE float widen_high(uint32_t pair) { return widen<Storage>(uint16_t(pair >> 16)); }
 
@@ -368,7 +365,7 @@ class AdapterNarrowUpBackwardBlock : AdapterNarrowBackwardBlock<Storage, kTiles>
         activated[k] = activate(p.behind, value[k]) * factor[k];
         factor[k] *= slope(p.behind, value[k]) * p.scale;
       }
-      store_shared(e(buffer, n, half), Base::narrow_pair(activated[0], activated[1]));
+      store_shared(e(buffer, n, half), narrow_pair<Storage>(activated[0], activated[1]));
       store_shared(factors(buffer, n, half), Factors{factor[0], factor[1]});
     }
   }
@@ -391,7 +388,7 @@ class AdapterNarrowUpBackwardBlock : AdapterNarrowBackwardBlock<Storage, kTiles>
         // A column for each half of a unit, so that all have the sums of a single product:
         // separate ones do not fit the registers. The price is 0 · infinity = NaN where
         // grad_output is not finite: in row g of the other halves too.
-        const uint32_t one = this->g_ == 2 * unit + h ? Base::narrow_pair(1.0f, 1.0f) : 0;
+        const uint32_t one = this->g_ == 2 * unit + h ? narrow_pair<Storage>(1.0f, 1.0f) : 0;
         const uint32_t ones[2] = {one, one};
         mma_16x8x16<Storage>(bias_sums_, rows, ones);
       }
@@ -411,8 +408,9 @@ class AdapterNarrowUpBackwardBlock : AdapterNarrowBackwardBlock<Storage, kTiles>
       for (int half = 0; half < 2; ++half) {
         Factors by = {p.scale, p.scale};
         if (activates_) by = load_shared(factors(buffer, n, half));
-        this->store_pair(p.grad_c, tile, n, half,
-                         Base::narrow_pair(sums.of[half][0] * by.low, sums.of[half][1] * by.high));
+        this->store_pair(
+            p.grad_c, tile, n, half,
+            narrow_pair<Storage>(sums.of[half][0] * by.low, sums.of[half][1] * by.high));
       }
     }
   }
@@ -541,8 +539,8 @@ class AdapterNarrowDownBackwardBlock : AdapterNarrowBackwardBlock<Storage, kTile
         mma_16x8x8<Storage>(sums, left, weight_[j][0]);
       else
         mma_16x8x16<Storage>(sums, left, weight_[j]);
-      result.low.words[j] = Base::narrow_pair(sums[0], sums[1]);
-      result.high.words[j] = Base::narrow_pair(sums[2], sums[3]);
+      result.low.words[j] = narrow_pair<Storage>(sums[0], sums[1]);
+      result.high.words[j] = narrow_pair<Storage>(sums[2], sums[3]);
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -562,7 +560,7 @@ class AdapterNarrowDownBackwardBlock : AdapterNarrowBackwardBlock<Storage, kTile
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) mma_16x8x16<Storage>(weight_sums_[h][n], rows, grad_z[n]);
     }
-    const uint32_t one = Base::narrow_pair(1.0f, 1.0f);
+    const uint32_t one = narrow_pair<Storage>(1.0f, 1.0f);
     const uint32_t ones[4] = {one, one, one, one};
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) mma_16x8x16<Storage>(bias_sums_[n], ones, grad_z[n]);
