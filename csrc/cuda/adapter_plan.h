@@ -4,13 +4,13 @@
 
 #include "adapter_call.h"
 #include "adapter_narrow_backward_plan.h"
-#include "depthwise_estimate.h"
 #include "device/adapter_backward.cuh"
 #include "device/adapter_convolve_backward.cuh"
 #include "device/adapter_forward.cuh"
 #include "device/adapter_narrow_forward.cuh"
 #include "device/adapter_sums.cuh"
 #include "device/adapter_weight_gradient.cuh"
+#include "tensor_core_form.h"
 
 namespace lka::cuda {
 

@@ -6,9 +6,9 @@
 // Every function returns why the call cannot be served, in which case nothing was launched.
 #pragma once
 
-#include "depthwise_estimate.h"
 #include "fft_plan.h"
 #include "plane_plan.h"
+#include "tensor_core_form.h"
 
 namespace lka::cuda {
 

@@ -108,7 +108,7 @@ def test_transforms_count_spectra_and_their_sums():
     assert sums.cache == 2 * maps + (2 * shape.batch - groups) * written
 
 
-# k...TakeLonger of depthwise_estimate.h.
+# k...TakeLonger of tensor_core_form.h.
 LONGER = {"toeplitz": 3.5, "dense": 1.5, "planes": 1.3}
 # What was the fastest on an H100 of 64 images, contiguous, in every direction that is named.
 MEASURED = {
