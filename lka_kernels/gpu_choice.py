@@ -37,7 +37,8 @@ SIZES = {
 # PyTorch and one launch of CUDA C++ take about as long; the transforms are two launches; Triton's
 # launches pass through Python. Of ours, 10 more for what autograd and the choice take in Python
 # around it, where PyTorch has both in C++. (On an H100's host: PyTorch 17 to 45, CUDA C++ 15 to 25,
-# Triton 33 to 54. The adapter forward: CUDA C++ 25 to 55, Triton 48 to 130.)
+# Triton 33 and 54 in two cases. The adapter, medians of one run: CUDA C++ 43 forward and 95
+# backward, Triton 81 and 148. PyTorch's ten launches of the adapter are not among the choices.)
 HOST_MICROSECONDS = {
     "depthwise_conv2d": {"torch": 25.0, "cuda": 30.0, "cuda_fft": 35.0, "triton": 45.0},
     "large_kernel_adapter": {"torch": 150.0, "cuda": 50.0, "triton": 85.0},
