@@ -161,16 +161,18 @@ __attribute__((noinline)) void add_product(int64_t size, const T* input, const T
   }
 }
 
-// The map of one block of planes from the spectra of its rows, plus `bias` if there is one.
+// The map of one block of planes from the spectra of its rows, plus `bias` if there is one. A step
+// of `ahead` for two rows.
 template <class T, int V, class S>
 void restore_rows(const FftConv& fft, const T* spectrum, const Lanes& lanes, const MapView& map,
-                  const Vec<T, V>* bias, FftScratch<T, V>& scratch) {
+                  const Vec<T, V>* bias, FftScratch<T, V>& scratch, Ahead& ahead) {
   const int64_t row = map.width * V, spectrum_row = fft.spectrum_row(V);
   for (int64_t first = 0; first < map.height; first += fft.rows_together) {
     const int64_t left = map.height - first;
     const int64_t count = left < fft.rows_together ? left : fft.rows_together;
     for (int64_t y = 0; y < count; y += 2) {
       const T* a = spectrum + (first + y) * spectrum_row;
+      ahead.step_runs();
       join<T, V>(a, y + 1 < count ? a + spectrum_row : nullptr, fft.x.size, scratch.line);
       ::fft<T, V>(fft.x, inverted(in_order<T, V>(scratch.line, fft.x.size)),
                   inverted(Sequence<T>{scratch.rows + y * row, V, map.width, row}), scratch.first,
@@ -198,10 +200,13 @@ void convolve_fft_as(const ConvolvePlan& plan, int64_t begin, int64_t end, void*
   // All blocks of the same channels one after the other: their weights are transformed once.
   const int64_t patterns = plan.lanes.num_patterns;
   const int64_t blocks_of_pattern = (plan.lanes.num_blocks + patterns - 1) / patterns;
+  const auto block_of = [&](int64_t task) {
+    return task / blocks_of_pattern + task % blocks_of_pattern * patterns;
+  };
   int64_t transformed = -1;
+  Ahead ahead;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t pattern = task / blocks_of_pattern;
-    const int64_t block = pattern + task % blocks_of_pattern * patterns;
+    const int64_t pattern = task / blocks_of_pattern, block = block_of(task);
     if (block >= plan.lanes.num_blocks) continue;
     if (pattern != transformed) transform_weights<T, V, S>(plan, pattern, scratch, weights);
     transformed = pattern;
@@ -209,12 +214,20 @@ void convolve_fft_as(const ConvolvePlan& plan, int64_t begin, int64_t end, void*
     const Lanes to = lanes_of<V>(plan.lanes, block, target, plan.batch, plan.channels);
     transform_rows<T, V, S>(fft, static_cast<const S*>(source.data), from, source.height,
                             source.width, scratch, spectrum);
+    // Meanwhile the next block comes into the cache.
+    const int64_t next = task + 1 < end ? block_of(task + 1) : plan.lanes.num_blocks;
+    if (next < plan.lanes.num_blocks)
+      ahead.first.begin(planes_region<S>(source, lanes_of<V>(plan.lanes, next, source, plan.batch,
+                                                             plan.channels)),
+                        2 * columns + (target.height + 1) / 2);
     const T* weight = weights;
     for (int64_t k = 0; k < columns; ++k, weight += column) {
       const Sequence<T> line = in_order<T, V>(scratch.line, fft.y.size);
+      ahead.step_runs();
       ::fft<T, V>(fft.y, column_of<T, V>(spectrum, fft, k, source.height), line, scratch.first,
                   scratch.second);
       multiply<T, V>(fft.y.size, weight, scratch.line);
+      ahead.step_runs();
       ::fft<T, V>(fft.y, inverted(line), inverted(column_of<T, V>(spectrum, fft, k, target.height)),
                   scratch.first, scratch.second);
     }
@@ -222,7 +235,7 @@ void convolve_fft_as(const ConvolvePlan& plan, int64_t begin, int64_t end, void*
     if (plan.bias != nullptr)
       bias = load_aligned<V>(static_cast<const T*>(plan.packed_bias) + pattern * V);
     restore_rows<T, V, S>(fft, spectrum, to, target, plan.bias != nullptr ? &bias : nullptr,
-                          scratch);
+                          scratch, ahead);
   }
 }
 
@@ -251,6 +264,7 @@ void gradients_fft_as(const WeightGradientPlan& plan, const ConvolvePlan* convol
   const int64_t units = blocks * plan.num_parts, patterns = plan.lanes.num_patterns;
   const int64_t units_of_pattern = (units + patterns - 1) / patterns;
   int64_t transformed = -1;
+  Ahead ahead;
   for (int64_t task = begin; task < end; ++task) {
     int64_t unit = task;
     if (convolution != nullptr) {
@@ -277,13 +291,26 @@ void gradients_fft_as(const WeightGradientPlan& plan, const ConvolvePlan* convol
                               input.width, scratch, input_spectrum);
       transform_rows<T, V, S>(fft, static_cast<const S*>(grad.data), to, grad.height, grad.width,
                               scratch, grad_spectrum);
+      // Meanwhile the next image's block comes into the cache.
+      if (image + 1 < last_image) {
+        const int64_t steps =
+            2 * columns + (convolution != nullptr ? (convolution->target.height + 1) / 2 : 0);
+        const auto load_next = [&](Prefetcher& prefetcher, const MapView& map) {
+          const Lanes lanes = lanes_of<V>(plan.lanes, at + blocks, map, plan.batch, plan.channels);
+          prefetcher.begin(planes_region<S>(map, lanes), steps);
+        };
+        load_next(ahead.first, input);
+        load_next(ahead.second, grad);
+      }
       for (int64_t k = 0; k < columns; ++k) {
+        ahead.step_runs();
         const Sequence<T> x = in_order<T, V>(scratch.line, fft.y.size);
         const Sequence<T> g = in_order<T, V>(scratch.rows, fft.y.size);
         ::fft<T, V>(fft.y, column_of<T, V>(input_spectrum, fft, k, input.height), x, scratch.first,
                     scratch.second);
         ::fft<T, V>(fft.y, column_of<T, V>(grad_spectrum, fft, k, grad.height), g, scratch.first,
                     scratch.second);
+        ahead.step_runs();
         // The sum over a map is the first element of its spectrum.
         if (k == 0) bias_sum += get<T, V>(g, 0).re;
         add_product<T, V>(fft.y.size, x.data, g.data, sums + k * column);
@@ -296,7 +323,7 @@ void gradients_fft_as(const WeightGradientPlan& plan, const ConvolvePlan* convol
       if (convolution == nullptr) continue;
       const MapView& target = convolution->target;
       const Lanes out = lanes_of<V>(plan.lanes, at, target, plan.batch, plan.channels);
-      restore_rows<T, V, S>(fft, grad_spectrum, out, target, nullptr, scratch);
+      restore_rows<T, V, S>(fft, grad_spectrum, out, target, nullptr, scratch, ahead);
     }
     for (int64_t k = 0; k < columns; ++k) {
       const Sequence<T> sum = in_order<T, V>(sums + k * column, fft.y.size);

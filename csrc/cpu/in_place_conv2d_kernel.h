@@ -37,6 +37,46 @@ inline OutputRange whole_outputs(const Phase& phase, int64_t source_size) {
   return {begin, end > begin ? end : begin};
 }
 
+// Where the rows lie that come after the one at hand, in elements from what is read and written
+// now: of the target the next, of the source `rows` that only the next needs. What stands in these
+// places is loaded while pixels are computed, into the second cache, the target as if to be read:
+// asked for as what will be written it would come into the first. Elements meet few taps here, and
+// a Prefetcher, which keeps count, would take as long as these.
+struct RowsAhead {
+  int64_t channels, source_pixel, target_pixel;
+  int64_t target, source, rows, source_row;
+
+  // For the block of channels that begins with `channel`, its share of what from_times · kFrom
+  // pixels of the source and to_times · kTo of the target, all side by side, have in these places.
+  template <int V, int kFrom, int kTo, class S>
+  __attribute__((always_inline)) void load(const S* from, int64_t from_times, const S* to,
+                                           int64_t to_times, int64_t channel) const {
+    to += target;
+    for (int64_t n = 0; n < to_times; ++n, to += kTo * target_pixel)
+      share<V, kTo>(to, target_pixel, channel);
+    from += source;
+    for (int64_t row = 0; row < rows; ++row, from += source_row) {
+      const S* at = from;
+      for (int64_t n = 0; n < from_times; ++n, at += kFrom * source_pixel)
+        share<V, kFrom>(at, source_pixel, channel);
+    }
+  }
+
+ private:
+  template <int V, int kPixels, class S>
+  __attribute__((always_inline)) void share(const S* at, int64_t pixel, int64_t channel) const {
+    if (pixel == channels) {  // in the order of memory, which the processor follows by itself
+      constexpr int kLines = (kPixels * V * sizeof(S) + 63) / 64;
+      const char* const line = reinterpret_cast<const char*>(at + kPixels * channel);
+#pragma GCC unroll kUnroll
+      for (int i = 0; i < kLines; ++i) __builtin_prefetch(line + 64 * i, 0, 2);
+    } else {
+#pragma GCC unroll kUnroll
+      for (int i = 0; i < kPixels; ++i) __builtin_prefetch(at + channel + i * pixel, 0, 2);
+    }
+  }
+};
+
 // Sums of one block of channels for neighbouring outputs of a row: what `rows` × `columns` taps
 // meet. Steps are elements.
 template <class T, class S>
@@ -214,6 +254,9 @@ struct InPlaceTile {
   }
 };
 
+// Phases of columns that are taken together where outputs meet one tap at most.
+constexpr int64_t kMostSinglePhases = 8;
+
 // A row of outputs of one phase of rows.
 template <class T, int V, class S>
 struct InPlaceRow {
@@ -223,7 +266,7 @@ struct InPlaceRow {
   const T* weight;            // of all phases of columns, each [taps_y][taps][V]
   int64_t taps_y, first_tap;  // first_tap: the kernel row that source and rows begin with
   S* out;
-  Ahead& ahead;
+  const RowsAhead& ahead;
 
   // How far the block with `left` channels from its first one on reaches back into the one before.
   int64_t overlap(int64_t left) const {
@@ -247,6 +290,9 @@ struct InPlaceRow {
     sums.out_column = x.output_stride * plan.target.stride_w;
     const int64_t weight_block = plan.packed_taps * V;
     const T* const first_weight = weight_of(phase);
+    // The first phase loads ahead for all: their pixels lie between its own.
+    const int64_t source_times = phase > 0 ? 0 : x.out_step;
+    const int64_t target_times = phase > 0 ? 0 : x.output_stride;
     const auto some = [&](auto many, int64_t output, TapRange columns) {
       sums.columns = columns.end > columns.begin ? columns.end - columns.begin : 0;
       sums.rows = sums.columns > 0 ? rows : 0;
@@ -255,16 +301,20 @@ struct InPlaceRow {
       sums.weight = first_weight + columns.begin * V;
       sums.bias = bias();
       sums.out = out + x.first_output * plan.target.stride_w + output * sums.out_column;
+      const S* const from = sums.source;
+      S* const to = sums.out;
+      constexpr int kMany = decltype(many)::value;
       // All blocks of some pixels, one after the other, in the order of memory.
       for (int64_t left = plan.channels; left > 0; left -= V) {
-        ahead.step_runs();
+        ahead.template load<V, kMany, kMany>(from, source_times, to, target_times,
+                                             plan.channels - left);
         const int64_t back = overlap(left);
         sums.source -= back;
         sums.out -= back;
         if (left + back >= V)
-          sums.template sum<V, decltype(many)::value, true>(V);
+          sums.template sum<V, kMany, true>(V);
         else
-          sums.template sum<V, decltype(many)::value, false>(int(left));
+          sums.template sum<V, kMany, false>(int(left));
         sums.template next_block<V>(weight_block);
       }
     };
@@ -287,6 +337,7 @@ struct InPlaceRow {
   void tiles(int64_t phase, int64_t first, int64_t apart) const {
     const Phase& x = plan.phases_x[phase];                  // the first phase has the most outputs
     const int64_t out_apart = x.out_step == 1 ? apart : 1;  // else steps of outputs are the taps'
+    const int64_t width = plan.source.width, columns = Row::columns(x.taps);
     InPlaceTile<T, S, Row> tile;
     tile.rows = rows;
     tile.source_row = source_row;
@@ -294,35 +345,69 @@ struct InPlaceRow {
     tile.out_column = x.output_stride * out_apart * plan.target.stride_w;
     tile.out_phase = plan.target.stride_w;
     tile.row_taps = x.taps;
+    // A tile of dilated taps loads ahead as many neighbours as it has pixels, all of them together
+    // what lies between the pixels of the first. Of several phases the first loads for all.
+    constexpr int kFrom = Row::kOutputs * Row::kStep, kTo = Row::kOutputs * Row::kPhases;
+    const int64_t ahead_from = first * (kFrom - 1) * plan.source.stride_w;
+    const int64_t ahead_to = out_apart > 1 ? first * (kTo - 1) * plan.target.stride_w : 0;
+    const int64_t source_times = phase > 0 ? 0 : 1;
+    const int64_t target_times = phase > 0 ? 0 : x.output_stride / Row::kPhases;
+    const int64_t weight_block = plan.packed_taps * V;
+    const T* const weights[2] = {weight_of(phase), weight_of(phase + Row::kPhases - 1)};
     S* const target = out + (x.first_output + first * x.output_stride) * plan.target.stride_w;
-    const auto every = [&](int64_t outputs) { return ceil_div(outputs - first, out_apart); };
-    const int64_t count = every(x.count);
-    for (int64_t next = 0; next < count; next += Row::kOutputs) {
-      const int64_t last = count > Row::kOutputs ? count - Row::kOutputs : 0;
-      const int64_t output = next < last ? next : last;
-      const int64_t column = x.origin + first + output * Row::kStep * apart;
-      tile.source = source + column * plan.source.stride_w;
-      tile.first_column = column < 0 ? ceil_div(-column, apart) : 0;
-      tile.end_column = ceil_div(plan.source.width - column, apart);
-      bool inside = column >= 0 && tile.end_column >= Row::columns(x.taps);
-      for (int p = 0; p < Row::kPhases; ++p) {
-        tile.outputs[p] = every(plan.phases_x[phase + p].count) - output;
-        inside = inside && tile.outputs[p] >= Row::kOutputs;
+    const auto outputs_of = [&](int p) {
+      return ceil_div(plan.phases_x[phase + p].count - first, out_apart);
+    };
+    const int64_t count = outputs_of(0), fewest = outputs_of(Row::kPhases - 1);
+    const int64_t last = count > Row::kOutputs ? count - Row::kOutputs : 0;
+    // Tiles from begin to end, both included, have all their outputs and columns.
+    const int64_t origin = x.origin + first, step = Row::kStep * apart;
+    const int64_t begin = origin < 0 ? ceil_div(-origin, step) : 0;
+    const int64_t room = width - 1 - origin - (columns - 1) * apart;
+    const int64_t fit = room < 0 ? -1 : room / step, most = fewest - Row::kOutputs;
+    const int64_t end = fit < most ? fit : most;
+    // All blocks of `many` tiles from `output` on.
+    const auto some = [&](int64_t output, int64_t many,
+                          auto inside) __attribute__((always_inline)) {
+      constexpr bool kInside = decltype(inside)::value != 0;
+      const S* from = source + (origin + output * step) * plan.source.stride_w;
+      S* to = target + output * tile.out_column;
+      for (; many > 0; --many) {
+        tile.source = from;
+        tile.out = to;
+        tile.bias = bias();
+        tile.weight[0] = weights[0];
+        tile.weight[1] = weights[1];
+        for (int64_t left = plan.channels; left > 0; left -= V) {
+          ahead.template load<V, kFrom, kTo>(from + ahead_from, source_times, to + ahead_to,
+                                             target_times, plan.channels - left);
+          const int64_t back = overlap(left);
+          tile.source -= back;
+          tile.out -= back;
+          if (kInside && left + back >= V)
+            tile.template sum<V, true>(V);
+          else
+            tile.template sum<V, false>(left + back < V ? int(left) : V);
+          tile.template next_block<V>(weight_block);
+        }
+        from += Row::kOutputs * step * plan.source.stride_w;
+        to += Row::kOutputs * tile.out_column;
       }
-      tile.bias = bias();
-      tile.weight[0] = weight_of(phase);
-      tile.weight[1] = weight_of(phase + Row::kPhases - 1);
-      tile.out = target + output * tile.out_column;
-      for (int64_t left = plan.channels; left > 0; left -= V) {
-        ahead.step_runs();
-        const int64_t back = overlap(left);
-        tile.source -= back;
-        tile.out -= back;
-        if (inside && left + back >= V)
-          tile.template sum<V, true>(V);
-        else
-          tile.template sum<V, false>(left + back < V ? int(left) : V);
-        tile.template next_block<V>(plan.packed_taps * V);
+    };
+    for (int64_t next = 0; next < count;) {
+      const int64_t output = next < last ? next : last;
+      const bool inside = output >= begin && output <= end;
+      const int64_t column = origin + output * step;
+      tile.first_column = column < 0 ? ceil_div(-column, apart) : 0;
+      tile.end_column = ceil_div(width - column, apart);
+      for (int p = 0; p < Row::kPhases; ++p) tile.outputs[p] = outputs_of(p) - output;
+      if (inside) {
+        const int64_t many = (end - output) / Row::kOutputs + 1;
+        some(output, many, Constant<1>{});
+        next = output + many * Row::kOutputs;
+      } else {
+        some(output, 1, Constant<0>{});
+        next += Row::kOutputs;
       }
     }
   }
@@ -356,7 +441,12 @@ struct InPlaceRow {
     const int64_t count = x.out_step == 1 ? ceil_div(x.count, x.tap_step) : x.count;
     switch (x.taps) {
       case 1: unit_tiles<RowShape<1, 1>>(phase); return true;
-      case 2: unit_tiles<RowShape<1, 2>>(phase); return true;
+      case 2:  // so few that what a tile takes beside them tells
+        if (count >= 2 * LongRow::kOutputs)
+          unit_tiles<RowShape<1, 2, 0, 0, LongRow::kOutputs>>(phase);
+        else
+          unit_tiles<RowShape<1, 2>>(phase);
+        return true;
       case 3:  // dilated, maps of 14 or 28 columns leave too few for tiles of 7
         if (ceil_div(count, 5) * 6 < ceil_div(count, 7) * 8)
           unit_tiles<RowShape<1, 3, 0, 0, 5>>(phase);
@@ -373,31 +463,74 @@ struct InPlaceRow {
     }
   }
 
-  // Where no output meets more than one tap: pixel by pixel, the order of memory.
+  // Of outputs that meet one tap at most, those of one phase of columns: outputs [begin, begin +
+  // count) of it meet the source, `offset` elements from where the first phase's would without
+  // padding.
+  struct SingleTap {
+    const T* weight;
+    int64_t begin, offset;
+    uint64_t count;
+  };
+
+  // Pixel by pixel, the order of memory.
   void single_taps() const {
-    const int64_t weight_block = plan.packed_taps * V, whole = plan.channels / V * V;
-    const int64_t left = plan.channels - whole, back = overlap(left);
-    int64_t phase = 0, j = 0;
-    for (int64_t i = 0; i < plan.target.width; ++i) {
-      ahead.first.step_runs();
-      const Phase& x = plan.phases_x[phase];
-      const int64_t column = x.origin + j * x.out_step;
-      const bool meets = rows * x.taps > 0 && column >= 0 && column < plan.source.width;
-      const S* const from = source + column * plan.source.stride_w;
-      S* const to = out + i * plan.target.stride_w;
-      const T* const w = weight_of(phase);
-      const auto some = [&](int64_t block, int64_t channel, int count) {
-        Vec<T, V> sum = plan.bias ? load_aligned<V>(bias() + block * V) : Vec<T, V>{};
-        if (meets)
-          sum +=
-              load_aligned<V>(w + block * weight_block) * load_some<T, V, S>(from + channel, count);
-        store_some<T, V, S>(to + channel, sum, count);
-      };
-      int64_t block = 0;
-      for (int64_t c = 0; c < whole; c += V, ++block) some(block, c, V);
-      if (left > 0) some(block, whole - back, back > 0 ? V : int(left));
-      if (++phase == plan.num_phases_x) phase = 0, ++j;
+    SingleTap taps[kMostSinglePhases];
+    const int64_t step = plan.phases_x[0].out_step, phases = plan.num_phases_x;
+    for (int64_t p = 0; p < phases; ++p) {
+      const Phase& x = plan.phases_x[p];
+      const OutputRange meets = whole_outputs(x, plan.source.width);
+      const int64_t count = rows > 0 && x.taps > 0 ? meets.end - meets.begin : 0;
+      taps[p] = {weight_of(p), meets.begin, x.origin * plan.source.stride_w, uint64_t(count)};
     }
+    const bool one_block = plan.channels == V;
+    const auto pixels = [&](int64_t j, int64_t end, int64_t some_phases) {
+      const S* from = source + j * step * plan.source.stride_w;
+      S* to = out + j * phases * plan.target.stride_w;
+      if (one_block)
+        single_taps_of<true>(taps, some_phases, j, end, from, to);
+      else
+        single_taps_of<false>(taps, some_phases, j, end, from, to);
+    };
+    const int64_t groups = plan.target.width / phases;
+    pixels(0, groups, phases);
+    pixels(groups, groups + 1, plan.target.width % phases);
+  }
+
+  // Outputs [j, end) of `phases` phases side by side.
+  template <bool kOneBlock>
+  void single_taps_of(const SingleTap* taps, int64_t phases, int64_t j, int64_t end, const S* from,
+                      S* to) const {
+    const int64_t whole = plan.channels / V * V, rest = plan.channels - whole;
+    const int64_t back = overlap(rest), weight_block = plan.packed_taps * V;
+    const int64_t from_step = plan.phases_x[0].out_step * plan.source.stride_w;
+    const int64_t to_step = plan.target.stride_w;
+    // Memory in its order comes by itself, not so every so many pixels.
+    const bool strided = plan.phases_x[0].out_step > 1;
+    const T* const first_start = bias();
+    const Vec<T, V> start = first_start ? load_aligned<V>(first_start) : Vec<T, V>{};
+    for (; j < end; ++j, from += from_step)
+      for (const SingleTap *tap = taps, *last = taps + phases; tap < last; ++tap, to += to_step) {
+        const bool meets = uint64_t(j - tap->begin) < tap->count;
+        const S* const at = from + tap->offset;
+        if (kOneBlock) {
+          Vec<T, V> sum = start;
+          if (meets) sum += load_aligned<V>(tap->weight) * load<T, V, S>(at);
+          if (strided) ahead.template load<V, 1, 1>(at, 1, to, 0, 0);
+          store<T, V, S>(to, sum);
+          continue;
+        }
+        const T *w = tap->weight, *b = first_start;
+        const auto some = [&](int64_t channel, int count) __attribute__((always_inline)) {
+          Vec<T, V> sum = b ? load_aligned<V>(b) : Vec<T, V>{};
+          if (meets) sum += load_aligned<V>(w) * load_some<T, V, S>(at + channel, count);
+          if (strided) ahead.template load<V, 1, 1>(at, 1, to, 0, channel);
+          store_some<T, V, S>(to + channel, sum, count);
+          w += weight_block;
+          if (b) b += V;
+        };
+        for (int64_t c = 0; c < whole; c += V) some(c, V);
+        if (rest > 0) some(whole - back, back > 0 ? V : int(rest));
+      }
   }
 
   void convolve() const {
@@ -414,18 +547,14 @@ struct InPlaceRow {
 template <class T, int V, class S>
 void convolve_in_place_as(const ConvolvePlan& plan, int64_t begin, int64_t end) {
   const MapView &source = plan.source, &target = plan.target;
-  const bool long_row = plan.phases_x[0].taps > LongRow::kMostTaps;
-  const int64_t outputs = long_row ? LongRow::kOutputs : RowShape<2, 3>::kOutputs;
-  const int64_t tiles = ceil_div(target.width, outputs * plan.num_phases_x);
-  const int64_t steps = tiles * ceil_div(plan.channels, V);
   const auto one_at_most = [](const Phase* phases, int64_t count) {
     for (int64_t p = 0; p < count; ++p)
       if (phases[p].taps > 1) return false;
     return true;
   };
-  const bool single = one_at_most(plan.phases_y, plan.num_phases_y) &&
+  const bool single = plan.num_phases_x <= kMostSinglePhases &&
+                      one_at_most(plan.phases_y, plan.num_phases_y) &&
                       one_at_most(plan.phases_x, plan.num_phases_x);
-  Ahead ahead;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t image = task / plan.num_bands, first = task % plan.num_bands * plan.band;
     const int64_t last = first + plan.band < target.height ? first + plan.band : target.height;
@@ -435,42 +564,41 @@ void convolve_in_place_as(const ConvolvePlan& plan, int64_t begin, int64_t end) 
       const int64_t phase = row % plan.phases_y[0].output_stride;
       const Phase& y = plan.phases_y[phase];
       const int64_t j = row / y.output_stride;
+      const TapRange taps = taps_of(y, j, source.height);
+      const int64_t first_read = y.origin + j * y.out_step + taps.begin * y.tap_step;
       // Meanwhile the next row, and what it reads beyond this one, come into the cache.
+      RowsAhead ahead = {};
+      ahead.channels = plan.channels;
+      ahead.source_pixel = source.stride_w;
+      ahead.target_pixel = target.stride_w;
       const bool same_task = row + 1 < last;
       if (same_task || task + 1 < end) {
         const int64_t next = same_task ? row + 1 : (task + 1) % plan.num_bands * plan.band;
-        const int64_t next_image = same_task ? image : (task + 1) / plan.num_bands;
+        const int64_t images = same_task ? 0 : (task + 1) / plan.num_bands - image;
         const int64_t next_read = plan.origin_y + next / y.output_stride * y.out_step;
         const int64_t read = plan.origin_y + j * y.out_step + plan.span_y;
-        Region region = channels_region<S>(source, next_image * source.stride_b, plan.channels,
-                                           same_task ? read : next_read, next_read + plan.span_y);
-        if (!single) {
-          ahead.first.begin(region, steps);
-          ahead.second.begin(channels_region<S>(target, next_image * target.stride_b, plan.channels,
-                                                next, next + 1),
-                             steps, true);
-        } else if (plan.phases_x[0].out_step > 1) {
-          // Memory in its order comes by itself, not so every so many pixels.
-          region.columns = ceil_div(region.columns, plan.phases_x[0].out_step);
-          region.column_step *= plan.phases_x[0].out_step;
-          ahead.first.begin(region, target.width);
-        }
+        const int64_t next_end = next_read + plan.span_y;
+        int64_t from_row = same_task && read > next_read ? read : next_read;
+        if (from_row < 0) from_row = 0;
+        const int64_t end_row = next_end < source.height ? next_end : source.height;
+        ahead.target = images * target.stride_b + (next - row) * target.stride_h;
+        ahead.source = images * source.stride_b + (from_row - first_read) * source.stride_h;
+        ahead.rows = end_row - from_row;
+        ahead.source_row = source.stride_h;
       }
       const T* weight = static_cast<const T*>(plan.packed_weight);
       for (int64_t py = 0; py < phase; ++py)
         for (int64_t px = 0; px < plan.num_phases_x; ++px)
           weight += plan.phases_y[py].taps * plan.phases_x[px].taps * V;
-      const TapRange taps = taps_of(y, j, source.height);
-      const InPlaceRow<T, V, S> in_place = {
-          plan,
-          from + (y.origin + j * y.out_step + taps.begin * y.tap_step) * source.stride_h,
-          taps.end > taps.begin ? taps.end - taps.begin : 0,
-          y.tap_step * source.stride_h,
-          weight,
-          y.taps,
-          taps.begin,
-          to + row * target.stride_h,
-          ahead};
+      const InPlaceRow<T, V, S> in_place = {plan,
+                                            from + first_read * source.stride_h,
+                                            taps.end > taps.begin ? taps.end - taps.begin : 0,
+                                            y.tap_step * source.stride_h,
+                                            weight,
+                                            y.taps,
+                                            taps.begin,
+                                            to + row * target.stride_h,
+                                            ahead};
       if (single)
         in_place.single_taps();
       else

@@ -55,8 +55,8 @@ class Prefetcher {
   }
 
   // The same by runs, and only as near as the second cache: for kernels that read where elements
-  // stand, rows of which the first cache cannot hold. Where steps are inlined into a loop of few
-  // instructions, line by line is faster.
+  // stand, rows of which the first cache cannot hold, and for whole planes. Where steps are inlined
+  // into a loop of few instructions, line by line is faster.
   void step_runs() {
     for (int64_t lines = per_step_; lines > 0 && left_ > 0;) {
       const char* const from = at_ + offset_;
