@@ -345,13 +345,6 @@ struct InPlaceRow {
     tile.out_column = x.output_stride * out_apart * plan.target.stride_w;
     tile.out_phase = plan.target.stride_w;
     tile.row_taps = x.taps;
-    // A tile of dilated taps loads ahead as many neighbours as it has pixels, all of them together
-    // what lies between the pixels of the first. Of several phases the first loads for all.
-    constexpr int kFrom = Row::kOutputs * Row::kStep, kTo = Row::kOutputs * Row::kPhases;
-    const int64_t ahead_from = first * (kFrom - 1) * plan.source.stride_w;
-    const int64_t ahead_to = out_apart > 1 ? first * (kTo - 1) * plan.target.stride_w : 0;
-    const int64_t source_times = phase > 0 ? 0 : 1;
-    const int64_t target_times = phase > 0 ? 0 : x.output_stride / Row::kPhases;
     const int64_t weight_block = plan.packed_taps * V;
     const T* const weights[2] = {weight_of(phase), weight_of(phase + Row::kPhases - 1)};
     S* const target = out + (x.first_output + first * x.output_stride) * plan.target.stride_w;
@@ -360,6 +353,17 @@ struct InPlaceRow {
     };
     const int64_t count = outputs_of(0), fewest = outputs_of(Row::kPhases - 1);
     const int64_t last = count > Row::kOutputs ? count - Row::kOutputs : 0;
+    // A tile loads ahead as much as it has, but in the order of memory: where outputs are apart,
+    // the tiles of each part of them take their part of the row. Of several phases the first takes
+    // all.
+    constexpr int kFrom = Row::kOutputs * Row::kStep, kTo = Row::kOutputs * Row::kPhases;
+    const int64_t source_times = phase > 0 ? 0 : apart / out_apart;
+    const int64_t target_times = phase > 0 ? 0 : x.output_stride / Row::kPhases;
+    const int64_t before = first * ceil_div(ceil_div(x.count, out_apart), Row::kOutputs);
+    const int64_t source_part = source_times * kFrom * plan.source.stride_w;
+    const int64_t target_part = target_times * kTo * plan.target.stride_w;
+    const S* source_ahead = source + before * source_part;
+    const S* target_ahead = out + before * target_part;
     // Tiles from begin to end, both included, have all their outputs and columns.
     const int64_t origin = x.origin + first, step = Row::kStep * apart;
     const int64_t begin = origin < 0 ? ceil_div(-origin, step) : 0;
@@ -379,8 +383,8 @@ struct InPlaceRow {
         tile.weight[0] = weights[0];
         tile.weight[1] = weights[1];
         for (int64_t left = plan.channels; left > 0; left -= V) {
-          ahead.template load<V, kFrom, kTo>(from + ahead_from, source_times, to + ahead_to,
-                                             target_times, plan.channels - left);
+          ahead.template load<V, kFrom, kTo>(source_ahead, source_times, target_ahead, target_times,
+                                             plan.channels - left);
           const int64_t back = overlap(left);
           tile.source -= back;
           tile.out -= back;
@@ -390,6 +394,8 @@ struct InPlaceRow {
             tile.template sum<V, false>(left + back < V ? int(left) : V);
           tile.template next_block<V>(weight_block);
         }
+        source_ahead += source_part;
+        target_ahead += target_part;
         from += Row::kOutputs * step * plan.source.stride_w;
         to += Row::kOutputs * tile.out_column;
       }
@@ -482,54 +488,69 @@ struct InPlaceRow {
       const int64_t count = rows > 0 && x.taps > 0 ? meets.end - meets.begin : 0;
       taps[p] = {weight_of(p), meets.begin, x.origin * plan.source.stride_w, uint64_t(count)};
     }
-    const bool one_block = plan.channels == V;
+    const bool one_block = plan.channels == V, strided = step > 1;
     const auto pixels = [&](int64_t j, int64_t end, int64_t some_phases) {
       const S* from = source + j * step * plan.source.stride_w;
       S* to = out + j * phases * plan.target.stride_w;
-      if (one_block)
-        single_taps_of<true>(taps, some_phases, j, end, from, to);
+      const auto some = [&](auto block, auto bias_of, auto steps) {
+        single_taps_of<decltype(block)::value != 0, decltype(bias_of)::value != 0,
+                       decltype(steps)::value != 0>(taps, some_phases, j, end, from, to);
+      };
+      const auto blocks = [&](auto bias_of, auto steps) {
+        if (one_block)
+          some(Constant<1>{}, bias_of, steps);
+        else
+          some(Constant<0>{}, bias_of, steps);
+      };
+      const auto steps = [&](auto bias_of) {
+        if (strided)
+          blocks(bias_of, Constant<1>{});
+        else
+          blocks(bias_of, Constant<0>{});
+      };
+      if (plan.bias)
+        steps(Constant<1>{});
       else
-        single_taps_of<false>(taps, some_phases, j, end, from, to);
+        steps(Constant<0>{});
     };
     const int64_t groups = plan.target.width / phases;
     pixels(0, groups, phases);
     pixels(groups, groups + 1, plan.target.width % phases);
   }
 
-  // Outputs [j, end) of `phases` phases side by side.
-  template <bool kOneBlock>
+  // Outputs [j, end) of `phases` phases side by side. What does not change from pixel to pixel is
+  // known when it is compiled: a vector takes no more than a product beside it.
+  template <bool kOneBlock, bool kBias, bool kStrided>
   void single_taps_of(const SingleTap* taps, int64_t phases, int64_t j, int64_t end, const S* from,
                       S* to) const {
     const int64_t whole = plan.channels / V * V, rest = plan.channels - whole;
     const int64_t back = overlap(rest), weight_block = plan.packed_taps * V;
     const int64_t from_step = plan.phases_x[0].out_step * plan.source.stride_w;
     const int64_t to_step = plan.target.stride_w;
-    // Memory in its order comes by itself, not so every so many pixels.
-    const bool strided = plan.phases_x[0].out_step > 1;
-    const T* const first_start = bias();
-    const Vec<T, V> start = first_start ? load_aligned<V>(first_start) : Vec<T, V>{};
+    const T* const first_bias = bias();
+    const auto pixel = [&](auto meets, const S* at, const T* w) __attribute__((always_inline)) {
+      constexpr bool kMeets = decltype(meets)::value != 0;
+      const T* b = first_bias;
+      const auto some = [&](int64_t channel, int count) __attribute__((always_inline)) {
+        Vec<T, V> sum = kBias ? load_aligned<V>(b) : Vec<T, V>{};
+        if (kMeets) sum += load_aligned<V>(w) * load_some<T, V, S>(at + channel, count);
+        // Memory in its order comes by itself, not so every so many pixels.
+        if (kStrided) ahead.template load<V, 1, 1>(at, 1, to, 0, channel);
+        store_some<T, V, S>(to + channel, sum, count);
+        if (kMeets) w += weight_block;
+        if (kBias) b += V;
+      };
+      if (kOneBlock) return some(0, V);
+      for (int64_t c = 0; c < whole; c += V) some(c, V);
+      if (rest > 0) some(whole - back, back > 0 ? V : int(rest));
+    };
     for (; j < end; ++j, from += from_step)
       for (const SingleTap *tap = taps, *last = taps + phases; tap < last; ++tap, to += to_step) {
-        const bool meets = uint64_t(j - tap->begin) < tap->count;
         const S* const at = from + tap->offset;
-        if (kOneBlock) {
-          Vec<T, V> sum = start;
-          if (meets) sum += load_aligned<V>(tap->weight) * load<T, V, S>(at);
-          if (strided) ahead.template load<V, 1, 1>(at, 1, to, 0, 0);
-          store<T, V, S>(to, sum);
-          continue;
-        }
-        const T *w = tap->weight, *b = first_start;
-        const auto some = [&](int64_t channel, int count) __attribute__((always_inline)) {
-          Vec<T, V> sum = b ? load_aligned<V>(b) : Vec<T, V>{};
-          if (meets) sum += load_aligned<V>(w) * load_some<T, V, S>(at + channel, count);
-          if (strided) ahead.template load<V, 1, 1>(at, 1, to, 0, channel);
-          store_some<T, V, S>(to + channel, sum, count);
-          w += weight_block;
-          if (b) b += V;
-        };
-        for (int64_t c = 0; c < whole; c += V) some(c, V);
-        if (rest > 0) some(whole - back, back > 0 ? V : int(rest));
+        if (uint64_t(j - tap->begin) < tap->count)
+          pixel(Constant<1>{}, at, tap->weight);
+        else
+          pixel(Constant<0>{}, at, tap->weight);
       }
   }
 
