@@ -7,6 +7,7 @@
 #include "dense_conv2d_kernel.h"
 #include "depthwise_plan.h"
 #include "in_place_conv2d_kernel.h"
+#include "in_place_weight_gradient.h"
 #include "pack.h"
 #include "paired_rows.h"
 #include "row_tiles_kernel.h"

@@ -186,6 +186,14 @@ void restore_rows(const FftConv& fft, const T* spectrum, const Lanes& lanes, con
   }
 }
 
+// Loads the planes of a block ahead, in so many steps.
+template <int V, class S, class Plan>
+void load_block_ahead(const Plan& plan, const MapView& map, int64_t block, int64_t steps,
+                      Prefetcher& prefetcher) {
+  const Lanes lanes = lanes_of<V>(plan.lanes, block, map, plan.batch, plan.channels);
+  prefetcher.begin(planes_region<S>(map, lanes), steps);
+}
+
 template <class T, int V, class S>
 void convolve_fft_as(const ConvolvePlan& plan, int64_t begin, int64_t end, void* memory) {
   const FftConv& fft = plan.fft;
@@ -217,9 +225,8 @@ void convolve_fft_as(const ConvolvePlan& plan, int64_t begin, int64_t end, void*
     // Meanwhile the next block comes into the cache.
     const int64_t next = task + 1 < end ? block_of(task + 1) : plan.lanes.num_blocks;
     if (next < plan.lanes.num_blocks)
-      ahead.first.begin(planes_region<S>(source, lanes_of<V>(plan.lanes, next, source, plan.batch,
-                                                             plan.channels)),
-                        2 * columns + (target.height + 1) / 2);
+      load_block_ahead<V, S>(plan, source, next, 2 * columns + (target.height + 1) / 2,
+                             ahead.first);
     const T* weight = weights;
     for (int64_t k = 0; k < columns; ++k, weight += column) {
       const Sequence<T> line = in_order<T, V>(scratch.line, fft.y.size);
@@ -263,22 +270,30 @@ void gradients_fft_as(const WeightGradientPlan& plan, const ConvolvePlan* convol
   const int64_t blocks = cross_images ? plan.lanes.num_blocks : plan.lanes.blocks_per_image;
   const int64_t units = blocks * plan.num_parts, patterns = plan.lanes.num_patterns;
   const int64_t units_of_pattern = (units + patterns - 1) / patterns;
+  const auto unit_of = [&](int64_t task) {
+    // All of the same channels one after the other, as in convolve_fft_as, if weights are needed.
+    return convolution != nullptr ? task / units_of_pattern + task % units_of_pattern * patterns
+                                  : task;
+  };
+  const auto first_image_of = [&](int64_t part) {
+    return cross_images ? 0 : part * plan.batch / plan.num_parts;
+  };
+  const int64_t steps =
+      2 * columns + (convolution != nullptr ? (convolution->target.height + 1) / 2 : 0);
   int64_t transformed = -1;
   Ahead ahead;
   for (int64_t task = begin; task < end; ++task) {
-    int64_t unit = task;
+    const int64_t unit = unit_of(task);
+    if (unit >= units) continue;
     if (convolution != nullptr) {
-      // All of the same channels one after the other, as in convolve_fft_as.
       const int64_t pattern = task / units_of_pattern;
-      unit = pattern + task % units_of_pattern * patterns;
-      if (unit >= units) continue;
       if (pattern != transformed)
         transform_weights<T, V, S>(*convolution, pattern, scratch, weights);
       transformed = pattern;
     }
     const int64_t part = unit / blocks, block = unit % blocks;
-    const int64_t first_image = cross_images ? 0 : part * plan.batch / plan.num_parts;
-    const int64_t last_image = cross_images ? 1 : (part + 1) * plan.batch / plan.num_parts;
+    const int64_t first_image = first_image_of(part);
+    const int64_t last_image = cross_images ? 1 : first_image_of(part + 1);
     T* partial = static_cast<T*>(plan.partial) + unit * elements;
     Vec<T, V> bias_sum{};
     memset(static_cast<void*>(partial), 0, size_t(elements) * sizeof(T));
@@ -291,16 +306,16 @@ void gradients_fft_as(const WeightGradientPlan& plan, const ConvolvePlan* convol
                               input.width, scratch, input_spectrum);
       transform_rows<T, V, S>(fft, static_cast<const S*>(grad.data), to, grad.height, grad.width,
                               scratch, grad_spectrum);
-      // Meanwhile the next image's block comes into the cache.
-      if (image + 1 < last_image) {
-        const int64_t steps =
-            2 * columns + (convolution != nullptr ? (convolution->target.height + 1) / 2 : 0);
-        const auto load_next = [&](Prefetcher& prefetcher, const MapView& map) {
-          const Lanes lanes = lanes_of<V>(plan.lanes, at + blocks, map, plan.batch, plan.channels);
-          prefetcher.begin(planes_region<S>(map, lanes), steps);
-        };
-        load_next(ahead.first, input);
-        load_next(ahead.second, grad);
+      // Meanwhile the same block of the next image, or the next task's, comes into the cache.
+      const int64_t next_unit = task + 1 < end ? unit_of(task + 1) : units;
+      int64_t next = -1;
+      if (image + 1 < last_image)
+        next = at + blocks;
+      else if (next_unit < units)
+        next = first_image_of(next_unit / blocks) * blocks + next_unit % blocks;
+      if (next >= 0) {
+        load_block_ahead<V, S>(plan, input, next, steps, ahead.first);
+        load_block_ahead<V, S>(plan, grad, next, steps, ahead.second);
       }
       for (int64_t k = 0; k < columns; ++k) {
         ahead.step_runs();

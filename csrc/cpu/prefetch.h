@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "simd.h"
+
 namespace {
 
 // rows × columns runs of bytes; steps are bytes too.
@@ -100,6 +102,46 @@ struct Ahead {
   void step_runs() {
     first.step_runs();
     second.step_runs();
+  }
+};
+
+// Where the rows lie that come after the one at hand, in elements from what is read and written
+// now: of the target the next, of the source `rows` that only the next needs. What stands in these
+// places is loaded while pixels are computed, into the second cache, the target as if to be read:
+// asked for as what will be written it would come into the first. Elements meet few taps here, and
+// a Prefetcher, which keeps count, would take as long as these.
+struct RowsAhead {
+  int64_t channels, source_pixel, target_pixel;
+  int64_t target, source, rows, source_row;
+
+  // For the block of channels that begins with `channel`, its share of what from_times · kFrom
+  // pixels of the source and to_times · kTo of the target, all side by side, have in these places.
+  template <int V, int kFrom, int kTo, class S>
+  __attribute__((always_inline)) void load(const S* from, int64_t from_times, const S* to,
+                                           int64_t to_times, int64_t channel) const {
+    to += target;
+    for (int64_t n = 0; n < to_times; ++n, to += kTo * target_pixel)
+      share<V, kTo>(to, target_pixel, channel);
+    from += source;
+    for (int64_t row = 0; row < rows; ++row, from += source_row) {
+      const S* at = from;
+      for (int64_t n = 0; n < from_times; ++n, at += kFrom * source_pixel)
+        share<V, kFrom>(at, source_pixel, channel);
+    }
+  }
+
+ private:
+  template <int V, int kPixels, class S>
+  __attribute__((always_inline)) void share(const S* at, int64_t pixel, int64_t channel) const {
+    if (pixel == channels) {  // in the order of memory, which the processor follows by itself
+      constexpr int kLines = (kPixels * V * sizeof(S) + 63) / 64;
+      const char* const line = reinterpret_cast<const char*>(at + kPixels * channel);
+#pragma GCC unroll kUnroll
+      for (int i = 0; i < kLines; ++i) __builtin_prefetch(line + 64 * i, 0, 2);
+    } else {
+#pragma GCC unroll kUnroll
+      for (int i = 0; i < kPixels; ++i) __builtin_prefetch(at + channel + i * pixel, 0, 2);
+    }
   }
 };
 

@@ -58,6 +58,15 @@ struct Constant {
   static constexpr int value = N;
 };
 
+// call(Constant<0>) or call(Constant<1>).
+template <class Call>
+__attribute__((always_inline)) inline void with_flag(bool flag, const Call& call) {
+  if (flag)
+    call(Constant<1>{});
+  else
+    call(Constant<0>{});
+}
+
 // Minus zero, not plus: that would make 0 of -0, and so be an addition at run time.
 template <class T, int V>
 inline Vec<T, V> splat(T value) {
