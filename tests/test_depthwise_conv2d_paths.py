@@ -222,6 +222,9 @@ TILED = (
             2, 20, 9, 17, (2, 1), (3, 3), dilation=(2, 2), **LAST
         ),
         "a stride of 3": Case(2, 20, 18, 23, (3, 3), (3, 3), padding=(1, 1), **LAST),
+        "a stride of 9, more phases than are taken together": Case(
+            2, 20, 20, 23, (3, 3), (9, 9), padding=(1, 1), **LAST
+        ),
         "a stride of 4, 5 taps": Case(2, 20, 18, 23, (5, 5), (4, 4), padding=(2, 2), **LAST),
         "two vectors that overlap": Case(2, 24, 9, 14, (3, 3), padding="same", **LAST),
         "a row of taps": Case(2, 40, 8, 19, (1, 7), padding="same", **LAST),

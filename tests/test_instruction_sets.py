@@ -4,8 +4,10 @@ The choice is made once per process, so each is tried in a process of its own.
 """
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -68,3 +70,18 @@ def test_every_instruction_set(limit):
     # A limit never asks for more than the processor has.
     expected = LIMITS[max(LIMITS.index(limit), widest)]
     assert done.stdout.split()[-1] == expected
+
+
+def test_no_instruction_set_shares_a_function_with_another():
+    """Of an inline function of several objects the linker keeps one, perhaps the widest set's."""
+    root = Path(__file__).parents[1]
+    objects = sorted(root.glob("build/temp*/csrc/cpu/kernels_*.o"))
+    if not objects or shutil.which("nm") is None:
+        pytest.skip("needs the objects of a build in this tree and nm")
+    for path in objects:
+        symbols = subprocess.run(
+            ["nm", "--demangle", "--defined-only", path], capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+        assert symbols, path
+        weak = [line for line in symbols if line.split()[1] in "WVu"]
+        assert not weak, (path.name, weak[:5])

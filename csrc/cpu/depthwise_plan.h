@@ -73,8 +73,10 @@ struct ConvolvePlan {
   int64_t origin_y, origin_x;  // smallest origins: where the source buffer begins
   int64_t tap_rows;            // kernel rows of all phases
   int64_t span_y;              // source rows that one output of every phase reads
-  int64_t band, num_bands;     // outputs j of a phase per band, at most
-  int64_t chunk;               // outputs j of a phase for which the source is unpacked at a time
+  // In place: the distance between neighbouring source rows or columns that any output reads.
+  int64_t rows_apart, columns_apart;
+  int64_t band, num_bands;  // outputs j of a phase per band, at most
+  int64_t chunk;            // outputs j of a phase for which the source is unpacked at a time
   SourceBuffer buffer;
   int64_t groups_per_image;  // groups of buffer.blocks blocks; 0 where blocks go one by one
   FftConv fft;               // of the transform kernels

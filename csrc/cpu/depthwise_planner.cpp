@@ -167,6 +167,12 @@ bool tiles_in_place_serve(const ConvParams& p, const Phase& y, const Phase& x,
              kLeastTiledShare;
 }
 
+// The distance between neighbouring source rows or columns that any output reads. With several
+// phases outputs step by one.
+int64_t read_apart(const Phase& phase) {
+  return phase.taps > 1 ? std::gcd(phase.out_step, phase.tap_step) : phase.out_step;
+}
+
 void plan_in_place(PlannedConvolution& planned, int num_threads) {
   ConvolvePlan& plan = planned.plan;
   // Elements of 16 bits are widened for every row of taps. What counts is the number of
@@ -189,6 +195,8 @@ void plan_in_place(PlannedConvolution& planned, int num_threads) {
   const Extent y = extent_of(planned.phases_y);
   plan.origin_y = y.origin;
   plan.span_y = y.span;
+  plan.rows_apart = read_apart(planned.phases_y[0]);
+  plan.columns_apart = read_apart(planned.phases_x[0]);
   plan.scratch_elements = 0;
   planned.packed_weight_elements = plan.lanes.num_patterns * plan.packed_taps * plan.lanes.lanes;
   plan.num_bands = 1;

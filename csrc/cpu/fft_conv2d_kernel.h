@@ -161,8 +161,8 @@ __attribute__((noinline)) void add_product(int64_t size, const T* input, const T
   }
 }
 
-// The map of one block of planes from the spectra of its rows, plus `bias` if there is one. A step
-// of `ahead` for two rows.
+// The map of one block of planes from the spectra of its rows, plus `bias` if there is one. One
+// step of `ahead` for every two rows.
 template <class T, int V, class S>
 void restore_rows(const FftConv& fft, const T* spectrum, const Lanes& lanes, const MapView& map,
                   const Vec<T, V>* bias, FftScratch<T, V>& scratch, Ahead& ahead) {
@@ -186,10 +186,10 @@ void restore_rows(const FftConv& fft, const T* spectrum, const Lanes& lanes, con
   }
 }
 
-// Loads the planes of a block ahead, in so many steps.
+// Prepares to load the planes of a block ahead within `steps` steps.
 template <int V, class S, class Plan>
-void load_block_ahead(const Plan& plan, const MapView& map, int64_t block, int64_t steps,
-                      Prefetcher& prefetcher) {
+void look_ahead(const Plan& plan, const MapView& map, int64_t block, int64_t steps,
+                Prefetcher& prefetcher) {
   const Lanes lanes = lanes_of<V>(plan.lanes, block, map, plan.batch, plan.channels);
   prefetcher.begin(planes_region<S>(map, lanes), steps);
 }
@@ -225,8 +225,7 @@ void convolve_fft_as(const ConvolvePlan& plan, int64_t begin, int64_t end, void*
     // Meanwhile the next block comes into the cache.
     const int64_t next = task + 1 < end ? block_of(task + 1) : plan.lanes.num_blocks;
     if (next < plan.lanes.num_blocks)
-      load_block_ahead<V, S>(plan, source, next, 2 * columns + (target.height + 1) / 2,
-                             ahead.first);
+      look_ahead<V, S>(plan, source, next, 2 * columns + (target.height + 1) / 2, ahead.first);
     const T* weight = weights;
     for (int64_t k = 0; k < columns; ++k, weight += column) {
       const Sequence<T> line = in_order<T, V>(scratch.line, fft.y.size);
@@ -314,8 +313,8 @@ void gradients_fft_as(const WeightGradientPlan& plan, const ConvolvePlan* convol
       else if (next_unit < units)
         next = first_image_of(next_unit / blocks) * blocks + next_unit % blocks;
       if (next >= 0) {
-        load_block_ahead<V, S>(plan, input, next, steps, ahead.first);
-        load_block_ahead<V, S>(plan, grad, next, steps, ahead.second);
+        look_ahead<V, S>(plan, input, next, steps, ahead.first);
+        look_ahead<V, S>(plan, grad, next, steps, ahead.second);
       }
       for (int64_t k = 0; k < columns; ++k) {
         ahead.step_runs();

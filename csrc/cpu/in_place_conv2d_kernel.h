@@ -16,6 +16,11 @@ using lka::cpu::ConvolvePlan;
 // Phases of columns that are taken together where outputs meet one tap at most.
 constexpr int64_t kMostSinglePhases = 8;
 
+// The least position from `at` on that is read, if every `apart`-th is, `origin` among them.
+inline int64_t next_read(int64_t at, int64_t origin, int64_t apart) {
+  return at + ((origin - at) % apart + apart) % apart;
+}
+
 // A row of outputs of one phase of rows.
 template <class T, int V, class S>
 struct InPlaceRow {
@@ -39,7 +44,8 @@ struct InPlaceRow {
   }
 
   // sum(channel, count) for all blocks of some pixels, one after the other, in the order of memory:
-  // a block's `count` channels begin where the sums then stand, or `channel` and some before it.
+  // `sums` is then at the block, of which `count` channels exist; `channel` is where it begins if
+  // it does not overlap the one before, for loading ahead.
   template <class Sums, class Sum>
   __attribute__((always_inline)) void over_blocks(Sums& sums, const Sum& sum) const {
     for (int64_t left = plan.channels; left > 0; left -= V) {
@@ -62,7 +68,7 @@ struct InPlaceRow {
     sums.out_column = x.output_stride * plan.target.stride_w;
     const T* const first_weight = weight_of(phase);
     // The first phase loads ahead for all: their pixels lie between its own.
-    const int64_t source_times = phase > 0 ? 0 : x.out_step;
+    const int64_t source_times = phase > 0 ? 0 : x.out_step / plan.columns_apart;
     const int64_t target_times = phase > 0 ? 0 : x.output_stride;
     const auto some = [&](auto many, int64_t output, TapRange columns) {
       sums.columns = columns.end > columns.begin ? columns.end - columns.begin : 0;
@@ -101,7 +107,7 @@ struct InPlaceRow {
   template <class Row>
   void tiles(int64_t phase, int64_t first, int64_t apart) const {
     const Phase& x = plan.phases_x[phase];                  // the first phase has the most outputs
-    const int64_t out_apart = x.out_step == 1 ? apart : 1;  // else steps of outputs are the taps'
+    const int64_t out_apart = x.out_step == 1 ? apart : 1;  // else none lie between a tile's
     const int64_t width = plan.source.width, columns = Row::columns(x.taps);
     InPlaceTile<T, S, Row> tile;
     tile.rows = rows;
@@ -121,19 +127,21 @@ struct InPlaceRow {
     // the tiles of each part of them take their part of the row. Of several phases the first takes
     // all.
     constexpr int kFrom = Row::kOutputs * Row::kStep, kTo = Row::kOutputs * Row::kPhases;
-    const int64_t source_times = phase > 0 ? 0 : apart / out_apart;
+    const int64_t source_times = phase > 0 ? 0 : apart / out_apart / plan.columns_apart;
     const int64_t target_times = phase > 0 ? 0 : x.output_stride / Row::kPhases;
     const int64_t before = first * ceil_div(ceil_div(x.count, out_apart), Row::kOutputs);
-    const int64_t source_part = source_times * kFrom * plan.source.stride_w;
+    const int64_t source_part = source_times * kFrom * ahead.source_pixel;
     const int64_t target_part = target_times * kTo * plan.target.stride_w;
-    const S* source_ahead = source + before * source_part;
+    const int64_t first_column_read = next_read(0, x.origin, plan.columns_apart);
+    const S* source_ahead =
+        source + first_column_read * plan.source.stride_w + before * source_part;
     const S* target_ahead = out + before * target_part;
-    // Tiles from begin to end, both included, have all their outputs and columns.
+    // Tiles from first_inside to last_inside have all their outputs and columns.
     const int64_t origin = x.origin + first, step = Row::kStep * apart;
-    const int64_t begin = origin < 0 ? ceil_div(-origin, step) : 0;
+    const int64_t first_inside = origin < 0 ? ceil_div(-origin, step) : 0;
     const int64_t room = width - 1 - origin - (columns - 1) * apart;
     const int64_t fit = room < 0 ? -1 : room / step, most = fewest - Row::kOutputs;
-    const int64_t end = fit < most ? fit : most;
+    const int64_t last_inside = fit < most ? fit : most;
     // All blocks of `many` tiles from `output` on.
     const auto some = [&](int64_t output, int64_t many,
                           auto inside) __attribute__((always_inline)) {
@@ -162,19 +170,15 @@ struct InPlaceRow {
     };
     for (int64_t next = 0; next < count;) {
       const int64_t output = next < last ? next : last;
-      const bool inside = output >= begin && output <= end;
+      const bool inside = output >= first_inside && output <= last_inside;
       const int64_t column = origin + output * step;
       tile.first_column = column < 0 ? ceil_div(-column, apart) : 0;
       tile.end_column = ceil_div(width - column, apart);
       for (int p = 0; p < Row::kPhases; ++p) tile.outputs[p] = outputs_of(p) - output;
-      if (inside) {
-        const int64_t many = (end - output) / Row::kOutputs + 1;
-        some(output, many, Constant<1>{});
-        next = output + many * Row::kOutputs;
-      } else {
-        some(output, 1, Constant<0>{});
-        next += Row::kOutputs;
-      }
+      const int64_t many = inside ? (last_inside - output) / Row::kOutputs + 1 : 1;
+      with_flag(inside,
+                [&](auto flag) __attribute__((always_inline)) { some(output, many, flag); });
+      next = output + many * Row::kOutputs;
     }
   }
 
@@ -230,8 +234,7 @@ struct InPlaceRow {
   }
 
   // Of outputs that meet one tap at most, those of one phase of columns: outputs [begin, begin +
-  // count) of it meet the source, `offset` elements from where the first phase's would without
-  // padding.
+  // count) of it meet the source, output j `offset` elements from column j · out_step.
   struct SingleTap {
     const T* weight;
     int64_t begin, offset;
@@ -262,11 +265,11 @@ struct InPlaceRow {
     };
     const int64_t groups = plan.target.width / phases;
     pixels(0, groups, phases);
-    pixels(groups, groups + 1, plan.target.width % phases);
+    pixels(groups, groups + 1, plan.target.width % phases);  // of the last group what there is
   }
 
   // Outputs [j, end) of `phases` phases side by side. What does not change from pixel to pixel is
-  // known when it is compiled: a vector takes no more than a product beside it.
+  // known when it is compiled: a vector has one product, beside which each test would tell.
   template <int kOneBlock, int kBias, int kStrided>
   void single_taps_of(const SingleTap* taps, int64_t phases, int64_t j, int64_t end, const S* from,
                       S* to) const {
@@ -281,7 +284,7 @@ struct InPlaceRow {
       const auto some = [&](int64_t channel, int count) __attribute__((always_inline)) {
         Vec<T, V> sum = kBias ? load_aligned<V>(b) : Vec<T, V>{};
         if (kMeets) sum += load_aligned<V>(w) * load_some<T, V, S>(at + channel, count);
-        // Memory in its order comes by itself, not so every so many pixels.
+        // The processor loads memory in its order by itself, but not pixels with gaps between.
         if (kStrided) ahead.template load<V, 1, 1>(at, 1, to, 0, channel);
         store_some<T, V, S>(to + channel, sum, count);
         if (kMeets) w += weight_block;
@@ -333,33 +336,34 @@ void convolve_in_place_as(const ConvolvePlan& plan, int64_t begin, int64_t end) 
       const Phase& y = plan.phases_y[phase];
       const int64_t j = row / y.output_stride;
       const TapRange taps = taps_of(y, j, source.height);
-      const int64_t first_read = y.origin + j * y.out_step + taps.begin * y.tap_step;
+      const int64_t first_row = y.origin + j * y.out_step + taps.begin * y.tap_step;
       // Meanwhile the next row, and what it reads beyond this one, come into the cache.
       RowsAhead ahead = {};
       ahead.channels = plan.channels;
-      ahead.source_pixel = source.stride_w;
+      ahead.source_pixel = plan.columns_apart * source.stride_w;
       ahead.target_pixel = target.stride_w;
       const bool same_task = row + 1 < last;
       if (same_task || task + 1 < end) {
         const int64_t next = same_task ? row + 1 : (task + 1) % plan.num_bands * plan.band;
         const int64_t images = same_task ? 0 : (task + 1) / plan.num_bands - image;
-        const int64_t next_read = plan.origin_y + next / y.output_stride * y.out_step;
+        const int64_t next_begin = plan.origin_y + next / y.output_stride * y.out_step;
+        const int64_t next_end = next_begin + plan.span_y;
         const int64_t read = plan.origin_y + j * y.out_step + plan.span_y;
-        const int64_t next_end = next_read + plan.span_y;
-        int64_t from_row = same_task && read > next_read ? read : next_read;
+        int64_t from_row = same_task && read > next_begin ? read : next_begin;
         if (from_row < 0) from_row = 0;
+        from_row = next_read(from_row, plan.origin_y, plan.rows_apart);
         const int64_t end_row = next_end < source.height ? next_end : source.height;
         ahead.target = images * target.stride_b + (next - row) * target.stride_h;
-        ahead.source = images * source.stride_b + (from_row - first_read) * source.stride_h;
-        ahead.rows = end_row - from_row;
-        ahead.source_row = source.stride_h;
+        ahead.source = images * source.stride_b + (from_row - first_row) * source.stride_h;
+        ahead.rows = ceil_div(end_row - from_row, plan.rows_apart);
+        ahead.source_row = plan.rows_apart * source.stride_h;
       }
       const T* weight = static_cast<const T*>(plan.packed_weight);
       for (int64_t py = 0; py < phase; ++py)
         for (int64_t px = 0; px < plan.num_phases_x; ++px)
           weight += plan.phases_y[py].taps * plan.phases_x[px].taps * V;
       const InPlaceRow<T, V, S> in_place = {plan,
-                                            from + first_read * source.stride_h,
+                                            from + first_row * source.stride_h,
                                             taps.end > taps.begin ? taps.end - taps.begin : 0,
                                             y.tap_step * source.stride_h,
                                             weight,

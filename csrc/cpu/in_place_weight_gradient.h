@@ -9,6 +9,7 @@
 
 namespace {
 
+using lka::MapView;
 using lka::cpu::WeightGradientPlan;
 
 // Kernel rows whose gradients are summed together, by the taps of a row.
@@ -195,8 +196,8 @@ struct InPlaceProducts {
   }
 };
 
-// A task is one group of blocks of channels over one part of the rows of all images, as for the
-// other kernel.
+// A task is one group of blocks of channels over one part of the rows of all images, as for
+// weight_gradient_as.
 template <class T, int V, class S>
 void weight_gradient_in_place_as(const WeightGradientPlan& plan, int64_t begin, int64_t end) {
   const MapView &input = plan.input, &grad = plan.grad_output;

@@ -193,13 +193,12 @@ Region channels_region(const lka::MapView& map, int64_t offset, int64_t count, i
           map.stride_h * kSize};
 }
 
-// The planes of a block of lanes; nothing where they do not stand at equal distances.
+// The planes of a block of lanes; nothing where they have gaps or do not stand at equal distances.
 template <class S>
 Region planes_region(const lka::MapView& map, const Lanes& lanes) {
   constexpr int64_t kSize = sizeof(S);
-  if (lanes.count <= 0) return {};
   if (lanes.adjacent) return channels_region<S>(map, lanes.offset[0], lanes.count, 0, map.height);
-  if (map.stride_w != 1 || map.stride_h != map.width) return {};
+  if (map.stride_w != 1 || (map.height > 1 && map.stride_h != map.width)) return {};
   const int64_t step = lanes.count > 1 ? lanes.offset[1] - lanes.offset[0] : 0;
   for (int l = 1; l < lanes.count; ++l)
     if (lanes.offset[l] != lanes.offset[0] + l * step) return {};

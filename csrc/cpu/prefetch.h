@@ -56,18 +56,15 @@ class Prefetcher {
     }
   }
 
-  // The same by runs, and only as near as the second cache: for kernels that read where elements
-  // stand, rows of which the first cache cannot hold, and for whole planes. Where steps are inlined
-  // into a loop of few instructions, line by line is faster.
+  // The same by runs, for reading, and only as near as the second cache: for kernels that read
+  // where elements stand, rows of which the first cache cannot hold, and for whole planes. Where
+  // steps are inlined into a loop of few instructions, line by line is faster.
   void step_runs() {
     for (int64_t lines = per_step_; lines > 0 && left_ > 0;) {
       const char* const from = at_ + offset_;
       const int64_t of_run = (region_.run - offset_ + 63) / 64;
       const int64_t now = lines < of_run ? lines : of_run;
-      if (for_writing_)
-        for (int64_t line = 0; line < now; ++line) __builtin_prefetch(from + 64 * line, 1);
-      else
-        for (int64_t line = 0; line < now; ++line) __builtin_prefetch(from + 64 * line, 0, 2);
+      for (int64_t line = 0; line < now; ++line) __builtin_prefetch(from + 64 * line, 0, 2);
       lines -= now;
       offset_ += 64 * now;
       if (now < of_run) return;
@@ -105,14 +102,16 @@ struct Ahead {
   }
 };
 
-// Where the rows lie that come after the one at hand, in elements from what is read and written
-// now: of the target the next, of the source `rows` that only the next needs. What stands in these
-// places is loaded while pixels are computed, into the second cache, the target as if to be read:
-// asked for as what will be written it would come into the first. Elements meet few taps here, and
-// a Prefetcher, which keeps count, would take as long as these.
+// Rows that come after those at hand, loaded ahead at constant distances while pixels are computed:
+// into the second cache, the target as if to be read, since asked for as what will be written it
+// would come into the first. Elements meet few taps here, and a Prefetcher, which keeps count,
+// would cost as much as the products. All in elements.
 struct RowsAhead {
-  int64_t channels, source_pixel, target_pixel;
-  int64_t target, source, rows, source_row;
+  int64_t channels;
+  int64_t source_pixel, target_pixel;  // from one pixel that is loaded to the next
+  int64_t target;                      // from the target row at hand to the next
+  int64_t source;                      // from the source row at hand to the first that is new
+  int64_t rows, source_row;            // so many are new, so far apart
 
   // For the block of channels that begins with `channel`, its share of what from_times · kFrom
   // pixels of the source and to_times · kTo of the target, all side by side, have in these places.
