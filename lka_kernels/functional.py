@@ -68,8 +68,7 @@ def depthwise_conv2d(
             input, weight, bias = _autocast(input.device.type, input, weight, bias)
         checks.dtypes_and_devices_agree("input", input, (("weight", weight), ("bias", bias)))
         stride, padding, dilation = geometry
-        batched = input.dim() == 4
-        channels_last = batched and (_like_channels_last(input) or _like_channels_last(weight))
+        channels_last = _gives_channels_last(input, weight)
         backend = dispatch.choose_depthwise(input, weight, method, stride, padding).family
         if key is not None:  # what a tracer sees depends on no sizes
             if backend == "gpu" and gpu.left_to_torch(input, weight, *geometry, channels_last):
@@ -154,18 +153,25 @@ def _autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None,
     )
 
 
+def _gives_channels_last(input: Tensor, weight: Tensor) -> bool:
+    """Whether the result is channels_last: as of ``F.conv2d``, if the batch is empty as input."""
+    if input.dim() != 4:
+        return False
+    return _like_channels_last(input) or (input.shape[0] > 0 and _like_channels_last(weight))
+
+
 def _like_channels_last(x: Tensor) -> bool:
     """Whether strides order the dimensions N, H, W, C, as ``suggest_memory_format`` tests.
 
     Follows ``is_channels_last_strides_2d`` of c10/core/MemoryFormat.h, which decides the memory
-    format of ``F.conv2d``'s result.
+    format of ``F.conv2d``'s result, but takes an empty batch as one of any size.
     """
     sizes, strides = x.shape, x.stride()
     if strides[1] == 0:
         return False
     least = 0
     for d in (1, 3, 2, 0):
-        if sizes[d] == 0 or strides[d] < least:
+        if strides[d] < least:
             return False
         if d == 0 and least == strides[1]:
             return False
@@ -397,7 +403,7 @@ def explain(
     if _autocast_enabled(input.device.type):
         input, weight, bias = _autocast(input.device.type, input, weight, bias)
     checks.dtypes_and_devices_agree("input", input, (("weight", weight), ("bias", bias)))
-    channels_last = input.dim() == 4 and (_like_channels_last(input) or _like_channels_last(weight))
+    channels_last = _gives_channels_last(input, weight)
     try:
         choice = dispatch.choose_depthwise(input, weight, method, stride, padding)
     except (RuntimeError, ValueError) as error:

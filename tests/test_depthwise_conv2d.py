@@ -268,6 +268,16 @@ def test_empty_batch(method, layout):
     assert not ours["grad_bias"].any()
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "cropped"])
+def test_an_empty_batch_has_the_layout_of_its_input(layout):
+    # Where the size of the map stays; else F.conv2d always gives contiguous strides.
+    input, weight, _ = Case(0, 5, 9, 8, (3, 3), layout=layout).tensors(torch.float32)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        weight = weight.to(memory_format=memory_format)
+        expected = F.conv2d(input, weight, padding=1, groups=5).stride()
+        assert depthwise_conv2d(input, weight, padding=1).stride() == expected
+
+
 def test_channel_multiplier_is_served_by_torch():
     input, weight = torch.randn(2, 3, 7, 7), torch.randn(6, 1, 3, 3)
     assert torch.equal(depthwise_conv2d(input, weight), F.conv2d(input, weight, groups=3))
