@@ -44,8 +44,9 @@ def depthwise_conv2d(
             the taps that it meets only in the padding or, with a stride, between outputs.
 
     Returns:
-        (B, C, H', W') with the dtype and memory format that ``F.conv2d`` returns. Differentiable
-        twice in input, weight and bias. Under autocast the arguments are cast as for ``F.conv2d``.
+        (B, C, H', W') with the dtype and memory format that ``F.conv2d`` returns; an empty batch
+        has the format of input. Differentiable twice in input, weight and bias. Under autocast the
+        arguments are cast as for ``F.conv2d``.
         Gradients of weight and bias are the same from run to run, and with method "auto" or
         "direct" for every number of threads; where PyTorch serves a call on a GPU, they are as
         ``torch.backends.cudnn.deterministic`` has them.
