@@ -48,6 +48,8 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
   if (b == 1) return a;
   return a >= 0 ? (a + b - 1) / b : -(-a / b);
 }
+inline int64_t quotient(int64_t a, int64_t b) { return b == 1 ? a : a / b; }
+inline int64_t remainder(int64_t a, int64_t b) { return b == 1 ? 0 : a % b; }
 
 // Range of taps that meet a live source element for any of `count` outputs from `out` on.
 struct TapRange {
@@ -118,6 +120,13 @@ __attribute__((always_inline)) inline Correlation<T, V, Taps> copy_of(
 // this many terms are summed from zero before they join the total, which keeps the rounding error
 // of a large sum that of a small one.
 constexpr int32_t kTermsPerRun = 64;
+// Rows of so many taps in a run. A narrow output rounds more than any order of the sum, and may not
+// be rounded twice.
+template <class T, class Output>
+inline int64_t rows_of_run(int64_t taps) {
+  if (sizeof(Output) < sizeof(T)) return INT64_MAX / 2;
+  return kTermsPerRun / int32_t(taps > 0 ? taps : 1) + 1;
+}
 
 // AVX-512 has 32 vector registers, the others 16: accumulators, the weights of a run of taps, and
 // one or two for the source must fit.
@@ -184,10 +193,7 @@ void correlate_tiles(const Correlation<T, V, Taps>& correlation, int64_t i_begin
   const Correlation<T, V, Taps> c = copy_of(correlation);
   using Output = typename Correlation<T, V, Taps>::Output;
   const int64_t tap_step_x = c.x.tap_step * V, out_step_x = c.x.out_step * V;
-  // A narrow output rounds more than any order of the sum, and may not be rounded twice.
-  const int64_t rows_per_run = sizeof(Output) < sizeof(T)
-                                   ? INT64_MAX / 2
-                                   : kTermsPerRun / int32_t(c.x.taps > 0 ? c.x.taps : 1) + 1;
+  const int64_t rows_per_run = rows_of_run<T, Output>(c.x.taps);
   // Runs end at the same rows of taps for all tiles, and where there are several the bias is added
   // to the sum of the first: no output depends on how a map is cut into tiles, nor on how it is
   // cut among threads.

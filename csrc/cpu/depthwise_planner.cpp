@@ -11,9 +11,8 @@ namespace {
 // Positions of outputs for which the source is unpacked at a time, where channels are adjacent: two
 // tiles.
 constexpr int64_t kTogetherPositions = 28;
-// Taps of kernels that read maps where they stand without a stride, and the share of the columns of
-// tiles of 7 that are needed.
-constexpr int64_t kMostTiledTaps = 49;
+// Kernels that read maps where they stand without a stride: the share of the columns of tiles of 7
+// that are needed, at least.
 constexpr double kLeastTiledShare = 0.7;
 
 constexpr double kSupposedThreads = 4.0;
@@ -153,18 +152,20 @@ void plan_row_tiles(PlannedConvolution& planned, int num_threads, bool paired) {
       double(plan.band * plan.target.width * plan.lanes.blocks_per_image) * double(terms * x.taps);
 }
 
+// The share of the columns of tiles of outputs in place, without a stride, that are needed.
+double tiled_share(const Phase& x) {
+  return used_share(x.taps == 1 ? x.count : ceil_div(x.count, x.tap_step), kRowTileColumns);
+}
+
 // Whether tiles of outputs read channels_last maps in place without a stride, beyond what row tiles
 // serve: any padding and dilation. Pairs of rows are better but for two taps.
 bool tiles_in_place_serve(const ConvParams& p, const Phase& y, const Phase& x,
-                          const MapView& source, const MapView& target, const LanePlan& lanes,
-                          bool paired) {
+                          const MapView& source, const MapView& target, const LanePlan& lanes) {
   if (p.stride_h * p.stride_w != 1 || source.stride_c != 1 || target.stride_c != 1 ||
-      lanes.cross_images || x.taps < 1 || (x.taps > 7 && y.taps > 1) || x.taps == 6)
+      lanes.cross_images || x.taps < 1)
     return false;
-  if (paired) return x.taps <= 2 && y.taps <= 2;
-  return y.taps * x.taps <= kMostTiledTaps && cheap_to_widen(p.storage, target.width) &&
-         used_share(x.taps == 1 ? x.count : ceil_div(x.count, x.tap_step), kRowTileColumns) >=
-             kLeastTiledShare;
+  if (pairs_serve(p.storage, y)) return x.taps <= 2 && y.taps <= 2;
+  return cheap_to_widen(p.storage, target.width) && tiled_share(x) >= kLeastTiledShare;
 }
 
 // The distance between neighbouring source rows or columns that any output reads. With several
@@ -256,10 +257,12 @@ void plan_planar(PlannedConvolution& planned, int num_threads) {
 }
 
 // What planning without transforms would come to.
-double direct_form_cost(const ConvParams& p, const Phase& y, const Phase& x,
-                        const MapView& source) {
+double direct_form_cost(const ConvParams& p, const Phase& y, const Phase& x, const MapView& source,
+                        const MapView& target, const LanePlan& lanes) {
   if (covers(y, source.height) && covers(x, source.width))
     return dense_cost(y, x, source.height, source.width);
+  if (tiles_in_place_serve(p, y, x, source, target, lanes))
+    return tiles_in_place_cost(y, x, source.height, source.width) / tiled_share(x);
   const double single = direct_cost(y, x, source.height, source.width);
   return pairs_serve(p.storage, y) ? kPairedCost * single : single;
 }
@@ -281,7 +284,7 @@ bool plan_fft_if_better(const ConvParams& p, PlannedConvolution& planned) {
     // Other kernels share a block among threads. Supposes a number of them, so that the choice, and
     // with it the rounding of the result, is the same for every number.
     const double idle = std::max(1.0, kSupposedThreads / double(lanes.num_blocks));
-    const double direct = direct_form_cost(p, y, x, source);
+    const double direct = direct_form_cost(p, y, x, source, target, lanes);
     if (idle * (plane + weights / double(lanes.num_blocks)) >= direct) return false;
   }
   planned.kernels = chosen;
@@ -348,7 +351,7 @@ PlannedConvolution plan_convolution(const ConvParams& p, const MapView& source,
     planned.kernel_name = paired ? "pairs_in_place" : "in_place";
     return planned;
   }
-  if (tiles_in_place_serve(p, first_y, first_x, source, target, plan.lanes, paired)) {
+  if (tiles_in_place_serve(p, first_y, first_x, source, target, plan.lanes)) {
     plan_in_place(planned, num_threads);
     planned.kernel_name = "in_place";
     return planned;

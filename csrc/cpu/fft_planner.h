@@ -20,6 +20,9 @@ double fft_cost(const FftConv& fft, int64_t rows, bool both);
 // source.
 double direct_cost(const Phase& y, const Phase& x, int64_t height, int64_t width);
 
+// The same of tiles of outputs in place, which leave out all of these.
+double tiles_in_place_cost(const Phase& y, const Phase& x, int64_t height, int64_t width);
+
 // The same of the dense form, where every output meets every element of the source.
 double dense_cost(const Phase& y, const Phase& x, int64_t height, int64_t width);
 

@@ -13,12 +13,14 @@ namespace {
 
 using lka::cpu::ConvolvePlan;
 
+// Outputs of the widest tiles of a row.
+constexpr int kWideTile = LKA_VECTOR_BYTES == 64 ? 14 : 7;
 // Phases of columns that are taken together where outputs meet one tap at most.
 constexpr int64_t kMostSinglePhases = 8;
 
 // The least position from `at` on that is read, if every `apart`-th is, `origin` among them.
 inline int64_t next_read(int64_t at, int64_t origin, int64_t apart) {
-  return at + ((origin - at) % apart + apart) % apart;
+  return apart == 1 ? at : at + ((origin - at) % apart + apart) % apart;
 }
 
 // A row of outputs of one phase of rows.
@@ -69,7 +71,7 @@ struct InPlaceRow {
     const T* const first_weight = weight_of(phase);
     // The first phase loads ahead for all: their pixels lie between its own.
     const int64_t source_times = phase > 0 ? 0 : x.out_step / plan.columns_apart;
-    const int64_t target_times = phase > 0 ? 0 : x.output_stride;
+    const int64_t target_times = phase > 0 || ahead.target == 0 ? 0 : x.output_stride;
     const auto some = [&](auto many, int64_t output, TapRange columns) {
       sums.columns = columns.end > columns.begin ? columns.end - columns.begin : 0;
       sums.rows = sums.columns > 0 ? rows : 0;
@@ -111,6 +113,7 @@ struct InPlaceRow {
     const int64_t width = plan.source.width, columns = Row::columns(x.taps);
     InPlaceTile<T, S, Row> tile;
     tile.rows = rows;
+    tile.rows_per_run = rows_of_run<T, S>(x.taps);
     tile.source_row = source_row;
     tile.source_column = apart * plan.source.stride_w;
     tile.out_column = x.output_stride * out_apart * plan.target.stride_w;
@@ -127,8 +130,10 @@ struct InPlaceRow {
     // the tiles of each part of them take their part of the row. Of several phases the first takes
     // all.
     constexpr int kFrom = Row::kOutputs * Row::kStep, kTo = Row::kOutputs * Row::kPhases;
-    const int64_t source_times = phase > 0 ? 0 : apart / out_apart / plan.columns_apart;
-    const int64_t target_times = phase > 0 ? 0 : x.output_stride / Row::kPhases;
+    const int64_t source_times =
+        phase > 0 ? 0 : quotient(quotient(apart, out_apart), plan.columns_apart);
+    const int64_t target_times =
+        phase > 0 || ahead.target == 0 ? 0 : x.output_stride / Row::kPhases;
     const int64_t before = first * ceil_div(ceil_div(x.count, out_apart), Row::kOutputs);
     const int64_t source_part = source_times * kFrom * ahead.source_pixel;
     const int64_t target_part = target_times * kTo * plan.target.stride_w;
@@ -140,7 +145,7 @@ struct InPlaceRow {
     const int64_t origin = x.origin + first, step = Row::kStep * apart;
     const int64_t first_inside = origin < 0 ? ceil_div(-origin, step) : 0;
     const int64_t room = width - 1 - origin - (columns - 1) * apart;
-    const int64_t fit = room < 0 ? -1 : room / step, most = fewest - Row::kOutputs;
+    const int64_t fit = room < 0 ? -1 : quotient(room, step), most = fewest - Row::kOutputs;
     const int64_t last_inside = fit < most ? fit : most;
     // All blocks of `many` tiles from `output` on.
     const auto some = [&](int64_t output, int64_t many,
@@ -212,8 +217,8 @@ struct InPlaceRow {
     switch (x.taps) {
       case 1: unit_tiles<RowShape<1, 1>>(phase); return true;
       case 2:  // so few that what a tile takes beside them tells
-        if (count >= 2 * LongRow::kOutputs)
-          unit_tiles<RowShape<1, 2, 0, 0, LongRow::kOutputs>>(phase);
+        if (count >= 2 * kWideTile)
+          unit_tiles<RowShape<1, 2, 0, 0, kWideTile>>(phase);
         else
           unit_tiles<RowShape<1, 2>>(phase);
         return true;
@@ -226,9 +231,18 @@ struct InPlaceRow {
       case 4: unit_tiles<RowShape<1, 4>>(phase); return true;
       case 5: unit_tiles<RowShape<1, 5>>(phase); return true;
       case 7: unit_tiles<RowShape<1, 7>>(phase); return true;
+      case 0: return false;
       default:
-        if (x.taps < 7) return false;
-        unit_tiles<LongRow>(phase);
+        // Of several blocks wide tiles load too much ahead at once: it takes up to a fifth of the
+        // time.
+        if (plan.channels <= V)
+          unit_tiles<LongRow<kWideTile>>(phase);
+        else if (LKA_VECTOR_BYTES == 64 && x.taps == 9)
+          unit_tiles<RowShape<1, 9>>(phase);
+        else if (LKA_VECTOR_BYTES == 64 && x.taps == 11)
+          unit_tiles<RowShape<1, 11>>(phase);
+        else
+          unit_tiles<LongRow<7>>(phase);
         return true;
     }
   }
@@ -326,15 +340,18 @@ void convolve_in_place_as(const ConvolvePlan& plan, int64_t begin, int64_t end) 
   const bool single = plan.num_phases_x <= kMostSinglePhases &&
                       one_at_most(plan.phases_y, plan.num_phases_y) &&
                       one_at_most(plan.phases_x, plan.num_phases_x);
+  // The processor then follows by itself, and loading ahead would take a fifth of the time.
+  const bool in_order = plan.span_y == 1 && plan.columns_apart == 1 && plan.channels <= V &&
+                        source.stride_w == plan.channels && target.stride_w == plan.channels;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t image = task / plan.num_bands, first = task % plan.num_bands * plan.band;
     const int64_t last = first + plan.band < target.height ? first + plan.band : target.height;
     const S* from = static_cast<const S*>(source.data) + image * source.stride_b;
     S* to = static_cast<S*>(target.data) + image * target.stride_b;
     for (int64_t row = first; row < last; ++row) {
-      const int64_t phase = row % plan.phases_y[0].output_stride;
+      const int64_t phase = remainder(row, plan.phases_y[0].output_stride);
       const Phase& y = plan.phases_y[phase];
-      const int64_t j = row / y.output_stride;
+      const int64_t j = quotient(row, y.output_stride);
       const TapRange taps = taps_of(y, j, source.height);
       const int64_t first_row = y.origin + j * y.out_step + taps.begin * y.tap_step;
       // Meanwhile the next row, and what it reads beyond this one, come into the cache.
@@ -343,10 +360,10 @@ void convolve_in_place_as(const ConvolvePlan& plan, int64_t begin, int64_t end) 
       ahead.source_pixel = plan.columns_apart * source.stride_w;
       ahead.target_pixel = target.stride_w;
       const bool same_task = row + 1 < last;
-      if (same_task || task + 1 < end) {
+      if (!in_order && (same_task || task + 1 < end)) {
         const int64_t next = same_task ? row + 1 : (task + 1) % plan.num_bands * plan.band;
         const int64_t images = same_task ? 0 : (task + 1) / plan.num_bands - image;
-        const int64_t next_begin = plan.origin_y + next / y.output_stride * y.out_step;
+        const int64_t next_begin = plan.origin_y + quotient(next, y.output_stride) * y.out_step;
         const int64_t next_end = next_begin + plan.span_y;
         const int64_t read = plan.origin_y + j * y.out_step + plan.span_y;
         int64_t from_row = same_task && read > next_begin ? read : next_begin;

@@ -95,10 +95,12 @@ struct RowShape {
   static constexpr int64_t columns(int64_t) { return kColumns; }
 };
 
-// Any number of neighbouring taps in a row, as many at a time as registers hold.
-struct LongRow : RowShape<1, 7, 0, 0, LKA_VECTOR_BYTES == 64 ? 14 : 7> {
+// Any number of neighbouring taps in a row, as many at a time as registers hold beside kOutputs_
+// outputs.
+template <int kOutputs_>
+struct LongRow : RowShape<1, 7, 0, 0, kOutputs_> {
   static constexpr bool kLong = true;
-  static constexpr int64_t columns(int64_t taps) { return kOutputs - 1 + taps; }
+  static constexpr int64_t columns(int64_t taps) { return kOutputs_ - 1 + taps; }
 };
 
 // Sums of one block of channels for a row of such a shape. A source column is read once for all
@@ -107,6 +109,7 @@ template <class T, class S, class Row>
 struct InPlaceTile {
   const S* source;  // of kernel row 0 and the first column
   int64_t rows, source_row, source_column;
+  int64_t rows_per_run;
   int64_t first_column, end_column;  // of the row's columns those that the source has
   int64_t outputs[2];                // of phases, those that the target has
   const T* weight[2];                // of phases
@@ -179,32 +182,45 @@ struct InPlaceTile {
     }
   }
 
+  // Calls each(phase, output) for all sums of the tile.
+  template <class Each>
+  __attribute__((always_inline)) static void over_sums(const Each& each) {
+#pragma GCC unroll kUnroll
+    for (int p = 0; p < Row::kPhases; ++p)
+#pragma GCC unroll kUnroll
+      for (int t = 0; t < Row::kOutputs; ++t) each(p, t);
+  }
+
   // kWhole: all columns, channels and outputs exist.
   template <int V, bool kWhole>
   void sum(int channels) const {
     const Vec<T, V> start = bias ? load_aligned<V>(bias) : Vec<T, V>{};
-    Sums<V> sums;
-#pragma GCC unroll kUnroll
-    for (int p = 0; p < Row::kPhases; ++p)
-#pragma GCC unroll kUnroll
-      for (int t = 0; t < Row::kOutputs; ++t) sums[p][t] = start;
-    for (int64_t m = 0; m < rows; ++m) {
-      const S* from = source + m * source_row;
-      if constexpr (Row::kLong) {
-        add_long<V, kWhole>(from, weight[0] + m * row_taps * V, channels, sums);
-      } else {
-        const T* const first_tap[2] = {weight[0] + m * Row::kTaps[0] * V,
-                                       weight[1] + m * Row::kTaps[1] * V};
-        add<Row, V, kWhole>(from, first_tap, first_column, end_column, channels, sums);
+    Sums<V> sums, runs;  // of the run at hand, and of those before it
+    over_sums([&](int p, int t) __attribute__((always_inline)) { sums[p][t] = start; });
+    for (int64_t m = 0, run_end = rows_per_run; m < rows; run_end += rows_per_run) {
+      for (; m < rows && m < run_end; ++m) {
+        const S* from = source + m * source_row;
+        if constexpr (Row::kLong) {
+          add_long<V, kWhole>(from, weight[0] + m * row_taps * V, channels, sums);
+        } else {
+          const T* const first_tap[2] = {weight[0] + m * Row::kTaps[0] * V,
+                                         weight[1] + m * Row::kTaps[1] * V};
+          add<Row, V, kWhole>(from, first_tap, first_column, end_column, channels, sums);
+        }
       }
+      if (rows <= rows_per_run) break;
+      const bool first = run_end == rows_per_run, last = m == rows;
+      over_sums([&](int p, int t) __attribute__((always_inline)) {
+        const Vec<T, V> total = first ? sums[p][t] : runs[p][t] + sums[p][t];
+        runs[p][t] = total;
+        sums[p][t] = last ? total : Vec<T, V>{};
+      });
     }
-#pragma GCC unroll kUnroll
-    for (int p = 0; p < Row::kPhases; ++p)
-#pragma GCC unroll kUnroll
-      for (int t = 0; t < Row::kOutputs; ++t)
-        if (kWhole || t < outputs[p])
-          store_some<T, V, S>(out + t * out_column + p * out_phase, sums[p][t],
-                              kWhole ? V : channels);
+    over_sums([&](int p, int t) __attribute__((always_inline)) {
+      if (kWhole || t < outputs[p])
+        store_some<T, V, S>(out + t * out_column + p * out_phase, sums[p][t],
+                            kWhole ? V : channels);
+    });
   }
 };
 

@@ -109,7 +109,7 @@ struct Ahead {
 struct RowsAhead {
   int64_t channels;
   int64_t source_pixel, target_pixel;  // from one pixel that is loaded to the next
-  int64_t target;                      // from the target row at hand to the next
+  int64_t target;                      // from the target row at hand to the next, 0: none
   int64_t source;                      // from the source row at hand to the first that is new
   int64_t rows, source_row;            // so many are new, so far apart
 
@@ -138,8 +138,12 @@ struct RowsAhead {
 #pragma GCC unroll kUnroll
       for (int i = 0; i < kLines; ++i) __builtin_prefetch(line + 64 * i, 0, 2);
     } else {
+      const S* line = at + channel;
 #pragma GCC unroll kUnroll
-      for (int i = 0; i < kPixels; ++i) __builtin_prefetch(at + channel + i * pixel, 0, 2);
+      for (int i = 0; i < kPixels; ++i, line += pixel) {
+        keep_in_register(line);  // else the compiler keeps as many multiples of the step
+        __builtin_prefetch(line, 0, 2);
+      }
     }
   }
 };
