@@ -15,6 +15,8 @@ namespace {
 constexpr int64_t kTokensPerTask = 96;
 // As for the depthwise planner: not the number of threads there are, on which no result depends.
 constexpr int64_t kSupposedThreads = 4;
+// Taps in a row to which the adapter's own tiles are as fast as the depthwise kernels' in place.
+constexpr int64_t kMostFusedRow = 7;
 // Vector multiply-adds of an image that are worth more than one thread.
 constexpr double kWorkOfSteps = 50000.0;
 
@@ -136,6 +138,7 @@ ConvParams adapter_convolution(const AdapterParams& p) {
 
 bool takes_steps(const AdapterParams& p, const char* kernel_name) {
   if (std::strcmp(kernel_name, "fft") == 0) return true;
+  if (std::strcmp(kernel_name, "in_place") == 0 && p.kernel_w > kMostFusedRow) return true;
   const double work = double(p.tokens) * double(p.rank_padded) *
                       double(2 * p.dim + p.kernel_h * p.kernel_w) / double(p.lanes);
   return p.batch < kSupposedThreads && work >= kWorkOfSteps;

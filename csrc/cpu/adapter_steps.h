@@ -1,6 +1,7 @@
 // The adapter step after step over the whole batch, its convolution by the depthwise kernels: what
 // serves where these use Fourier transforms, whose weights' spectra are then made once for all
-// images, and where there are too few images for the threads.
+// images, or sum more than 7 taps in a row in place, and where there are too few images for the
+// threads.
 #pragma once
 
 #include "adapter_params.h"

@@ -12,8 +12,8 @@ namespace {
 // tiles.
 constexpr int64_t kTogetherPositions = 28;
 // Kernels that read maps where they stand without a stride: the share of the columns of tiles of 7
-// that are needed, at least.
-constexpr double kLeastTiledShare = 0.7;
+// that are needed, at least, and with more than 7 taps in a row.
+constexpr double kLeastTiledShare = 0.7, kLeastLongShare = 0.75;
 
 constexpr double kSupposedThreads = 4.0;
 // The time of direct sums of pairs of rows over that of single rows. Seen: 0.50 to 0.63.
@@ -85,7 +85,8 @@ void pair_rows(PlannedConvolution& planned) {
   planned.kernels = planned.kernels == &set.half ? &set.paired_half : &set.paired_full;
 }
 
-// Whether source elements may be widened for every row of taps, instead of once.
+// Whether source elements may be widened for every row of taps, instead of once, in rows of so many
+// columns.
 bool cheap_to_widen(Storage storage, int64_t columns) {
   const int lanes = kernels(storage).full.lanes;
   if (storage == Storage::bfloat16) return lanes == 16 || columns <= 2 * kRowTileColumns;
@@ -165,6 +166,8 @@ bool tiles_in_place_serve(const ConvParams& p, const Phase& y, const Phase& x,
       lanes.cross_images || x.taps < 1)
     return false;
   if (pairs_serve(p.storage, y)) return x.taps <= 2 && y.taps <= 2;
+  if (x.taps > kRowTileColumns)
+    return cheap_to_widen(p.storage, INT64_MAX) && tiled_share(x) >= kLeastLongShare;
   return cheap_to_widen(p.storage, target.width) && tiled_share(x) >= kLeastTiledShare;
 }
 
