@@ -20,13 +20,19 @@ TRANSFORMED = [
         4, 33, 9, (17, 15), (17, 18), prefix=2, dropout=0.3, position="both", residual=True,
         scale=0.5,
     ),
-    AdapterCase(2, 7, 61, (28, 25), (25, 22), dilation=2, prefix=1, position="post", biases=False),
+    AdapterCase(2, 7, 61, (30, 30), (25, 22), dilation=2, prefix=1, position="post", biases=False),
     AdapterCase(17, 10, 7, (12, 12), (17, 17), prefix=1, prefix_mode="skip", dropout=0.5),
     AdapterCase(4, 16, 16, (14, 14), (31, 31), prefix=1, residual=True),  # larger than the map
     AdapterCase(1, 16, 33, (23, 20), (26, 26), layout="map", activation="none"),
     AdapterCase(2, 12, 5, (22, 24), (15, 31), prefix=2, prefix_mode="zero", residual=True),
-    AdapterCase(4, 16, 8, (14, 14), (13, 13), prefix=1, activation="silu"),
+    AdapterCase(4, 16, 8, (15, 15), (13, 13), prefix=1, activation="silu"),
 ]  # fmt: skip
+# Rows of more than 7 taps, summed in place.
+LONG_ROWS = [
+    AdapterCase(4, 20, 9, (12, 14), (10, 9), prefix=1, residual=True),
+    AdapterCase(5, 33, 16, (14, 21), (5, 12), dilation=2, dropout=0.3, position="both"),
+    AdapterCase(6, 10, 33, (9, 16), (3, 11), prefix=2, prefix_mode="zero", activation="silu"),
+]
 # Too few images for threads; direct sums.
 FEW_IMAGES = [
     AdapterCase(1, 96, 9, (28, 26), (5, 6), prefix=2, dropout=0.3, position="both", residual=True),
@@ -67,18 +73,21 @@ def test_the_cases_are_what_they_are_called():
         assert kernels_of(case) == ["fft"] * 3, case
     for case in TRANSFORMED[-2:]:
         assert "fft" in kernels_of(case), case
+    for case in LONG_ROWS:
+        assert case.kernel[1] > 7, case
+        assert kernels_of(case)[:2] == ["in_place"] * 2, case
     for case in FEW_IMAGES:
         assert "fft" not in kernels_of(case), case
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
-@pytest.mark.parametrize("case", TRANSFORMED + FEW_IMAGES, ids=str)
+@pytest.mark.parametrize("case", TRANSFORMED + LONG_ROWS + FEW_IMAGES, ids=str)
 def test_equals_the_specification(case, dtype):
     check_backend(case, dtype, "cpu")
 
 
 @pytest.mark.parametrize(
-    "case", [TRANSFORMED[1], TRANSFORMED[4], *FEW_IMAGES[:3], *LONG_SUMS], ids=str
+    "case", [TRANSFORMED[1], TRANSFORMED[4], LONG_ROWS[1], *FEW_IMAGES[:3], *LONG_SUMS], ids=str
 )
 def test_same_bits_with_any_number_of_threads(case):
     tensors = case.tensors(torch.float32)
