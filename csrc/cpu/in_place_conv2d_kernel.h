@@ -216,6 +216,10 @@ struct InPlaceRow {
     const Phase& x = plan.phases_x[phase];
     if (x.out_step != 1 && x.out_step != x.tap_step && x.taps != 1) return false;
     const int64_t count = x.out_step == 1 ? ceil_div(x.count, x.tap_step) : x.count;
+    if (x.taps > 0 && taps_y > rows_of_run<T, S>(x.taps, kTermsPerTileRun)) {
+      unit_tiles<LongRow<7, true>>(phase);
+      return true;
+    }
     switch (x.taps) {
       case 1: unit_tiles<RowShape<1, 1>>(phase); return true;
       case 2:  // so few that what a tile takes beside them tells
