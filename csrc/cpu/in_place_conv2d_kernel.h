@@ -1,7 +1,7 @@
-// Depthwise convolution that reads channels_last maps where they stand, for kernels with few taps
-// or one row of them: with any steps, and what row_tiles_kernel.h leaves of unit steps and
-// dilation. Most other kernels unpack the source first, which pays where each element meets many
-// taps; with stride 2 an element meets a quarter as many.
+// Depthwise convolution that reads channels_last maps where they stand: with strides and few taps,
+// and with unit steps or dilation whatever row_tiles_kernel.h leaves, if tiles of outputs fit the
+// rows well. Most other kernels unpack the source first; with stride 2 an element meets a quarter
+// as many taps, for which that does not pay.
 #pragma once
 
 #include "depthwise_plan.h"
