@@ -11,9 +11,13 @@ namespace {
 // Positions of outputs for which the source is unpacked at a time, where channels are adjacent: two
 // tiles.
 constexpr int64_t kTogetherPositions = 28;
-// Kernels that read maps where they stand without a stride: the share of the columns of tiles of 7
-// that are needed, at least, and with more than 7 taps in a row.
-constexpr double kLeastTiledShare = 0.7, kLeastLongShare = 0.75;
+// Kernels that read maps where they stand without a stride: the share of the columns of tiles that
+// are needed, at least, and with more taps than kMostTiledTaps; the weights of these, at most; and
+// the distance of addresses in the same set of the first-level cache.
+constexpr double kLeastTiledShare = 0.7, kLeastLongShare = 0.8;
+constexpr int64_t kMostTiledTaps = 49;
+constexpr int64_t kTiledWeightBytes = 384 * 1024;
+constexpr int64_t kSetsBytes = 4096;
 
 constexpr double kSupposedThreads = 4.0;
 // The time of direct sums of pairs of rows over that of single rows. Seen: 0.50 to 0.63.
@@ -166,9 +170,18 @@ bool tiles_in_place_serve(const ConvParams& p, const Phase& y, const Phase& x,
       lanes.cross_images || x.taps < 1)
     return false;
   if (pairs_serve(p.storage, y)) return x.taps <= 2 && y.taps <= 2;
-  if (x.taps > kRowTileColumns)
-    return cheap_to_widen(p.storage, INT64_MAX) && tiled_share(x) >= kLeastLongShare;
-  return cheap_to_widen(p.storage, target.width) && tiled_share(x) >= kLeastTiledShare;
+  const bool short_row = x.taps <= kRowTileColumns && x.taps != 6;
+  if (y.taps * x.taps <= kMostTiledTaps && (short_row || y.taps == 1))
+    return cheap_to_widen(p.storage, target.width) && tiled_share(x) >= kLeastTiledShare;
+  // Every tile goes through the weights of all channels, which should leave room in the second
+  // cache, and reads as many pixels, which should not all fall into the same sets of the first.
+  // One block of channels has wider tiles for long rows.
+  const bool wide = !short_row && p.channels <= lanes.lanes && has_wide_vectors(p.storage);
+  const double share =
+      wide ? used_share(ceil_div(x.count, x.tap_step), 2 * kRowTileColumns) : tiled_share(x);
+  return cheap_to_widen(p.storage, INT64_MAX) && share >= kLeastLongShare &&
+         y.taps * x.taps * p.channels * arithmetic_bytes(p.storage) <= kTiledWeightBytes &&
+         source.stride_w * storage_bytes(p.storage) % kSetsBytes != 0;
 }
 
 // The distance between neighbouring source rows or columns that any output reads. With several

@@ -346,9 +346,14 @@ void convolve_in_place_as(const ConvolvePlan& plan, int64_t begin, int64_t end) 
   const bool single = plan.num_phases_x <= kMostSinglePhases &&
                       one_at_most(plan.phases_y, plan.num_phases_y) &&
                       one_at_most(plan.phases_x, plan.num_phases_x);
-  // The processor then follows by itself, and loading ahead would take a fifth of the time.
-  const bool in_order = plan.span_y == 1 && plan.columns_apart == 1 && plan.channels <= V &&
-                        source.stride_w == plan.channels && target.stride_w == plan.channels;
+  // Memory is read and written in its order: the processor then follows by itself, and loading
+  // ahead would take a fifth of the time.
+  const auto dense = [&](const MapView& map) {
+    return map.stride_w == plan.channels && map.stride_h == map.width * map.stride_w;
+  };
+  const bool in_order = plan.channels <= V && dense(source) && dense(target) && plan.span_y == 1 &&
+                        plan.phases_y[0].out_step == 1 && plan.columns_apart == 1 &&
+                        plan.phases_x[0].tap_step == 1;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t image = task / plan.num_bands, first = task % plan.num_bands * plan.band;
     const int64_t last = first + plan.band < target.height ? first + plan.band : target.height;

@@ -2,6 +2,7 @@
 // thread pool.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <type_traits>
 
 #include "../adapter_options.h"
@@ -299,7 +300,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> large_kernel_
       plan_backward_input(convolution, int(torch::stable::get_num_threads()));
   PlannedWeightGradient planned_weight = plan_backward_weight(convolution);
   const bool steps =
-      takes_steps(p, planned.kernel_name) || takes_steps(p, planned_weight.kernel_name);
+      takes_steps(p, planned.kernel_name) || std::strcmp(planned_weight.kernel_name, "fft") == 0;
   const int64_t taps = p.kernel_h * p.kernel_w;
   g.num_parts = steps ? parts_of_steps(p, kMaxParts) : std::min(p.batch, kMaxParts);
   g.part_elements = round_up(2 * p.rank_rows * p.dim_padded + p.dim_padded + p.rank_padded +
