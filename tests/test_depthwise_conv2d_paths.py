@@ -242,6 +242,28 @@ TILED = (
         "no bias": Case(2, 20, 9, 9, (2, 2), **LAST, bias=False),
     }
 )
+ONE_LEFT = {
+    # Tiles of 7 or 14 outputs leave one of a row, which is computed by itself.
+    f"{taps} taps on {width} columns": Case(
+        2, channels, 5, width, (3, taps), padding=(1, taps // 2), **LAST
+    )
+    for channels, width, taps in (
+        *((20, 15 - (taps + 1) % 2, taps) for taps in (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 16)),
+        *((16, 29 - (taps + 1) % 2, taps) for taps in (2, 6, 9)),
+    )
+} | {
+    "no padding": Case(2, 20, 9, 18, (4, 4), **LAST),
+    "beyond the map": Case(2, 20, 5, 6, (3, 2), padding=(1, 5), **LAST),
+    "half vectors": Case(3, 24, 5, 14, (4, 4), padding=(2, 2), **LAST),
+    "dilated": Case(2, 20, 9, 24, (3, 3), padding=(3, 3), dilation=(3, 3), **LAST),
+    "rows dilated": Case(2, 20, 9, 15, (3, 3), padding=(2, 1), dilation=(2, 1), **LAST),
+    "a long row": Case(2, 16, 3, 29, (1, 9), padding="same", **LAST),
+    "stride 2": Case(2, 20, 9, 15, (3, 3), (2, 2), padding=(1, 1), **LAST),
+    "stride 2 of columns, 5 taps": Case(2, 20, 9, 29, (3, 5), (1, 2), padding=(1, 2), **LAST),
+    "stride 2, no padding": Case(2, 20, 9, 17, (3, 3), (2, 2), **LAST),
+    "rows apart": Case(2, 20, 12, 15, (4, 5), padding=(1, 2), layout="cropped_channels_last"),
+    "no bias": Case(2, 20, 7, 7, (4, 4), padding=(2, 2), **LAST, bias=False),
+}
 COLUMNS_OF_TAPS = {
     # A column of taps becomes a row where pixels of channels_last maps are long.
     f"{taps} taps": Case(2, 136, 19, 12, (taps, 1), padding="same", **LAST)
@@ -337,6 +359,7 @@ CASES = {
         "row tiles": ROW_TILES,
         "spanned": SPANNED,
         "in place": IN_PLACE,
+        "one output left": ONE_LEFT,
         "few channels": FEW_CHANNELS,
         "tiled": TILED,
         "columns of taps": COLUMNS_OF_TAPS,

@@ -50,8 +50,6 @@ constexpr int64_t kFewestPlanarRows = 4;
 // Positions of a flat plane: bits of a mask. With a stride, columns of both maps: two rows a
 // vector.
 constexpr int64_t kMostFlatPositions = 64, kMostSpreadColumns = 16;
-// Neighbouring outputs of a row tile. Maps of networks are multiples of 7.
-constexpr int kRowTileColumns = 7;
 
 // Forward or backward-input. A task is one band of output rows of buffer.blocks blocks of planes;
 // of planar kernels, of one plane; of the dense form, of one block, and in place, of all blocks of

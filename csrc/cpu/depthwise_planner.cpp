@@ -3,6 +3,7 @@
 
 #include "fft_planner.h"
 #include "planner_parts.h"
+#include "row_tile_sizes.h"
 #include "sizes.h"
 
 namespace lka::cpu {
@@ -157,9 +158,15 @@ void plan_row_tiles(PlannedConvolution& planned, int num_threads, bool paired) {
       double(plan.band * plan.target.width * plan.lanes.blocks_per_image) * double(terms * x.taps);
 }
 
-// The share of the columns of tiles of outputs in place, without a stride, that are needed.
-double tiled_share(const Phase& x) {
-  return used_share(x.taps == 1 ? x.count : ceil_div(x.count, x.tap_step), kRowTileColumns);
+// Whether tiles in place take the taps of a row some at a time.
+bool is_long_row(const Phase& x) { return x.taps > kRowTileColumns || x.taps == 6; }
+
+// The share of what tiles of outputs in place compute, without a stride, that is needed.
+double tiled_share(const ConvParams& p, const Phase& x, const LanePlan& lanes) {
+  const int64_t count = x.taps == 1 ? x.count : ceil_div(x.count, x.tap_step);
+  const bool one_block = p.channels <= lanes.lanes && has_wide_vectors(p.storage);
+  const bool wide = one_block && is_long_row(x) && wide_tiles_fit(count);
+  return double(count) / double(tiled_outputs(count, wide ? kWideTileColumns : kRowTileColumns));
 }
 
 // Whether tiles of outputs read channels_last maps in place without a stride, beyond what row tiles
@@ -170,15 +177,11 @@ bool tiles_in_place_serve(const ConvParams& p, const Phase& y, const Phase& x,
       lanes.cross_images || x.taps < 1)
     return false;
   if (pairs_serve(p.storage, y)) return x.taps <= 2 && y.taps <= 2;
-  const bool short_row = x.taps <= kRowTileColumns && x.taps != 6;
-  if (y.taps * x.taps <= kMostTiledTaps && (short_row || y.taps == 1))
-    return cheap_to_widen(p.storage, target.width) && tiled_share(x) >= kLeastTiledShare;
+  const double share = tiled_share(p, x, lanes);
+  if (y.taps * x.taps <= kMostTiledTaps && (!is_long_row(x) || y.taps == 1))
+    return cheap_to_widen(p.storage, target.width) && share >= kLeastTiledShare;
   // Every tile goes through the weights of all channels, which should leave room in the second
   // cache, and reads as many pixels, which should not all fall into the same sets of the first.
-  // One block of channels has wider tiles for long rows.
-  const bool wide = !short_row && p.channels <= lanes.lanes && has_wide_vectors(p.storage);
-  const double share =
-      wide ? used_share(ceil_div(x.count, x.tap_step), 2 * kRowTileColumns) : tiled_share(x);
   return cheap_to_widen(p.storage, INT64_MAX) && share >= kLeastLongShare &&
          y.taps * x.taps * p.channels * arithmetic_bytes(p.storage) <= kTiledWeightBytes &&
          source.stride_w * storage_bytes(p.storage) % kSetsBytes != 0;
@@ -278,7 +281,7 @@ double direct_form_cost(const ConvParams& p, const Phase& y, const Phase& x, con
   if (covers(y, source.height) && covers(x, source.width))
     return dense_cost(y, x, source.height, source.width);
   if (tiles_in_place_serve(p, y, x, source, target, lanes))
-    return tiles_in_place_cost(y, x, source.height, source.width) / tiled_share(x);
+    return tiles_in_place_cost(y, x, source.height, source.width) / tiled_share(p, x, lanes);
   const double single = direct_cost(y, x, source.height, source.width);
   return pairs_serve(p.storage, y) ? kPairedCost * single : single;
 }

@@ -7,14 +7,18 @@
 #include "depthwise_plan.h"
 #include "in_place_sums.h"
 #include "prefetch.h"
+#include "row_tile_sizes.h"
 #include "simd.h"
 
 namespace {
 
 using lka::cpu::ConvolvePlan;
+using lka::cpu::one_is_left;
+using lka::cpu::wide_tiles_fit;
 
 // Outputs of the widest tiles of a row.
-constexpr int kWideTile = LKA_VECTOR_BYTES == 64 ? 14 : 7;
+constexpr int kWideTile =
+    LKA_VECTOR_BYTES == 64 ? lka::cpu::kWideTileColumns : lka::cpu::kRowTileColumns;
 // Terms of a run: of 9 or 11 rows a second run took 7 % of the time, for the last row or two.
 constexpr int32_t kTermsPerTileRun = 2 * kTermsPerRun;
 // Phases of columns that are taken together where outputs meet one tap at most.
@@ -106,8 +110,8 @@ struct InPlaceRow {
   }
 
   // Tiles of Row::kPhases phases of columns from `phase` on; the last of several overlaps the one
-  // before. Of dilated taps, every `apart`-th output from `first` on, which meet every so many
-  // columns.
+  // before, unless one output is left, as of even kernels. Of dilated taps, every `apart`-th output
+  // from `first` on, which meet every so many columns.
   template <class Row>
   void tiles(int64_t phase, int64_t first, int64_t apart) const {
     const Phase& x = plan.phases_x[phase];                  // the first phase has the most outputs
@@ -175,7 +179,34 @@ struct InPlaceRow {
         to += Row::kOutputs * tile.out_column;
       }
     };
+    // What is left after whole tiles, by itself.
+    const auto single = [&](int64_t column) __attribute__((always_inline)) {
+      const int64_t begin = column < 0 ? ceil_div(-column, apart) : 0;
+      const int64_t end = column < width ? ceil_div(width - column, apart) : 0;
+      InPlaceSums<T, S> sums;
+      sums.columns = (end < x.taps ? end : x.taps) - begin;
+      sums.rows = sums.columns > 0 ? rows : 0;
+      sums.source_row = source_row;
+      sums.source_column = tile.source_column;
+      sums.source_output = sums.out_column = 0;
+      sums.source = source + (column + begin * apart) * plan.source.stride_w;
+      sums.weight = weights[0] + begin * V;
+      sums.weight_row = x.taps * V;
+      sums.bias = bias();
+      sums.out = target + (count - 1) * tile.out_column;
+      over_blocks(sums, [&](int64_t channel, int many) __attribute__((always_inline)) {
+        ahead.template load<V, Row::kStep, 1>(source_ahead, source_times, target_ahead,
+                                              target_times, channel);
+        if (many == V)
+          sums.template sum<V, 1, true>(V);
+        else
+          sums.template sum<V, 1, false>(many);
+      });
+    };
+    const bool last_by_itself =
+        Row::kPhases == 1 && !Row::kRuns && one_is_left(count, Row::kOutputs);
     for (int64_t next = 0; next < count;) {
+      if (last_by_itself && next == count - 1) return single(origin + next * step);
       const int64_t output = next < last ? next : last;
       const bool inside = output >= first_inside && output <= last_inside;
       const int64_t column = origin + output * step;
@@ -223,7 +254,7 @@ struct InPlaceRow {
     switch (x.taps) {
       case 1: unit_tiles<RowShape<1, 1>>(phase); return true;
       case 2:  // so few that what a tile takes beside them tells
-        if (count >= 2 * kWideTile)
+        if (count >= 2 * kWideTile && wide_tiles_fit(count))
           unit_tiles<RowShape<1, 2, 0, 0, kWideTile>>(phase);
         else
           unit_tiles<RowShape<1, 2>>(phase);
@@ -241,7 +272,7 @@ struct InPlaceRow {
       default:
         // Of several blocks wide tiles load too much ahead at once: it takes up to a fifth of the
         // time.
-        if (plan.channels <= V)
+        if (plan.channels <= V && wide_tiles_fit(count))
           unit_tiles<LongRow<kWideTile>>(phase);
         else if (LKA_VECTOR_BYTES == 64 && x.taps == 9)
           unit_tiles<RowShape<1, 9>>(phase);

@@ -11,6 +11,7 @@
 #include "depthwise_plan.h"
 #include "pack.h"
 #include "paired_rows.h"
+#include "row_tile_sizes.h"
 
 namespace {
 
