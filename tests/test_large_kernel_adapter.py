@@ -378,6 +378,40 @@ def test_channels_first_adds_residuals():
         torch.testing.assert_close(module(x, residual=residual), module(x) + residual)
 
 
+class Doubled(torch.nn.Module):
+    """A parametrization, and a layer of its own."""
+
+    def __init__(self, layer=None):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, weight):
+        return 2 * weight
+
+    @property
+    def weight(self):
+        return 2 * self.layer.weight
+
+    @property
+    def bias(self):
+        return 2 * self.layer.bias
+
+
+@torch.no_grad()
+def test_weights_of_layers_that_were_changed():
+    layers = FusedLKA(5, 3, kernel_size=3, init="paper")
+    torch.nn.init.normal_(layers.up.bias)
+    x = torch.randn(2, 9, 5)
+    before = layers(x)
+    given = {name: 2 * p for name, p in layers.named_parameters() if name.startswith("up")}
+    torch.testing.assert_close(torch.func.functional_call(layers, given, (x,)), 2 * before)
+    for name in ("weight", "bias"):
+        torch.nn.utils.parametrize.register_parametrization(layers.up, name, Doubled())
+    torch.testing.assert_close(layers(x), 2 * before)
+    layers.up = Doubled(layers.up)
+    torch.testing.assert_close(layers(x), 4 * before)
+
+
 def test_a_scale_that_is_not_finite_is_refused_by_the_module():
     with pytest.raises(ValueError, match="scale must be finite; got nan"):
         FusedLKA(4, scale=math.nan)

@@ -183,24 +183,23 @@ struct InPlaceRow {
     const auto single = [&](int64_t column) __attribute__((always_inline)) {
       const int64_t begin = column < 0 ? ceil_div(-column, apart) : 0;
       const int64_t end = column < width ? ceil_div(width - column, apart) : 0;
-      InPlaceSums<T, S> sums;
-      sums.columns = (end < x.taps ? end : x.taps) - begin;
-      sums.rows = sums.columns > 0 ? rows : 0;
-      sums.source_row = source_row;
-      sums.source_column = tile.source_column;
-      sums.source_output = sums.out_column = 0;
-      sums.source = source + (column + begin * apart) * plan.source.stride_w;
-      sums.weight = weights[0] + begin * V;
-      sums.weight_row = x.taps * V;
-      sums.bias = bias();
-      sums.out = target + (count - 1) * tile.out_column;
-      over_blocks(sums, [&](int64_t channel, int many) __attribute__((always_inline)) {
+      InPlaceSum<T, S> sum;
+      sum.columns = (end < x.taps ? end : x.taps) - begin;
+      sum.rows = sum.columns > 0 ? rows : 0;
+      sum.source_row = source_row;
+      sum.source_column = tile.source_column;
+      sum.source = source + (column + begin * apart) * plan.source.stride_w;
+      sum.weight = weights[0] + begin * V;
+      sum.weight_row = x.taps * V;
+      sum.bias = bias();
+      sum.out = target + (count - 1) * tile.out_column;
+      over_blocks(sum, [&](int64_t channel, int many) __attribute__((always_inline)) {
         ahead.template load<V, Row::kStep, 1>(source_ahead, source_times, target_ahead,
                                               target_times, channel);
         if (many == V)
-          sums.template sum<V, 1, true>(V);
+          sum.template sum<V, true>(V);
         else
-          sums.template sum<V, 1, false>(many);
+          sum.template sum<V, false>(many);
       });
     };
     const bool last_by_itself =

@@ -76,6 +76,48 @@ struct InPlaceSums {
   }
 };
 
+// The same of one output. Rows of taps are summed four at a time, each on its own, as one sum after
+// the other would wait for itself where there are few blocks of channels.
+template <class T, class S>
+struct InPlaceSum {
+  const S* source;  // of the first tap
+  int64_t rows, columns, source_row, source_column;
+  const T* weight;  // of the first tap, [row][column][V]
+  int64_t weight_row;
+  const T* bias;  // or null
+  S* out;
+
+  template <int V>
+  void next_block(int64_t weight_block) {
+    source += V;
+    out += V;
+    weight += weight_block;
+    if (bias) bias += V;
+  }
+
+  // kWhole: all channels exist.
+  template <int V, bool kWhole>
+  void sum(int channels) const {
+    constexpr int kRows = 4;
+    Vec<T, V> sums[kRows] = {bias ? load_aligned<V>(bias) : Vec<T, V>{}};
+    const auto add_rows = [&](auto many, int64_t m) __attribute__((always_inline)) {
+      constexpr int kMany = decltype(many)::value;
+      const S* from = source + m * source_row;
+      const T* w = weight + m * weight_row;
+      for (int64_t n = 0; n < columns; ++n, from += source_column, w += V)
+#pragma GCC unroll kUnroll
+        for (int r = 0; r < kMany; ++r)
+          sums[r] += load_aligned<V>(w + r * weight_row) *
+                     (kWhole ? load<T, V, S>(from + r * source_row)
+                             : load_some<T, V, S>(from + r * source_row, channels));
+    };
+    int64_t m = 0;
+    for (; m + kRows <= rows; m += kRows) add_rows(Constant<kRows>{}, m);
+    for (; m < rows; ++m) add_rows(Constant<1>{}, m);
+    store_some<T, V, S>(out, (sums[0] + sums[1]) + (sums[2] + sums[3]), kWhole ? V : channels);
+  }
+};
+
 // What networks have, known when it is compiled: one phase of outputs, or two that interleave, with
 // kTaps and kMoreTaps taps in a row. Output j of a phase begins at source column j·kStep, of the
 // second kLater further right. kMost outputs of a phase, as registers allow.

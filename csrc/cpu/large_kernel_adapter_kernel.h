@@ -50,10 +50,13 @@ const T* widen(const S* from, int64_t count, T* tile) {
 }
 
 // Tokens that a projection takes before the next group of ranks, or that both products with
-// grad_output take in turn: 128 KiB of float, in the second-level cache beside the weights.
+// grad_output take in turn: at most 160 KiB of float, in the second-level cache beside the weights.
+// The tiles of an image are equal, as each loads and stores all sums of a gradient.
 inline int64_t tokens_in_tile(const AdapterParams& p) {
-  const int64_t fit = 32 * 1024 / p.dim / kTokensIn * kTokensIn;
-  return fit < 12 ? 12 : fit > 96 ? 96 : fit;
+  const int64_t fit = 40 * 1024 / p.dim / kTokensIn * kTokensIn;
+  const int64_t most = fit < 12 ? 12 : fit > 96 ? 96 : fit;
+  const int64_t tiles = (p.tokens + most - 1) / most;
+  return round_up((p.tokens + tiles - 1) / tiles, kTokensIn);
 }
 
 inline Lanes rank_lanes(const AdapterParams& p, int64_t block, int64_t token_stride) {
@@ -304,9 +307,11 @@ void adapter_backward_parts(const AdapterParams& p, const AdapterGradients& g, i
   for (int64_t part = part_begin; part < part_end; ++part) {
     const PartSums<T, V> sums(p, g, part);
     T *conv = sums.conv, *conv_bias = sums.conv_bias;
-    memset(sums.down, 0, g.part_elements * sizeof(T));
+    // The first tokens begin the sums of the projections.
+    memset(sums.down_bias, 0, (g.part_elements - (sums.down_bias - sums.down)) * sizeof(T));
+    const int64_t first_image = part * p.batch / g.num_parts;
     const int64_t last_image = (part + 1) * p.batch / g.num_parts;
-    for (int64_t image = part * p.batch / g.num_parts; image < last_image; ++image) {
+    for (int64_t image = first_image; image < last_image; ++image) {
       const T* z = static_cast<const T*>(p.z) + image * p.tokens * p.rank;
       const T* c = static_cast<const T*>(p.c) + image * p.tokens * p.rank;
       const S* grad_output = static_cast<const S*>(g.grad_output) + image * p.tokens * p.dim;
@@ -335,7 +340,7 @@ void adapter_backward_parts(const AdapterParams& p, const AdapterGradients& g, i
                                static_cast<const T*>(nullptr), p.rank, grad + t * padded, padded);
         if (g.need_up)
           outer<T, kWide>(dy, tokens, p.dim, e + t * padded, padded, p.rank, sums.up, p.dim_padded,
-                          sums.up_bias);
+                          sums.up_bias, image == first_image && t == first_token);
       }
       if (!need_bottleneck) continue;
 
@@ -405,7 +410,8 @@ void adapter_backward_parts(const AdapterParams& p, const AdapterGradients& g, i
           const int64_t tokens = p.tokens - t < step ? p.tokens - t : step;
           const T* tokens_x = widen<T, kWide, S>(x + t * p.dim, tokens * p.dim, tile);
           outer<T, kWide>(tokens_x, tokens, p.dim, grad + t * padded, padded, p.rank, sums.down,
-                          p.dim_padded, static_cast<T*>(nullptr));
+                          p.dim_padded, static_cast<T*>(nullptr),
+                          image == first_image && t == first_token);
           add_column_sums<T, V>(grad + t * padded, tokens, padded, padded, sums.down_bias);
         }
       }
@@ -469,7 +475,7 @@ void adapter_backward_up(const AdapterParams& p, const AdapterGradients& g, int6
       if (output != e && p.rank % kRankGroup != 0)  // read behind the last token too
         output = static_cast<const T*>(memcpy(e, output, size_t(count) * sizeof(T)));
       outer<T, kWide>(dy, tokens, p.dim, output, p.rank, p.rank, sums.up, p.dim_padded,
-                      sums.up_bias);
+                      sums.up_bias, false);
     }
     if (!need_bottleneck) continue;
     T* grad = static_cast<T*>(g.grad_c) + row * p.rank;
@@ -518,7 +524,7 @@ void adapter_backward_down(const AdapterParams& p, const AdapterGradients& g, in
     if (g.need_down) {
       const T* x = widen<T, kWide, S>(static_cast<const S*>(p.x) + at, tokens * p.dim, tile);
       outer<T, kWide>(x, tokens, p.dim, grad_z, p.rank, p.rank, sums.down, p.dim_padded,
-                      static_cast<T*>(nullptr));
+                      static_cast<T*>(nullptr), false);
       add_column_sums<T, V>(grad_z, tokens, p.rank, p.rank, sums.down_bias);
     }
     if (grad_x)

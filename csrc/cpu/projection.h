@@ -123,18 +123,19 @@ void project_in(const T* x, int64_t tokens, int64_t dim, const T* weight, int64_
 }
 
 // gradient[k][0:kColumns·V] += sum over t of g[t][k]·x[t][0:kColumns·V] for kRanks ranks and, where
-// wanted, column_sums += sum over t of x[t]. Of a single vector only `count` channels exist.
+// wanted, column_sums += sum over t of x[t]; `fresh`: =. Of a single vector only `count` channels
+// exist.
 template <class T, int V, int kRanks, int kColumns, bool kSums>
 inline void outer_tile(const T* x, int64_t tokens, int64_t dim, const T* g, int64_t g_row,
-                       T* gradient, int64_t gradient_row, T* column_sums, int count, const T* ahead,
-                       int64_t ahead_step) {
+                       T* gradient, int64_t gradient_row, T* column_sums, bool fresh, int count,
+                       const T* ahead, int64_t ahead_step) {
   Vec<T, V> sum[kRanks][kColumns], column[kColumns];
 #pragma GCC unroll kUnroll
   for (int v = 0; v < kColumns; ++v) {
     column[v] = Vec<T, V>{};
 #pragma GCC unroll kUnroll
     for (int k = 0; k < kRanks; ++k)
-      sum[k][v] = load_aligned<V>(gradient + k * gradient_row + v * V);
+      sum[k][v] = fresh ? Vec<T, V>{} : load_aligned<V>(gradient + k * gradient_row + v * V);
   }
   for (int64_t t = 0; t < tokens; ++t, x += dim, g += g_row, ahead += ahead_step) {
     Vec<T, V> channels[kColumns];
@@ -158,21 +159,24 @@ inline void outer_tile(const T* x, int64_t tokens, int64_t dim, const T* g, int6
 #pragma GCC unroll kUnroll
     for (int k = 0; k < kRanks; ++k)
       store_aligned<V>(gradient + k * gradient_row + v * V, sum[k][v]);
-    if (kSums)
-      store_aligned<V>(column_sums + v * V, load_aligned<V>(column_sums + v * V) + column[v]);
+    if (kSums) {
+      const Vec<T, V> before = fresh ? Vec<T, V>{} : load_aligned<V>(column_sums + v * V);
+      store_aligned<V>(column_sums + v * V, before + column[v]);
+    }
   }
 }
 
 template <class T, int V, int kRanks, bool kSums>
 void outer_ranks(const T* x, int64_t tokens, int64_t dim, const T* g, int64_t g_row, T* gradient,
-                 int64_t gradient_row, T* column_sums, const T* ahead, int64_t ahead_step) {
+                 int64_t gradient_row, T* column_sums, bool fresh, const T* ahead,
+                 int64_t ahead_step) {
   int64_t c = 0;
   const auto columns = [&](auto many) {
     constexpr int kColumns = decltype(many)::value;
     const int64_t last = dim - c - (kColumns - 1) * V;
     outer_tile<T, V, kRanks, kColumns, kSums>(
         x + c, tokens, dim, g, g_row, gradient + c, gradient_row, kSums ? column_sums + c : nullptr,
-        last < V ? int(last) : V, ahead, ahead_step * kColumns);
+        fresh, last < V ? int(last) : V, ahead, ahead_step * kColumns);
     c += kColumns * V;
     ahead += tokens * ahead_step * kColumns;
   };
@@ -181,17 +185,18 @@ void outer_ranks(const T* x, int64_t tokens, int64_t dim, const T* g, int64_t g_
 }
 
 // gradient[k][c] += sum over t of g[t][k]·x[t][c] and, unless null, column_sums[c] += sum over t of
-// x[t][c], while the tokens after these are loaded. Rows up to the next multiple of kRankGroup are
-// written, the last ones with whatever follows in g, also behind the last token.
+// x[t][c], while the tokens after these are loaded; `fresh`: = in place of +=. Rows up to the next
+// multiple of kRankGroup are written, the last ones with whatever follows in g, also behind the
+// last token.
 template <class T, int V>
 void outer(const T* x, int64_t tokens, int64_t dim, const T* g, int64_t g_row, int64_t rank,
-           T* gradient, int64_t gradient_row, T* column_sums) {
+           T* gradient, int64_t gradient_row, T* column_sums, bool fresh) {
   const T* ahead = x + tokens * dim;
   int64_t ahead_step = V;
   const auto ranks = [&](auto many, auto sums, int64_t k) {
     outer_ranks<T, V, decltype(many)::value, decltype(sums)::value != 0>(
-        x, tokens, dim, g + k, g_row, gradient + k * gradient_row, gradient_row, column_sums, ahead,
-        ahead_step);
+        x, tokens, dim, g + k, g_row, gradient + k * gradient_row, gradient_row, column_sums, fresh,
+        ahead, ahead_step);
     ahead = x;  // once is enough
     ahead_step = 0;
   };

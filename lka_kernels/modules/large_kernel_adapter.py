@@ -28,6 +28,17 @@ def identity_convolution_(conv: nn.Conv2d) -> None:
         nn.init.zeros_(conv.bias)
 
 
+def _weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Both, by ``nn.Module.__getattr__`` only where something may have taken their place.
+
+    It takes some 0.6 µs a name, which for nine names is more than the checks of a call.
+    """
+    parameters = layer._parameters
+    if type(layer) in (nn.Linear, nn.Conv2d) and "weight" in parameters and "bias" in parameters:
+        return parameters["weight"], parameters["bias"]
+    return layer.weight, layer.bias
+
+
 class FusedLKA(nn.Module):
     """Large Kernel Adapter: down-projection, activation, depthwise convolution, up-projection.
 
@@ -165,14 +176,12 @@ class FusedLKA(nn.Module):
             x = x.permute(0, 2, 3, 1)
             if residual is not None:
                 residual = x if own_residual else residual.permute(0, 2, 3, 1)
+        layers = self._modules
         y = large_kernel_adapter(
             x,
-            self.down.weight,
-            self.down.bias,
-            self.conv.weight,
-            self.conv.bias,
-            self.up.weight,
-            self.up.bias,
+            *_weight_and_bias(layers["down"]),
+            *_weight_and_bias(layers["conv"]),
+            *_weight_and_bias(layers["up"]),
             grid_size=grid_size,
             num_prefix_tokens=self.num_prefix_tokens,
             prefix_mode=self.prefix_mode,
