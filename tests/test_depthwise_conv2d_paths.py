@@ -255,8 +255,13 @@ ONE_LEFT = {
     "no padding": Case(2, 20, 9, 18, (4, 4), **LAST),
     "beyond the map": Case(2, 20, 5, 6, (3, 2), padding=(1, 5), **LAST),
     "half vectors": Case(3, 24, 5, 14, (4, 4), padding=(2, 2), **LAST),
-    "dilated": Case(2, 20, 9, 24, (3, 3), padding=(3, 3), dilation=(3, 3), **LAST),
-    "rows dilated": Case(2, 20, 9, 15, (3, 3), padding=(2, 1), dilation=(2, 1), **LAST),
+    "dilated": Case(2, 20, 9, 24, (3, 5), padding=(3, 6), dilation=(3, 3), **LAST),
+    "some ways of dilated columns": Case(
+        2, 20, 5, 29, (2, 4), padding=(1, 6), dilation=(1, 4), **LAST
+    ),
+    "rows dilated": Case(2, 20, 9, 15, (3, 5), padding=(2, 2), dilation=(2, 1), **LAST),
+    "four rows and more": Case(2, 20, 9, 15, (7, 7), padding="same", **LAST),
+    "in runs": Case(2, 20, 20, 15, (31, 5), padding="same", **LAST),
     "a long row": Case(2, 16, 3, 29, (1, 9), padding="same", **LAST),
     "stride 2": Case(2, 20, 9, 15, (3, 3), (2, 2), padding=(1, 1), **LAST),
     "stride 2 of columns, 5 taps": Case(2, 20, 9, 29, (3, 5), (1, 2), padding=(1, 2), **LAST),

@@ -239,13 +239,16 @@ def test_explain_tells_layout_method_and_refusals():
         ((8, 64, 10, 10), (9, 9), torch.channels_last, "blocks"),
         ((8, 64, 14, 14), (9, 3), torch.channels_last, "in_place"),
         ((1, 192, 28, 28), (51, 5), torch.channels_last, "in_place"),
-        # The weights of a row exceed their part of a cache; pixels fall into the same sets of one.
+        # All weights exceed their part of a cache; pixels fall into the same sets of one.
         ((1, 1280, 14, 14), (9, 9), torch.channels_last, "blocks"),
         ((1, 1024, 14, 14), (9, 9), torch.channels_last, "blocks"),
         ((1, 1040, 14, 14), (9, 9), torch.channels_last, "in_place"),
         # What tiles of 7 leave over is one output, or more.
         ((8, 64, 8, 8), (5, 5), torch.channels_last, "in_place"),
         ((8, 64, 9, 9), (5, 5), torch.channels_last, "blocks"),
+        # Not in tiles that sum in runs.
+        ((8, 64, 15, 15), (31, 5), torch.channels_last, "blocks"),
+        ((8, 64, 14, 14), (31, 5), torch.channels_last, "in_place"),
     ],
 )
 def test_explain_tells_the_kernel_that_sizes_choose(size, kernel, layout, forward):

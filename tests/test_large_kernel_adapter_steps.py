@@ -25,7 +25,7 @@ TRANSFORMED = [
     AdapterCase(4, 16, 16, (14, 14), (31, 31), prefix=1, residual=True),  # larger than the map
     AdapterCase(1, 16, 33, (23, 20), (26, 26), layout="map", activation="none"),
     AdapterCase(2, 12, 5, (22, 24), (15, 31), prefix=2, prefix_mode="zero", residual=True),
-    AdapterCase(4, 16, 8, (16, 16), (13, 13), prefix=1, activation="silu"),
+    AdapterCase(4, 16, 8, (15, 15), (13, 13), prefix=1, activation="silu"),
 ]  # fmt: skip
 # Rows of more than 7 taps, summed in place.
 LONG_ROWS = [

@@ -123,9 +123,9 @@ constexpr int32_t kTermsPerRun = 64;
 // Rows of so many taps in a run. A narrow output rounds more than any order of the sum, and may not
 // be rounded twice.
 template <class T, class Output>
-inline int64_t rows_of_run(int64_t taps, int32_t terms = kTermsPerRun) {
+inline int64_t rows_of_run(int64_t taps) {
   if (sizeof(Output) < sizeof(T)) return INT64_MAX / 2;
-  return terms / int32_t(taps > 0 ? taps : 1) + 1;
+  return kTermsPerRun / int32_t(taps > 0 ? taps : 1) + 1;
 }
 
 // AVX-512 has 32 vector registers, the others 16: accumulators, the weights of a run of taps, and

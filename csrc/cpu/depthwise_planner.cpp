@@ -158,12 +158,15 @@ void plan_row_tiles(PlannedConvolution& planned, int num_threads, bool paired) {
       double(plan.band * plan.target.width * plan.lanes.blocks_per_image) * double(terms * x.taps);
 }
 
-// Whether tiles in place take the taps of a row some at a time.
+// Whether tiles in place may take the taps of a row some at a time.
 bool is_long_row(const Phase& x) { return x.taps > kRowTileColumns || x.taps == 6; }
 
-// The share of what tiles of outputs in place compute, without a stride, that is needed.
-double tiled_share(const ConvParams& p, const Phase& x, const LanePlan& lanes) {
+// The share of the time of tiles of outputs in place, without a stride, that is spent on outputs
+// that are needed.
+double tiled_share(const ConvParams& p, const Phase& y, const Phase& x, const LanePlan& lanes) {
   const int64_t count = x.taps == 1 ? x.count : ceil_div(x.count, x.tap_step);
+  const bool narrow = storage_bytes(p.storage) < arithmetic_bytes(p.storage);
+  if (y.taps > rows_of_tile_run(x.taps, narrow)) return used_share(count, kRowTileColumns);
   const bool one_block = p.channels <= lanes.lanes && has_wide_vectors(p.storage);
   const bool wide = one_block && is_long_row(x) && wide_tiles_fit(count);
   return double(count) / double(tiled_outputs(count, wide ? kWideTileColumns : kRowTileColumns));
@@ -177,7 +180,7 @@ bool tiles_in_place_serve(const ConvParams& p, const Phase& y, const Phase& x,
       lanes.cross_images || x.taps < 1)
     return false;
   if (pairs_serve(p.storage, y)) return x.taps <= 2 && y.taps <= 2;
-  const double share = tiled_share(p, x, lanes);
+  const double share = tiled_share(p, y, x, lanes);
   if (y.taps * x.taps <= kMostTiledTaps && (!is_long_row(x) || y.taps == 1))
     return cheap_to_widen(p.storage, target.width) && share >= kLeastTiledShare;
   // Every tile goes through the weights of all channels, which should leave room in the second
@@ -281,7 +284,7 @@ double direct_form_cost(const ConvParams& p, const Phase& y, const Phase& x, con
   if (covers(y, source.height) && covers(x, source.width))
     return dense_cost(y, x, source.height, source.width);
   if (tiles_in_place_serve(p, y, x, source, target, lanes))
-    return tiles_in_place_cost(y, x, source.height, source.width) / tiled_share(p, x, lanes);
+    return tiles_in_place_cost(y, x, source.height, source.width) / tiled_share(p, y, x, lanes);
   const double single = direct_cost(y, x, source.height, source.width);
   return pairs_serve(p.storage, y) ? kPairedCost * single : single;
 }

@@ -14,13 +14,12 @@ namespace {
 
 using lka::cpu::ConvolvePlan;
 using lka::cpu::one_is_left;
+using lka::cpu::rows_of_tile_run;
 using lka::cpu::wide_tiles_fit;
 
 // Outputs of the widest tiles of a row.
 constexpr int kWideTile =
     LKA_VECTOR_BYTES == 64 ? lka::cpu::kWideTileColumns : lka::cpu::kRowTileColumns;
-// Terms of a run: of 9 or 11 rows a second run took 7 % of the time, for the last row or two.
-constexpr int32_t kTermsPerTileRun = 2 * kTermsPerRun;
 // Phases of columns that are taken together where outputs meet one tap at most.
 constexpr int64_t kMostSinglePhases = 8;
 
@@ -110,8 +109,8 @@ struct InPlaceRow {
   }
 
   // Tiles of Row::kPhases phases of columns from `phase` on; the last of several overlaps the one
-  // before, unless one output is left, as of even kernels. Of dilated taps, every `apart`-th output
-  // from `first` on, which meet every so many columns.
+  // before, unless one output is left, as of even kernels (but not of two phases, nor of runs). Of
+  // dilated taps, every `apart`-th output from `first` on, which meet every so many columns.
   template <class Row>
   void tiles(int64_t phase, int64_t first, int64_t apart) const {
     const Phase& x = plan.phases_x[phase];                  // the first phase has the most outputs
@@ -119,7 +118,7 @@ struct InPlaceRow {
     const int64_t width = plan.source.width, columns = Row::columns(x.taps);
     InPlaceTile<T, S, Row> tile;
     tile.rows = rows;
-    tile.rows_per_run = rows_of_run<T, S>(x.taps, kTermsPerTileRun);
+    tile.rows_per_run = rows_of_tile_run(x.taps, sizeof(S) < sizeof(T));
     tile.source_row = source_row;
     tile.source_column = apart * plan.source.stride_w;
     tile.out_column = x.output_stride * out_apart * plan.target.stride_w;
@@ -246,7 +245,7 @@ struct InPlaceRow {
     const Phase& x = plan.phases_x[phase];
     if (x.out_step != 1 && x.out_step != x.tap_step && x.taps != 1) return false;
     const int64_t count = x.out_step == 1 ? ceil_div(x.count, x.tap_step) : x.count;
-    if (x.taps > 0 && taps_y > rows_of_run<T, S>(x.taps, kTermsPerTileRun)) {
+    if (x.taps > 0 && taps_y > rows_of_tile_run(x.taps, sizeof(S) < sizeof(T))) {
       unit_tiles<LongRow<7, true>>(phase);
       return true;
     }

@@ -50,8 +50,8 @@ const T* widen(const S* from, int64_t count, T* tile) {
 }
 
 // Tokens that a projection takes before the next group of ranks, or that both products with
-// grad_output take in turn: at most 160 KiB of float, in the second-level cache beside the weights.
-// The tiles of an image are equal, as each loads and stores all sums of a gradient.
+// grad_output take in turn: some 160 KiB of float, or 12, in the second-level cache beside the
+// weights. The tiles of a whole image are equal, as each loads and stores all sums of a gradient.
 inline int64_t tokens_in_tile(const AdapterParams& p) {
   const int64_t fit = 40 * 1024 / p.dim / kTokensIn * kTokensIn;
   const int64_t most = fit < 12 ? 12 : fit > 96 ? 96 : fit;
