@@ -80,7 +80,7 @@ demo: install
 
 test: install
 	@$(BIN)/python -m pytest -m "not gpu" -n $(TEST_WORKERS) --maxprocesses 4 --dist loadfile \
-	  --no-loadscope-reorder $(TEST_ARGS)
+	  $(TEST_ARGS)
 
 lint: $(VENV)/.packages
 	@$(BIN)/ruff check .

@@ -40,14 +40,6 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("default")
 
 
-# What takes a minute or more, so that no process is left with one of these when others are done.
-SLOWEST_FILES = ("test_triton_adapter.py", "test_budgets.py", "test_cuda_compiles.py")
-
-
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name not in SLOWEST_FILES)
-
-
 @pytest.fixture(autouse=True)
 def outputs_start_as_junk():
     """Every tensor allocated in a test starts as junk: an element left unwritten is seen."""

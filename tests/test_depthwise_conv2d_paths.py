@@ -243,7 +243,8 @@ TILED = (
     }
 )
 ONE_LEFT = {
-    # Tiles of 7 or 14 outputs leave one of a row, which is computed by itself.
+    # Tiles of 7 or 14 outputs leave one of a row, which is computed by itself. Beside these, rows
+    # that look alike but leave none: some with 3 taps have tiles of 5, and sums in runs.
     f"{taps} taps on {width} columns": Case(
         2, channels, 5, width, (3, taps), padding=(1, taps // 2), **LAST
     )
