@@ -22,6 +22,8 @@ constexpr int kWideTile =
     LKA_VECTOR_BYTES == 64 ? lka::cpu::kWideTileColumns : lka::cpu::kRowTileColumns;
 // Phases of columns that are taken together where outputs meet one tap at most.
 constexpr int64_t kMostSinglePhases = 8;
+// Source rows that an output reads, up to which few channels are read in the order of memory.
+constexpr int64_t kMostRowsInOrder = 2;
 
 // The least position from `at` on that is read, if every `apart`-th is, `origin` among them.
 inline int64_t next_read(int64_t at, int64_t origin, int64_t apart) {
@@ -37,7 +39,7 @@ struct InPlaceRow {
   const T* weight;            // of all phases of columns, each [taps_y][taps][V]
   int64_t taps_y, first_tap;  // first_tap: the kernel row that source and rows begin with
   S* out;
-  const RowsAhead& ahead;
+  RowsAhead ahead;
 
   // How far the block with `left` channels from its first one on reaches back into the one before.
   int64_t overlap(int64_t left) const {
@@ -106,180 +108,6 @@ struct InPlaceRow {
         some(Constant<1>{}, output, taps_of(x, output, plan.source.width));
         ++output;
       }
-  }
-
-  // Tiles of Row::kPhases phases of columns from `phase` on; the last of several overlaps the one
-  // before, unless one output is left, as of even kernels (but not of two phases, nor of runs). Of
-  // dilated taps, every `apart`-th output from `first` on, which meet every so many columns.
-  template <class Row>
-  void tiles(int64_t phase, int64_t first, int64_t apart) const {
-    const Phase& x = plan.phases_x[phase];                  // the first phase has the most outputs
-    const int64_t out_apart = x.out_step == 1 ? apart : 1;  // else none lie between a tile's
-    const int64_t width = plan.source.width, columns = Row::columns(x.taps);
-    InPlaceTile<T, S, Row> tile;
-    tile.rows = rows;
-    tile.rows_per_run = rows_of_tile_run(x.taps, sizeof(S) < sizeof(T));
-    tile.source_row = source_row;
-    tile.source_column = apart * plan.source.stride_w;
-    tile.out_column = x.output_stride * out_apart * plan.target.stride_w;
-    tile.out_phase = plan.target.stride_w;
-    tile.row_taps = x.taps;
-    const T* const weights[2] = {weight_of(phase), weight_of(phase + Row::kPhases - 1)};
-    S* const target = out + (x.first_output + first * x.output_stride) * plan.target.stride_w;
-    const auto outputs_of = [&](int p) {
-      return ceil_div(plan.phases_x[phase + p].count - first, out_apart);
-    };
-    const int64_t count = outputs_of(0), fewest = outputs_of(Row::kPhases - 1);
-    const int64_t last = count > Row::kOutputs ? count - Row::kOutputs : 0;
-    // A tile loads ahead as much as it has, but in the order of memory: where outputs are apart,
-    // the tiles of each part of them take their part of the row. Of several phases the first takes
-    // all.
-    constexpr int kFrom = Row::kOutputs * Row::kStep, kTo = Row::kOutputs * Row::kPhases;
-    const int64_t source_times =
-        phase > 0 ? 0 : quotient(quotient(apart, out_apart), plan.columns_apart);
-    const int64_t target_times =
-        phase > 0 || ahead.target == 0 ? 0 : x.output_stride / Row::kPhases;
-    const int64_t before = first * ceil_div(ceil_div(x.count, out_apart), Row::kOutputs);
-    const int64_t source_part = source_times * kFrom * ahead.source_pixel;
-    const int64_t target_part = target_times * kTo * plan.target.stride_w;
-    const int64_t first_column_read = next_read(0, x.origin, plan.columns_apart);
-    const S* source_ahead =
-        source + first_column_read * plan.source.stride_w + before * source_part;
-    const S* target_ahead = out + before * target_part;
-    // Tiles from first_inside to last_inside have all their outputs and columns.
-    const int64_t origin = x.origin + first, step = Row::kStep * apart;
-    const int64_t first_inside = origin < 0 ? ceil_div(-origin, step) : 0;
-    const int64_t room = width - 1 - origin - (columns - 1) * apart;
-    const int64_t fit = room < 0 ? -1 : quotient(room, step), most = fewest - Row::kOutputs;
-    const int64_t last_inside = fit < most ? fit : most;
-    // All blocks of `many` tiles from `output` on.
-    const auto some = [&](int64_t output, int64_t many,
-                          auto inside) __attribute__((always_inline)) {
-      constexpr bool kInside = decltype(inside)::value != 0;
-      const S* from = source + (origin + output * step) * plan.source.stride_w;
-      S* to = target + output * tile.out_column;
-      for (; many > 0; --many) {
-        tile.source = from;
-        tile.out = to;
-        tile.bias = bias();
-        tile.weight[0] = weights[0];
-        tile.weight[1] = weights[1];
-        over_blocks(tile, [&](int64_t channel, int count) __attribute__((always_inline)) {
-          ahead.template load<V, kFrom, kTo>(source_ahead, source_times, target_ahead, target_times,
-                                             channel);
-          if (kInside && count == V)
-            tile.template sum<V, true>(V);
-          else
-            tile.template sum<V, false>(count);
-        });
-        source_ahead += source_part;
-        target_ahead += target_part;
-        from += Row::kOutputs * step * plan.source.stride_w;
-        to += Row::kOutputs * tile.out_column;
-      }
-    };
-    // What is left after whole tiles, by itself.
-    const auto single = [&](int64_t column) __attribute__((always_inline)) {
-      const int64_t begin = column < 0 ? ceil_div(-column, apart) : 0;
-      const int64_t end = column < width ? ceil_div(width - column, apart) : 0;
-      InPlaceSum<T, S> sum;
-      sum.columns = (end < x.taps ? end : x.taps) - begin;
-      sum.rows = sum.columns > 0 ? rows : 0;
-      sum.source_row = source_row;
-      sum.source_column = tile.source_column;
-      sum.source = source + (column + begin * apart) * plan.source.stride_w;
-      sum.weight = weights[0] + begin * V;
-      sum.weight_row = x.taps * V;
-      sum.bias = bias();
-      sum.out = target + (count - 1) * tile.out_column;
-      over_blocks(sum, [&](int64_t channel, int many) __attribute__((always_inline)) {
-        ahead.template load<V, Row::kStep, 1>(source_ahead, source_times, target_ahead,
-                                              target_times, channel);
-        if (many == V)
-          sum.template sum<V, true>(V);
-        else
-          sum.template sum<V, false>(many);
-      });
-    };
-    const bool last_by_itself =
-        Row::kPhases == 1 && !Row::kRuns && one_is_left(count, Row::kOutputs);
-    for (int64_t next = 0; next < count;) {
-      if (last_by_itself && next == count - 1) return single(origin + next * step);
-      const int64_t output = next < last ? next : last;
-      const bool inside = output >= first_inside && output <= last_inside;
-      const int64_t column = origin + output * step;
-      tile.first_column = column < 0 ? ceil_div(-column, apart) : 0;
-      tile.end_column = ceil_div(width - column, apart);
-      for (int p = 0; p < Row::kPhases; ++p) tile.outputs[p] = outputs_of(p) - output;
-      const int64_t many = inside ? (last_inside - output) / Row::kOutputs + 1 : 1;
-      with_flag(inside,
-                [&](auto flag) __attribute__((always_inline)) { some(output, many, flag); });
-      next = output + many * Row::kOutputs;
-    }
-  }
-
-  // All phases together, if they have this shape.
-  template <class Row>
-  bool tiled() const {
-    const Phase* const x = plan.phases_x;
-    if (plan.num_phases_x != Row::kPhases) return false;
-    for (int p = 0; p < Row::kPhases; ++p) {
-      if (x[p].taps != Row::kTaps[p] || x[p].out_step != Row::kStep || x[p].tap_step != 1 ||
-          x[p].origin - x[0].origin != Row::kFirst[p])
-        return false;
-    }
-    tiles<Row>(0, 0, 1);
-    return true;
-  }
-
-  // One phase whose outputs or taps have unit steps, or both the same.
-  template <class Row>
-  void unit_tiles(int64_t phase) const {
-    const Phase& x = plan.phases_x[phase];
-    const int64_t apart = x.taps == 1 ? x.out_step : x.tap_step;  // of one, the step means nothing
-    const int64_t ways = x.out_step == 1 ? apart : 1;
-    for (int64_t first = 0; first < ways && first < x.count; ++first)
-      tiles<Row>(phase, first, apart);
-  }
-  bool unit_tiled(int64_t phase) const {
-    const Phase& x = plan.phases_x[phase];
-    if (x.out_step != 1 && x.out_step != x.tap_step && x.taps != 1) return false;
-    const int64_t count = x.out_step == 1 ? ceil_div(x.count, x.tap_step) : x.count;
-    if (x.taps > 0 && taps_y > rows_of_tile_run(x.taps, sizeof(S) < sizeof(T))) {
-      unit_tiles<LongRow<7, true>>(phase);
-      return true;
-    }
-    switch (x.taps) {
-      case 1: unit_tiles<RowShape<1, 1>>(phase); return true;
-      case 2:  // so few that what a tile takes beside them tells
-        if (count >= 2 * kWideTile && wide_tiles_fit(count))
-          unit_tiles<RowShape<1, 2, 0, 0, kWideTile>>(phase);
-        else
-          unit_tiles<RowShape<1, 2>>(phase);
-        return true;
-      case 3:  // dilated, maps of 14 or 28 columns leave too few for tiles of 7
-        if (ceil_div(count, 5) * 6 < ceil_div(count, 7) * 8)
-          unit_tiles<RowShape<1, 3, 0, 0, 5>>(phase);
-        else
-          unit_tiles<RowShape<1, 3>>(phase);
-        return true;
-      case 4: unit_tiles<RowShape<1, 4>>(phase); return true;
-      case 5: unit_tiles<RowShape<1, 5>>(phase); return true;
-      case 7: unit_tiles<RowShape<1, 7>>(phase); return true;
-      case 0: return false;
-      default:
-        // Of several blocks wide tiles load too much ahead at once: it takes up to a fifth of the
-        // time.
-        if (plan.channels <= V && wide_tiles_fit(count))
-          unit_tiles<LongRow<kWideTile>>(phase);
-        else if (LKA_VECTOR_BYTES == 64 && x.taps == 9)
-          unit_tiles<RowShape<1, 9>>(phase);
-        else if (LKA_VECTOR_BYTES == 64 && x.taps == 11)
-          unit_tiles<RowShape<1, 11>>(phase);
-        else
-          unit_tiles<LongRow<7>>(phase);
-        return true;
-    }
   }
 
   // Of outputs that meet one tap at most, those of one phase of columns: outputs [begin, begin +
@@ -352,21 +180,283 @@ struct InPlaceRow {
           pixel(Constant<0>{}, at, tap->weight);
       }
   }
-
-  void convolve() const {
-    // 3, 5 and 7 taps with stride 2 and the usual padding, forward and backward.
-    if (tiled<RowShape<2, 3>>() || tiled<RowShape<2, 5>>() || tiled<RowShape<1, 1, 2>>() ||
-        tiled<RowShape<1, 3, 2, 1>>() || tiled<RowShape<2, 7>>() || tiled<RowShape<1, 3, 4>>())
-      return;
-    for (int64_t p = 0; p < plan.num_phases_x; ++p)
-      if (!unit_tiled(p)) outputs(p);
-  }
 };
+
+// Tiles of Row::kPhases phases of columns from `phase` on; the last of several overlaps the one
+// before, unless one output is left, as of even kernels (but not of two phases, nor of runs). Of
+// dilated taps, every `apart`-th output from `first` on, which meet every so many columns. What
+// does not change from row to row is worked out once: with few taps it takes as long as the
+// products.
+template <class T, int V, class S, class Row>
+class RowTiles {
+ public:
+  RowTiles(const ConvolvePlan& plan, int64_t phase, int64_t first, int64_t apart)
+      : plan_(plan), phase_(phase), first_(first), apart_(apart) {
+    const Phase& x = plan.phases_x[phase];  // the first phase has the most outputs
+    taps_ = x.taps;
+    columns_ = Row::columns(x.taps);
+    rows_per_run_ = rows_of_tile_run(x.taps, sizeof(S) < sizeof(T));
+    out_apart_ = x.out_step == 1 ? apart : 1;  // else none lie between a tile's
+    out_column_ = x.output_stride * out_apart_ * plan.target.stride_w;
+    target_ = (x.first_output + first * x.output_stride) * plan.target.stride_w;
+    count_ = outputs_of(0);
+    most_ = outputs_of(Row::kPhases - 1) - Row::kOutputs;
+    last_ = count_ > Row::kOutputs ? count_ - Row::kOutputs : 0;
+    origin_ = x.origin + first;
+    step_ = Row::kStep * apart;
+    first_inside_ = origin_ < 0 ? ceil_div(-origin_, step_) : 0;
+    const int64_t room = plan.source.width - 1 - origin_ - (columns_ - 1) * apart;
+    const int64_t fit = room < 0 ? -1 : quotient(room, step_);
+    last_inside_ = fit < most_ ? fit : most_;
+    // A tile loads ahead as much as it has, but in the order of memory: where outputs are apart,
+    // the tiles of each part of them take their part of the row. Of several phases the first takes
+    // all.
+    source_times_ = phase > 0 ? 0 : quotient(quotient(apart, out_apart_), plan.columns_apart);
+    target_times_ = phase > 0 ? 0 : x.output_stride / Row::kPhases;
+    source_part_ = source_times_ * kFrom * plan.columns_apart * plan.source.stride_w;
+    target_part_ = target_times_ * kTo * plan.target.stride_w;
+    const int64_t before = first * ceil_div(ceil_div(x.count, out_apart_), Row::kOutputs);
+    const int64_t first_column_read = next_read(0, x.origin, plan.columns_apart);
+    source_ahead_ = first_column_read * plan.source.stride_w + before * source_part_;
+    target_ahead_ = before * target_part_;
+  }
+
+  __attribute__((noinline)) void run(const InPlaceRow<T, V, S>& row) const {
+    InPlaceTile<T, S, Row> tile;
+    tile.rows = row.rows;
+    tile.rows_per_run = rows_per_run_;
+    tile.source_row = row.source_row;
+    tile.source_column = apart_ * plan_.source.stride_w;
+    tile.out_column = out_column_;
+    tile.out_phase = plan_.target.stride_w;
+    tile.row_taps = taps_;
+    const T* const weights[2] = {row.weight_of(phase_), row.weight_of(phase_ + Row::kPhases - 1)};
+    S* const target = row.out + target_;
+    const int64_t target_times = row.ahead.target == 0 ? 0 : target_times_;
+    const int64_t target_part = row.ahead.target == 0 ? 0 : target_part_;
+    const S* source_ahead = row.source + source_ahead_;
+    const S* target_ahead = row.out + target_ahead_;
+    // All blocks of `many` tiles from `output` on.
+    const auto some = [&](int64_t output, int64_t many,
+                          auto inside) __attribute__((always_inline)) {
+      constexpr bool kInside = decltype(inside)::value != 0;
+      const bool edge =
+          Row::kHasEdge && tile.first_column == 1 && tile.end_column >= columns_ && output <= most_;
+      const S* from = row.source + (origin_ + output * step_) * plan_.source.stride_w;
+      S* to = target + output * out_column_;
+      for (; many > 0; --many) {
+        tile.source = from;
+        tile.out = to;
+        tile.bias = row.bias();
+        tile.weight[0] = weights[0];
+        tile.weight[1] = weights[1];
+        row.over_blocks(tile, [&](int64_t channel, int count) __attribute__((always_inline)) {
+          row.ahead.template load<V, kFrom, kTo>(source_ahead, source_times_, target_ahead,
+                                                 target_times, channel);
+          if (kInside && count == V)
+            tile.template sum<V, Exists::all>(V);
+          else if (edge && count == V)
+            tile.template sum<V, Row::kHasEdge ? Exists::all_but_first_column : Exists::some>(V);
+          else
+            tile.template sum<V, Exists::some>(count);
+        });
+        source_ahead += source_part_;
+        target_ahead += target_part;
+        from += Row::kOutputs * step_ * plan_.source.stride_w;
+        to += Row::kOutputs * out_column_;
+      }
+    };
+    // What is left after whole tiles, by itself.
+    const auto single = [&](int64_t column) __attribute__((always_inline)) {
+      const int64_t width = plan_.source.width;
+      const int64_t begin = column < 0 ? ceil_div(-column, apart_) : 0;
+      const int64_t end = column < width ? ceil_div(width - column, apart_) : 0;
+      InPlaceSum<T, S> sum;
+      sum.columns = (end < taps_ ? end : taps_) - begin;
+      sum.rows = sum.columns > 0 ? row.rows : 0;
+      sum.source_row = row.source_row;
+      sum.source_column = tile.source_column;
+      sum.source = row.source + (column + begin * apart_) * plan_.source.stride_w;
+      sum.weight = weights[0] + begin * V;
+      sum.weight_row = taps_ * V;
+      sum.bias = row.bias();
+      sum.out = target + (count_ - 1) * out_column_;
+      row.over_blocks(sum, [&](int64_t channel, int many) __attribute__((always_inline)) {
+        row.ahead.template load<V, Row::kStep, 1>(source_ahead, source_times_, target_ahead,
+                                                  target_times, channel);
+        if (many == V)
+          sum.template sum<V, true>(V);
+        else
+          sum.template sum<V, false>(many);
+      });
+    };
+    const bool last_by_itself =
+        Row::kPhases == 1 && !Row::kRuns && one_is_left(count_, Row::kOutputs);
+    for (int64_t next = 0; next < count_;) {
+      if (last_by_itself && next == count_ - 1) return single(origin_ + next * step_);
+      const int64_t output = next < last_ ? next : last_;
+      const bool inside = output >= first_inside_ && output <= last_inside_;
+      const int64_t column = origin_ + output * step_;
+      tile.first_column = column < 0 ? ceil_div(-column, apart_) : 0;
+      tile.end_column = ceil_div(plan_.source.width - column, apart_);
+      for (int p = 0; p < Row::kPhases; ++p) tile.outputs[p] = outputs_of(p) - output;
+      const int64_t many = inside ? (last_inside_ - output) / Row::kOutputs + 1 : 1;
+      with_flag(inside,
+                [&](auto flag) __attribute__((always_inline)) { some(output, many, flag); });
+      next = output + many * Row::kOutputs;
+    }
+  }
+
+ private:
+  // Pixels of the source and of the target that a tile has.
+  static constexpr int kFrom = Row::kOutputs * Row::kStep, kTo = Row::kOutputs * Row::kPhases;
+
+  int64_t outputs_of(int p) const {
+    return ceil_div(plan_.phases_x[phase_ + p].count - first_, out_apart_);
+  }
+
+  const ConvolvePlan& plan_;
+  const int64_t phase_, first_, apart_;
+  int64_t taps_, columns_, rows_per_run_;
+  int64_t out_apart_, out_column_, target_;
+  int64_t count_, most_, last_;  // outputs; of them where a tile has all; and where the last begins
+  int64_t origin_, step_;        // source columns, of the first output and from one to the next
+  int64_t first_inside_, last_inside_;  // outputs whose tiles have all outputs and columns
+  int64_t source_times_, target_times_, source_part_, target_part_;
+  int64_t source_ahead_, target_ahead_;
+};
+
+template <class Row>
+struct Tag {
+  using Type = Row;
+};
+
+// Calls use(Tag<Row>{}) with the tiles for one phase of columns, of which kernel rows have taps_y;
+// false if there are none. Its outputs or taps must have unit steps, or both the same.
+template <class T, class S, class Use>
+bool with_unit_tiles(const ConvolvePlan& plan, const Phase& x, int64_t taps_y, int lanes,
+                     const Use& use) {
+  if (x.taps == 0 || (x.out_step != 1 && x.out_step != x.tap_step && x.taps != 1)) return false;
+  const int64_t count = x.out_step == 1 ? ceil_div(x.count, x.tap_step) : x.count;
+  if (taps_y > rows_of_tile_run(x.taps, sizeof(S) < sizeof(T)))
+    use(Tag<LongRow<7, true>>{});
+  else if (x.taps == 1)
+    use(Tag<RowShape<1, 1>>{});
+  else if (x.taps == 2 && count >= 2 * kWideTile && wide_tiles_fit(count))
+    use(Tag<RowShape<1, 2, 0, 0, kWideTile>>{});  // what a tile takes beside so few taps tells
+  else if (x.taps == 2)
+    use(Tag<RowShape<1, 2>>{});
+  else if (x.taps == 3 && ceil_div(count, 5) * 6 < ceil_div(count, 7) * 8)
+    use(Tag<RowShape<1, 3, 0, 0, 5>>{});  // dilated, 14 or 28 columns leave too few for 7
+  else if (x.taps == 3)
+    use(Tag<RowShape<1, 3>>{});
+  else if (x.taps == 4)
+    use(Tag<RowShape<1, 4>>{});
+  else if (x.taps == 5)
+    use(Tag<RowShape<1, 5>>{});
+  else if (x.taps == 7)
+    use(Tag<RowShape<1, 7>>{});
+  // Of several blocks wide tiles load too much ahead at once: it takes up to a fifth of the time.
+  else if (plan.channels <= lanes && wide_tiles_fit(count))
+    use(Tag<LongRow<kWideTile>>{});
+  else if (LKA_VECTOR_BYTES == 64 && x.taps == 9)
+    use(Tag<RowShape<1, 9>>{});
+  else if (LKA_VECTOR_BYTES == 64 && x.taps == 11)
+    use(Tag<RowShape<1, 11>>{});
+  else
+    use(Tag<LongRow<7>>{});
+  return true;
+}
+
+// A row, whatever its phases.
+template <class T, int V, class S>
+void convolve_row(const InPlaceRow<T, V, S>& row) {
+  const ConvolvePlan& plan = row.plan;
+  // All phases together, if they have this shape.
+  const auto together = [&](auto tag) {
+    using Row = typename decltype(tag)::Type;
+    const Phase* const x = plan.phases_x;
+    if (plan.num_phases_x != Row::kPhases) return false;
+    for (int p = 0; p < Row::kPhases; ++p) {
+      if (x[p].taps != Row::kTaps[p] || x[p].out_step != Row::kStep || x[p].tap_step != 1 ||
+          x[p].origin - x[0].origin != Row::kFirst[p])
+        return false;
+    }
+    RowTiles<T, V, S, Row>(plan, 0, 0, 1).run(row);
+    return true;
+  };
+  // 3, 5 and 7 taps with stride 2 and the usual padding, forward and backward.
+  if (together(Tag<RowShape<2, 3>>{}) || together(Tag<RowShape<2, 5>>{}) ||
+      together(Tag<RowShape<1, 1, 2>>{}) || together(Tag<RowShape<1, 3, 2, 1>>{}) ||
+      together(Tag<RowShape<2, 7>>{}) || together(Tag<RowShape<1, 3, 4>>{}))
+    return;
+  for (int64_t phase = 0; phase < plan.num_phases_x; ++phase) {
+    const Phase& x = plan.phases_x[phase];
+    const bool tiled = with_unit_tiles<T, S>(plan, x, row.taps_y, V, [&](auto tag) {
+      const int64_t apart =
+          x.taps == 1 ? x.out_step : x.tap_step;  // of one, the step means nothing
+      const int64_t ways = x.out_step == 1 ? apart : 1;
+      for (int64_t first = 0; first < ways && first < x.count; ++first)
+        RowTiles<T, V, S, typename decltype(tag)::Type>(plan, phase, first, apart).run(row);
+    });
+    if (!tiled) row.outputs(phase);
+  }
+}
+
+// Row `row` of the target, of the band that a task has, whose rows end before `last`.
+template <class T, int V, class S>
+__attribute__((noinline)) InPlaceRow<T, V, S> row_of(const ConvolvePlan& plan, bool load_ahead,
+                                                     int64_t task, bool last_task, int64_t row,
+                                                     int64_t last) {
+  const MapView &source = plan.source, &target = plan.target;
+  const int64_t image = quotient(task, plan.num_bands);
+  const int64_t phase = remainder(row, plan.phases_y[0].output_stride);
+  const Phase& y = plan.phases_y[phase];
+  const int64_t j = quotient(row, y.output_stride);
+  const TapRange taps = taps_of(y, j, source.height);
+  const int64_t first_row = y.origin + j * y.out_step + taps.begin * y.tap_step;
+  // Meanwhile the next row, and what it reads beyond this one, come into the cache.
+  RowsAhead ahead = {};
+  ahead.channels = plan.channels;
+  ahead.source_pixel = plan.columns_apart * source.stride_w;
+  ahead.target_pixel = target.stride_w;
+  const bool same_task = row + 1 < last;
+  if (load_ahead && (same_task || !last_task)) {
+    const int64_t next = same_task ? row + 1 : remainder(task + 1, plan.num_bands) * plan.band;
+    const int64_t images = same_task ? 0 : quotient(task + 1, plan.num_bands) - image;
+    const int64_t next_begin = plan.origin_y + quotient(next, y.output_stride) * y.out_step;
+    const int64_t next_end = next_begin + plan.span_y;
+    const int64_t read = plan.origin_y + j * y.out_step + plan.span_y;
+    int64_t from_row = same_task && read > next_begin ? read : next_begin;
+    if (from_row < 0) from_row = 0;
+    from_row = next_read(from_row, plan.origin_y, plan.rows_apart);
+    const int64_t end_row = next_end < source.height ? next_end : source.height;
+    ahead.target = images * target.stride_b + (next - row) * target.stride_h;
+    ahead.source = images * source.stride_b + (from_row - first_row) * source.stride_h;
+    ahead.rows = ceil_div(end_row - from_row, plan.rows_apart);
+    ahead.source_row = plan.rows_apart * source.stride_h;
+  }
+  const T* weight = static_cast<const T*>(plan.packed_weight);
+  for (int64_t py = 0; py < phase; ++py)
+    for (int64_t px = 0; px < plan.num_phases_x; ++px)
+      weight += plan.phases_y[py].taps * plan.phases_x[px].taps * V;
+  return {
+      plan,
+      static_cast<const S*>(source.data) + image * source.stride_b + first_row * source.stride_h,
+      taps.end > taps.begin ? taps.end - taps.begin : 0,
+      y.tap_step * source.stride_h,
+      weight,
+      y.taps,
+      taps.begin,
+      static_cast<S*>(target.data) + image * target.stride_b + row * target.stride_h,
+      ahead};
+}
 
 // A task is one band of rows of the target of one image.
 template <class T, int V, class S>
 void convolve_in_place_as(const ConvolvePlan& plan, int64_t begin, int64_t end) {
   const MapView &source = plan.source, &target = plan.target;
+  const Phase &first_y = plan.phases_y[0], &first_x = plan.phases_x[0];
   const auto one_at_most = [](const Phase* phases, int64_t count) {
     for (int64_t p = 0; p < count; ++p)
       if (phases[p].taps > 1) return false;
@@ -380,60 +470,28 @@ void convolve_in_place_as(const ConvolvePlan& plan, int64_t begin, int64_t end) 
   const auto dense = [&](const MapView& map) {
     return map.stride_w == plan.channels && map.stride_h == map.width * map.stride_w;
   };
-  const bool in_order = plan.channels <= V && dense(source) && dense(target) && plan.span_y == 1 &&
-                        plan.phases_y[0].out_step == 1 && plan.columns_apart == 1 &&
-                        plan.phases_x[0].tap_step == 1;
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t image = task / plan.num_bands, first = task % plan.num_bands * plan.band;
-    const int64_t last = first + plan.band < target.height ? first + plan.band : target.height;
-    const S* from = static_cast<const S*>(source.data) + image * source.stride_b;
-    S* to = static_cast<S*>(target.data) + image * target.stride_b;
-    for (int64_t row = first; row < last; ++row) {
-      const int64_t phase = remainder(row, plan.phases_y[0].output_stride);
-      const Phase& y = plan.phases_y[phase];
-      const int64_t j = quotient(row, y.output_stride);
-      const TapRange taps = taps_of(y, j, source.height);
-      const int64_t first_row = y.origin + j * y.out_step + taps.begin * y.tap_step;
-      // Meanwhile the next row, and what it reads beyond this one, come into the cache.
-      RowsAhead ahead = {};
-      ahead.channels = plan.channels;
-      ahead.source_pixel = plan.columns_apart * source.stride_w;
-      ahead.target_pixel = target.stride_w;
-      const bool same_task = row + 1 < last;
-      if (!in_order && (same_task || task + 1 < end)) {
-        const int64_t next = same_task ? row + 1 : (task + 1) % plan.num_bands * plan.band;
-        const int64_t images = same_task ? 0 : (task + 1) / plan.num_bands - image;
-        const int64_t next_begin = plan.origin_y + quotient(next, y.output_stride) * y.out_step;
-        const int64_t next_end = next_begin + plan.span_y;
-        const int64_t read = plan.origin_y + j * y.out_step + plan.span_y;
-        int64_t from_row = same_task && read > next_begin ? read : next_begin;
-        if (from_row < 0) from_row = 0;
-        from_row = next_read(from_row, plan.origin_y, plan.rows_apart);
-        const int64_t end_row = next_end < source.height ? next_end : source.height;
-        ahead.target = images * target.stride_b + (next - row) * target.stride_h;
-        ahead.source = images * source.stride_b + (from_row - first_row) * source.stride_h;
-        ahead.rows = ceil_div(end_row - from_row, plan.rows_apart);
-        ahead.source_row = plan.rows_apart * source.stride_h;
-      }
-      const T* weight = static_cast<const T*>(plan.packed_weight);
-      for (int64_t py = 0; py < phase; ++py)
-        for (int64_t px = 0; px < plan.num_phases_x; ++px)
-          weight += plan.phases_y[py].taps * plan.phases_x[px].taps * V;
-      const InPlaceRow<T, V, S> in_place = {plan,
-                                            from + first_row * source.stride_h,
-                                            taps.end > taps.begin ? taps.end - taps.begin : 0,
-                                            y.tap_step * source.stride_h,
-                                            weight,
-                                            y.taps,
-                                            taps.begin,
-                                            to + row * target.stride_h,
-                                            ahead};
-      if (single)
-        in_place.single_taps();
-      else
-        in_place.convolve();
+  const bool in_order = plan.channels <= V && dense(source) && dense(target) &&
+                        plan.span_y <= kMostRowsInOrder && first_y.out_step == 1 &&
+                        plan.columns_apart == 1 && first_x.tap_step == 1;
+  const auto rows = [&](const auto& convolve) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = remainder(task, plan.num_bands) * plan.band;
+      const int64_t last = first + plan.band < target.height ? first + plan.band : target.height;
+      for (int64_t row = first; row < last; ++row)
+        convolve(row_of<T, V, S>(plan, !in_order, task, task + 1 == end, row, last));
     }
-  }
+  };
+  using Row = InPlaceRow<T, V, S>;
+  if (single) return rows([](const Row& row) { row.single_taps(); });
+  const bool one_phase = plan.num_phases_y == 1 && plan.num_phases_x == 1;
+  const bool unit_steps = first_x.out_step == 1 && first_x.tap_step == 1;
+  if (one_phase && unit_steps &&
+      with_unit_tiles<T, S>(plan, first_x, first_y.taps, V, [&](auto tag) {
+        const RowTiles<T, V, S, typename decltype(tag)::Type> tiles(plan, 0, 0, 1);
+        rows([&](const Row& row) { tiles.run(row); });
+      }))
+    return;
+  rows([](const Row& row) { convolve_row(row); });
 }
 
 }  // namespace

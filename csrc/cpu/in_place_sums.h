@@ -134,6 +134,9 @@ struct RowShape {
   static constexpr int kColumns =
       (kOutputs - 1) * kStep + (kPhases > 1 && end(1) > end(0) ? end(1) : end(0));
   static constexpr bool kLong = false, kRuns = false;
+  // So few taps that asking for every column takes as long as the sums: what the first tile of a
+  // row usually lacks is known when it is compiled.
+  static constexpr bool kHasEdge = kPhases == 1 && kTaps_ == 2;
   static constexpr int64_t columns(int64_t) { return kColumns; }
 };
 
@@ -145,6 +148,10 @@ struct LongRow : RowShape<1, 7, 0, 0, kOutputs_> {
   static constexpr bool kLong = true, kRuns = kRuns_;
   static constexpr int64_t columns(int64_t taps) { return kOutputs_ - 1 + taps; }
 };
+
+// Which columns, channels and outputs of a tile exist: all, all but the first column, or what the
+// tile says.
+enum class Exists { all, all_but_first_column, some };
 
 // Sums of one block of channels for a row of such a shape. A source column is read once for all
 // outputs that it meets.
@@ -174,7 +181,7 @@ struct InPlaceTile {
   using Sums = Vec<T, V>[Row::kPhases][Row::kOutputs];
 
   // Adds what a row of taps of this shape meets, whose columns begin at `from`.
-  template <class Shape, int V, bool kWhole>
+  template <class Shape, int V, Exists kExists>
   __attribute__((always_inline)) void add(const S* from, const T* const (&first_tap)[2],
                                           int64_t first, int64_t end, int channels,
                                           Sums<V>& sums) const {
@@ -185,8 +192,10 @@ struct InPlaceTile {
       for (int n = 0; n < Shape::kTaps[p]; ++n) taps[p][n] = load_aligned<V>(first_tap[p] + n * V);
 #pragma GCC unroll kUnrollColumns
     for (int s = 0; s < Shape::kColumns; ++s, from += source_column) {
-      if (!kWhole && (s < first || s >= end)) continue;
-      Vec<T, V> value = kWhole ? load<T, V, S>(from) : load_some<T, V, S>(from, channels);
+      if (kExists == Exists::all_but_first_column && s == 0) continue;
+      if (kExists == Exists::some && (s < first || s >= end)) continue;
+      Vec<T, V> value =
+          kExists == Exists::some ? load_some<T, V, S>(from, channels) : load<T, V, S>(from);
       keep_in_register(value);
 #pragma GCC unroll kUnroll
       for (int p = 0; p < Shape::kPhases; ++p)
@@ -199,12 +208,12 @@ struct InPlaceTile {
   }
 
   // The same for a long row.
-  template <int V, bool kWhole>
+  template <int V, Exists kExists>
   __attribute__((always_inline)) void add_long(const S* from, const T* tap, int channels,
                                                Sums<V>& sums) const {
     int64_t first = first_column, end = end_column, left = row_taps;
     const auto some = [&](auto many) __attribute__((always_inline)) {
-      add<RowShape<1, decltype(many)::value, 0, 0, Row::kOutputs>, V, kWhole>(
+      add<RowShape<1, decltype(many)::value, 0, 0, Row::kOutputs>, V, kExists>(
           from, {tap, tap}, first, end, channels, sums);
     };
     constexpr int kTogether = Row::kMostTaps;
@@ -235,20 +244,19 @@ struct InPlaceTile {
   }
 
   // Adds what kernel row m meets.
-  template <int V, bool kWhole>
+  template <int V, Exists kExists>
   __attribute__((always_inline)) void add_row(int64_t m, int channels, Sums<V>& sums) const {
     const S* from = source + m * source_row;
     if constexpr (Row::kLong) {
-      add_long<V, kWhole>(from, weight[0] + m * row_taps * V, channels, sums);
+      add_long<V, kExists>(from, weight[0] + m * row_taps * V, channels, sums);
     } else {
       const T* const first_tap[2] = {weight[0] + m * Row::kTaps[0] * V,
                                      weight[1] + m * Row::kTaps[1] * V};
-      add<Row, V, kWhole>(from, first_tap, first_column, end_column, channels, sums);
+      add<Row, V, kExists>(from, first_tap, first_column, end_column, channels, sums);
     }
   }
 
-  // kWhole: all columns, channels and outputs exist.
-  template <int V, bool kWhole>
+  template <int V, Exists kExists>
   void sum(int channels) const {
     const Vec<T, V> start = bias ? load_aligned<V>(bias) : Vec<T, V>{};
     Sums<V> sums;
@@ -256,7 +264,7 @@ struct InPlaceTile {
     if constexpr (Row::kRuns) {
       Sums<V> runs;  // of those before the one at hand
       for (int64_t m = 0, end = rows_per_run; m < rows; end += rows_per_run) {
-        for (; m < rows && m < end; ++m) add_row<V, kWhole>(m, channels, sums);
+        for (; m < rows && m < end; ++m) add_row<V, kExists>(m, channels, sums);
         const bool first = end == rows_per_run, last = m == rows;
         over_sums([&](int p, int t) __attribute__((always_inline)) {
           const Vec<T, V> total = first ? sums[p][t] : runs[p][t] + sums[p][t];
@@ -265,9 +273,10 @@ struct InPlaceTile {
         });
       }
     } else {
-      for (int64_t m = 0; m < rows; ++m) add_row<V, kWhole>(m, channels, sums);
+      for (int64_t m = 0; m < rows; ++m) add_row<V, kExists>(m, channels, sums);
     }
     over_sums([&](int p, int t) __attribute__((always_inline)) {
+      constexpr bool kWhole = kExists != Exists::some;
       if (kWhole || t < outputs[p])
         store_some<T, V, S>(out + t * out_column + p * out_phase, sums[p][t],
                             kWhole ? V : channels);
