@@ -22,8 +22,6 @@ constexpr int kWideTile =
     LKA_VECTOR_BYTES == 64 ? lka::cpu::kWideTileColumns : lka::cpu::kRowTileColumns;
 // Phases of columns that are taken together where outputs meet one tap at most.
 constexpr int64_t kMostSinglePhases = 8;
-// Source rows that an output reads, up to which few channels are read in the order of memory.
-constexpr int64_t kMostRowsInOrder = 2;
 
 // The least position from `at` on that is read, if every `apart`-th is, `origin` among them.
 inline int64_t next_read(int64_t at, int64_t origin, int64_t apart) {
@@ -212,7 +210,7 @@ class RowTiles {
     // the tiles of each part of them take their part of the row. Of several phases the first takes
     // all.
     source_times_ = phase > 0 ? 0 : quotient(quotient(apart, out_apart_), plan.columns_apart);
-    target_times_ = phase > 0 ? 0 : x.output_stride / Row::kPhases;
+    target_times_ = phase > 0 || Row::kFewTaps ? 0 : x.output_stride / Row::kPhases;
     source_part_ = source_times_ * kFrom * plan.columns_apart * plan.source.stride_w;
     target_part_ = target_times_ * kTo * plan.target.stride_w;
     const int64_t before = first * ceil_div(ceil_div(x.count, out_apart_), Row::kOutputs);
@@ -241,7 +239,7 @@ class RowTiles {
                           auto inside) __attribute__((always_inline)) {
       constexpr bool kInside = decltype(inside)::value != 0;
       const bool edge =
-          Row::kHasEdge && tile.first_column == 1 && tile.end_column >= columns_ && output <= most_;
+          Row::kFewTaps && tile.first_column == 1 && tile.end_column >= columns_ && output <= most_;
       const S* from = row.source + (origin_ + output * step_) * plan_.source.stride_w;
       S* to = target + output * out_column_;
       for (; many > 0; --many) {
@@ -256,7 +254,7 @@ class RowTiles {
           if (kInside && count == V)
             tile.template sum<V, Exists::all>(V);
           else if (edge && count == V)
-            tile.template sum<V, Row::kHasEdge ? Exists::all_but_first_column : Exists::some>(V);
+            tile.template sum<V, Row::kFewTaps ? Exists::all_but_first_column : Exists::some>(V);
           else
             tile.template sum<V, Exists::some>(count);
         });
@@ -470,9 +468,8 @@ void convolve_in_place_as(const ConvolvePlan& plan, int64_t begin, int64_t end) 
   const auto dense = [&](const MapView& map) {
     return map.stride_w == plan.channels && map.stride_h == map.width * map.stride_w;
   };
-  const bool in_order = plan.channels <= V && dense(source) && dense(target) &&
-                        plan.span_y <= kMostRowsInOrder && first_y.out_step == 1 &&
-                        plan.columns_apart == 1 && first_x.tap_step == 1;
+  const bool in_order = plan.channels <= V && dense(source) && dense(target) && plan.span_y == 1 &&
+                        first_y.out_step == 1 && plan.columns_apart == 1 && first_x.tap_step == 1;
   const auto rows = [&](const auto& convolve) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = remainder(task, plan.num_bands) * plan.band;

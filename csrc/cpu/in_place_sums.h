@@ -5,6 +5,7 @@
 
 #include "correlate.h"
 #include "depthwise_plan.h"
+#include "paired_rows.h"
 #include "simd.h"
 
 namespace {
@@ -134,9 +135,9 @@ struct RowShape {
   static constexpr int kColumns =
       (kOutputs - 1) * kStep + (kPhases > 1 && end(1) > end(0) ? end(1) : end(0));
   static constexpr bool kLong = false, kRuns = false;
-  // So few taps that asking for every column takes as long as the sums: what the first tile of a
-  // row usually lacks is known when it is compiled.
-  static constexpr bool kHasEdge = kPhases == 1 && kTaps_ == 2;
+  // So few taps that asking for every column takes as long as the sums: that the first tile of a
+  // row lacks a column is known when it is compiled.
+  static constexpr bool kFewTaps = kPhases == 1 && kTaps_ == 2;
   static constexpr int64_t columns(int64_t) { return kColumns; }
 };
 
@@ -256,6 +257,43 @@ struct InPlaceTile {
     }
   }
 
+#if defined(LKA_AVX512_BF16)
+  // Adds what both of two kernel rows meet, as pairs (paired_rows.h): a column is widened and
+  // multiplied in half the instructions.
+  template <Exists kExists>
+  __attribute__((always_inline)) void add_two_rows(int channels, Sums<16>& sums) const {
+    constexpr int V = 16;
+    Vec<T, V> taps[Row::kTaps[0]];
+#pragma GCC unroll kUnroll
+    for (int n = 0; n < Row::kTaps[0]; ++n)
+      taps[n] = pair_of<V>(load_aligned<V>(weight[0] + n * V),
+                           load_aligned<V>(weight[0] + (Row::kTaps[0] + n) * V));
+    const S* from = source;
+#pragma GCC unroll kUnrollColumns
+    for (int s = 0; s < Row::kColumns; ++s, from += source_column) {
+      if (kExists == Exists::all_but_first_column && s == 0) continue;
+      if (kExists == Exists::some && (s < first_column || s >= end_column)) continue;
+      Vec<T, V> value = kExists == Exists::some ? load_pair<V>(from, from + source_row, channels)
+                                                : load_pair(from, from + source_row);
+      keep_in_register(value);
+#pragma GCC unroll kUnroll
+      for (int t = 0; t < Row::kOutputs; ++t)
+        if (s >= t && s - t < Row::kTaps[0])
+          sums[0][t] = PairedTaps::multiply_add(sums[0][t], taps[s - t], value);
+    }
+  }
+#endif
+
+  // Adds what all kernel rows meet, without runs.
+  template <int V, Exists kExists>
+  __attribute__((always_inline)) void add_rows(int channels, Sums<V>& sums) const {
+#if defined(LKA_AVX512_BF16)
+    if constexpr (Row::kFewTaps && sizeof(S) < sizeof(T) && V == 16)
+      if (rows == 2) return add_two_rows<kExists>(channels, sums);
+#endif
+    for (int64_t m = 0; m < rows; ++m) add_row<V, kExists>(m, channels, sums);
+  }
+
   template <int V, Exists kExists>
   void sum(int channels) const {
     const Vec<T, V> start = bias ? load_aligned<V>(bias) : Vec<T, V>{};
@@ -273,7 +311,7 @@ struct InPlaceTile {
         });
       }
     } else {
-      for (int64_t m = 0; m < rows; ++m) add_row<V, kExists>(m, channels, sums);
+      add_rows<V, kExists>(channels, sums);
     }
     over_sums([&](int p, int t) __attribute__((always_inline)) {
       constexpr bool kWhole = kExists != Exists::some;

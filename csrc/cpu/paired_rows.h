@@ -15,7 +15,24 @@
 
 namespace {
 
+// A pair of weights as bfloat16, in a lane each.
+template <int V>
+Vec<float, V> pair_of(Vec<float, V> upper, Vec<float, V> lower) {
+  return (Vec<float, V>)((Vec<uint32_t, V>)upper >> 16 | (Vec<uint32_t, V>)lower);
+}
+
 #if defined(LKA_AVX512_BF16)
+// Sixteen elements of an upper and a lower row.
+inline Vec<float, 16> load_pair(const bfloat16_t* upper, const bfloat16_t* lower) {
+  const __m512i order =
+      (__m512i)Vec<uint16_t, 32>{0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i rows = _mm512_inserti64x4(
+      _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i_u*>(upper))),
+      _mm256_loadu_si256(reinterpret_cast<const __m256i_u*>(lower)), 1);
+  return (Vec<float, 16>)_mm512_permutexvar_epi16(order, rows);
+}
+
 struct PairedTaps {
   static constexpr bool kPaired = true;
   template <class T>
@@ -97,10 +114,10 @@ void pair_taps(const lka::cpu::ConvolvePlan& plan, const float* single, float* t
     for (int64_t m = 0; m < plan.phases_y[phase].taps; ++m, to += row) {
       const int64_t upper = 2 * m - phase, lower = upper + 1;
       for (int64_t at = 0; at < row; at += V) {
-        Vec<uint32_t, V> pair{};
-        if (upper >= 0) pair = (Vec<uint32_t, V>)load_aligned<V>(single + upper * row + at) >> 16;
-        if (lower < rows) pair |= (Vec<uint32_t, V>)load_aligned<V>(single + lower * row + at);
-        store_aligned<V>(to + at, (Vec<float, V>)pair);
+        const Vec<float, V> none = {};
+        store_aligned<V>(
+            to + at, pair_of<V>(upper >= 0 ? load_aligned<V>(single + upper * row + at) : none,
+                                lower < rows ? load_aligned<V>(single + lower * row + at) : none));
       }
     }
 }
