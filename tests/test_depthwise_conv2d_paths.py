@@ -240,8 +240,33 @@ TILED = (
         "a long row between rows of padding": Case(2, 20, 3, 21, (1, 9), padding=(2, 4), **LAST),
         "rows apart": Case(2, 20, 12, 13, (2, 2), layout="cropped_channels_last"),
         "no bias": Case(2, 20, 9, 9, (2, 2), **LAST, bias=False),
+        # Two rows of two taps, of which bfloat16 makes pairs, in tiles of 14 outputs too.
+        **{
+            f"2 taps, {width} columns in wide tiles": Case(
+                2, 37, 5, width, (2, 2), padding=(1, 1), **LAST
+            )
+            for width in (27, 28, 41)
+        },
+        "2 taps, a tile without its first and last column": Case(
+            2, 37, 5, 6, (2, 2), padding=(1, 1), **LAST
+        ),
+        "2 taps, three rows dilated": Case(
+            2, 16, 9, 27, (3, 2), padding=(2, 1), dilation=(2, 1), **LAST
+        ),
     }
 )
+BY_CHANNELS = {
+    # Steps that leave next to nothing for outputs to share: one by one, many channels at a time.
+    f"{taps} taps, stride {stride}": Case(
+        2, channels, 11, 14, (taps, taps), (stride, stride), padding=(taps // 2, taps // 2), **LAST
+    )
+    for channels, taps, stride in ((208, 2, 2), (80, 3, 3), (64, 4, 4), (112, 5, 4), (192, 2, 4))
+} | {
+    "no bias": Case(2, 96, 11, 14, (2, 2), (2, 2), **LAST, bias=False),
+    "dilated": Case(2, 64, 11, 14, (2, 3), (3, 4), padding=(1, 3), dilation=(2, 2), **LAST),
+    "padding larger than the kernel": Case(2, 64, 6, 7, (2, 2), (2, 3), padding=(5, 7), **LAST),
+    "rows apart": Case(2, 64, 12, 13, (3, 3), (3, 3), layout="cropped_channels_last"),
+}
 ONE_LEFT = {
     # Tiles of 7 or 14 outputs leave one of a row, which is computed by itself. Beside these, rows
     # that look alike but leave none: some with 3 taps have tiles of 5, and sums in runs.
@@ -368,6 +393,7 @@ CASES = {
         "one output left": ONE_LEFT,
         "few channels": FEW_CHANNELS,
         "tiled": TILED,
+        "by channels": BY_CHANNELS,
         "columns of taps": COLUMNS_OF_TAPS,
         "overlapping": OVERLAPPING,
     }.items()

@@ -173,7 +173,8 @@ double tiled_share(const ConvParams& p, const Phase& y, const Phase& x, const La
 }
 
 // Whether tiles of outputs read channels_last maps in place without a stride, beyond what row tiles
-// serve: any padding and dilation. Pairs of rows are better but for two taps.
+// serve: any padding and dilation. Pairs of rows in a buffer are better but for two rows of one or
+// two taps; of two taps tiles in place make pairs themselves.
 bool tiles_in_place_serve(const ConvParams& p, const Phase& y, const Phase& x,
                           const MapView& source, const MapView& target, const LanePlan& lanes) {
   if (p.stride_h * p.stride_w != 1 || source.stride_c != 1 || target.stride_c != 1 ||

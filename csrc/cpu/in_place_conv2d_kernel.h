@@ -23,6 +23,10 @@ constexpr int kWideTile =
 // Phases of columns that are taken together where outputs meet one tap at most.
 constexpr int64_t kMostSinglePhases = 8;
 
+// Blocks of channels that an output by itself is summed for at a time, and half of them, where it
+// pays.
+constexpr int kChannelBlocks = 8;
+
 // The least position from `at` on that is read, if every `apart`-th is, `origin` among them.
 inline int64_t next_read(int64_t at, int64_t origin, int64_t apart) {
   return apart == 1 ? at : at + ((origin - at) % apart + apart) % apart;
@@ -67,6 +71,9 @@ struct InPlaceRow {
   // Outputs of one phase of columns, whatever its steps.
   void outputs(int64_t phase) const {
     const Phase& x = plan.phases_x[phase];
+    if (x.out_step > 1 && x.taps <= x.out_step + 1 && plan.channels >= kChannelBlocks / 2 * V &&
+        plan.channels % V == 0)
+      return outputs_by_channels(phase);
     InPlaceSums<T, S> sums;
     sums.source_row = source_row;
     sums.source_column = x.tap_step * plan.source.stride_w;
@@ -106,6 +113,41 @@ struct InPlaceRow {
         some(Constant<1>{}, output, taps_of(x, output, plan.source.width));
         ++output;
       }
+  }
+
+  // The same output by output, of many channels: steps leave next to nothing that outputs share.
+  // What is read lies side by side, which the processor follows by itself.
+  void outputs_by_channels(int64_t phase) const {
+    const Phase& x = plan.phases_x[phase];
+    const int64_t whole_blocks = plan.channels / V;
+    InPlaceBlocks<T, S> sum;
+    sum.source_row = source_row;
+    sum.source_column = x.tap_step * plan.source.stride_w;
+    sum.weight_row = x.taps * V;
+    sum.weight_block = plan.packed_taps * V;
+    const T* const first_weight = weight_of(phase);
+    for (int64_t output = 0; output < x.count; ++output) {
+      const TapRange columns = taps_of(x, output, plan.source.width);
+      sum.columns = columns.end > columns.begin ? columns.end - columns.begin : 0;
+      sum.rows = sum.columns > 0 ? rows : 0;
+      const S* const from = source + (x.origin + output * x.out_step + columns.begin * x.tap_step) *
+                                         plan.source.stride_w;
+      S* const to = out + (x.first_output + output * x.output_stride) * plan.target.stride_w;
+      const auto blocks = [&](auto many, int64_t block) __attribute__((always_inline)) {
+        constexpr int kMany = decltype(many)::value;
+        sum.source = from + block * V;
+        sum.weight = first_weight + columns.begin * V + block * sum.weight_block;
+        sum.bias = plan.bias ? bias() + block * V : nullptr;
+        sum.out = to + block * V;
+        sum.template sum<V, kMany>();
+      };
+      int64_t block = 0;
+      for (; block + kChannelBlocks <= whole_blocks; block += kChannelBlocks)
+        blocks(Constant<kChannelBlocks>{}, block);
+      for (; block + kChannelBlocks / 2 <= whole_blocks; block += kChannelBlocks / 2)
+        blocks(Constant<kChannelBlocks / 2>{}, block);
+      for (; block < whole_blocks; ++block) blocks(Constant<1>{}, block);
+    }
   }
 
   // Of outputs that meet one tap at most, those of one phase of columns: outputs [begin, begin +
@@ -183,8 +225,8 @@ struct InPlaceRow {
 // Tiles of Row::kPhases phases of columns from `phase` on; the last of several overlaps the one
 // before, unless one output is left, as of even kernels (but not of two phases, nor of runs). Of
 // dilated taps, every `apart`-th output from `first` on, which meet every so many columns. What
-// does not change from row to row is worked out once: with few taps it takes as long as the
-// products.
+// does not change from row to row is worked out once where there is one phase with unit steps: with
+// few taps it takes as long as the products.
 template <class T, int V, class S, class Row>
 class RowTiles {
  public:
@@ -198,17 +240,17 @@ class RowTiles {
     out_column_ = x.output_stride * out_apart_ * plan.target.stride_w;
     target_ = (x.first_output + first * x.output_stride) * plan.target.stride_w;
     count_ = outputs_of(0);
-    most_ = outputs_of(Row::kPhases - 1) - Row::kOutputs;
+    last_whole_ = outputs_of(Row::kPhases - 1) - Row::kOutputs;
     last_ = count_ > Row::kOutputs ? count_ - Row::kOutputs : 0;
     origin_ = x.origin + first;
     step_ = Row::kStep * apart;
     first_inside_ = origin_ < 0 ? ceil_div(-origin_, step_) : 0;
     const int64_t room = plan.source.width - 1 - origin_ - (columns_ - 1) * apart;
     const int64_t fit = room < 0 ? -1 : quotient(room, step_);
-    last_inside_ = fit < most_ ? fit : most_;
+    last_inside_ = fit < last_whole_ ? fit : last_whole_;
     // A tile loads ahead as much as it has, but in the order of memory: where outputs are apart,
     // the tiles of each part of them take their part of the row. Of several phases the first takes
-    // all.
+    // all. Of few taps only the source: to load the target ahead takes longer than it saves.
     source_times_ = phase > 0 ? 0 : quotient(quotient(apart, out_apart_), plan.columns_apart);
     target_times_ = phase > 0 || Row::kFewTaps ? 0 : x.output_stride / Row::kPhases;
     source_part_ = source_times_ * kFrom * plan.columns_apart * plan.source.stride_w;
@@ -219,6 +261,7 @@ class RowTiles {
     target_ahead_ = before * target_part_;
   }
 
+  // Not inlined: it has two callers, and its unrolled tiles are some kilobytes.
   __attribute__((noinline)) void run(const InPlaceRow<T, V, S>& row) const {
     InPlaceTile<T, S, Row> tile;
     tile.rows = row.rows;
@@ -231,15 +274,14 @@ class RowTiles {
     const T* const weights[2] = {row.weight_of(phase_), row.weight_of(phase_ + Row::kPhases - 1)};
     S* const target = row.out + target_;
     const int64_t target_times = row.ahead.target == 0 ? 0 : target_times_;
-    const int64_t target_part = row.ahead.target == 0 ? 0 : target_part_;
     const S* source_ahead = row.source + source_ahead_;
     const S* target_ahead = row.out + target_ahead_;
     // All blocks of `many` tiles from `output` on.
     const auto some = [&](int64_t output, int64_t many,
                           auto inside) __attribute__((always_inline)) {
       constexpr bool kInside = decltype(inside)::value != 0;
-      const bool edge =
-          Row::kFewTaps && tile.first_column == 1 && tile.end_column >= columns_ && output <= most_;
+      const bool lacks_first = Row::kFewTaps && tile.first_column == 1 &&
+                               tile.end_column >= columns_ && output <= last_whole_;
       const S* from = row.source + (origin_ + output * step_) * plan_.source.stride_w;
       S* to = target + output * out_column_;
       for (; many > 0; --many) {
@@ -253,13 +295,13 @@ class RowTiles {
                                                  target_times, channel);
           if (kInside && count == V)
             tile.template sum<V, Exists::all>(V);
-          else if (edge && count == V)
+          else if (lacks_first && count == V)
             tile.template sum<V, Row::kFewTaps ? Exists::all_but_first_column : Exists::some>(V);
           else
             tile.template sum<V, Exists::some>(count);
         });
         source_ahead += source_part_;
-        target_ahead += target_part;
+        target_ahead += target_part_;
         from += Row::kOutputs * step_ * plan_.source.stride_w;
         to += Row::kOutputs * out_column_;
       }
@@ -317,8 +359,9 @@ class RowTiles {
   const int64_t phase_, first_, apart_;
   int64_t taps_, columns_, rows_per_run_;
   int64_t out_apart_, out_column_, target_;
-  int64_t count_, most_, last_;  // outputs; of them where a tile has all; and where the last begins
-  int64_t origin_, step_;        // source columns, of the first output and from one to the next
+  int64_t count_, last_whole_,
+      last_;               // outputs; the last from which a tile has all; where the last begins
+  int64_t origin_, step_;  // source columns, of the first output and from one to the next
   int64_t first_inside_, last_inside_;  // outputs whose tiles have all outputs and columns
   int64_t source_times_, target_times_, source_part_, target_part_;
   int64_t source_ahead_, target_ahead_;
@@ -401,7 +444,8 @@ void convolve_row(const InPlaceRow<T, V, S>& row) {
   }
 }
 
-// Row `row` of the target, of the band that a task has, whose rows end before `last`.
+// Row `row` of the target, of the band that a task has, whose rows end before `last`. Not inlined:
+// every shape of tiles calls it.
 template <class T, int V, class S>
 __attribute__((noinline)) InPlaceRow<T, V, S> row_of(const ConvolvePlan& plan, bool load_ahead,
                                                      int64_t task, bool last_task, int64_t row,
@@ -470,7 +514,7 @@ void convolve_in_place_as(const ConvolvePlan& plan, int64_t begin, int64_t end) 
   };
   const bool in_order = plan.channels <= V && dense(source) && dense(target) && plan.span_y == 1 &&
                         first_y.out_step == 1 && plan.columns_apart == 1 && first_x.tap_step == 1;
-  const auto rows = [&](const auto& convolve) {
+  const auto for_rows = [&](const auto& convolve) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = remainder(task, plan.num_bands) * plan.band;
       const int64_t last = first + plan.band < target.height ? first + plan.band : target.height;
@@ -478,17 +522,17 @@ void convolve_in_place_as(const ConvolvePlan& plan, int64_t begin, int64_t end) 
         convolve(row_of<T, V, S>(plan, !in_order, task, task + 1 == end, row, last));
     }
   };
-  using Row = InPlaceRow<T, V, S>;
-  if (single) return rows([](const Row& row) { row.single_taps(); });
+  using OutputRow = InPlaceRow<T, V, S>;
+  if (single) return for_rows([](const OutputRow& row) { row.single_taps(); });
   const bool one_phase = plan.num_phases_y == 1 && plan.num_phases_x == 1;
   const bool unit_steps = first_x.out_step == 1 && first_x.tap_step == 1;
   if (one_phase && unit_steps &&
       with_unit_tiles<T, S>(plan, first_x, first_y.taps, V, [&](auto tag) {
         const RowTiles<T, V, S, typename decltype(tag)::Type> tiles(plan, 0, 0, 1);
-        rows([&](const Row& row) { tiles.run(row); });
+        for_rows([&](const OutputRow& row) { tiles.run(row); });
       }))
     return;
-  rows([](const Row& row) { convolve_row(row); });
+  for_rows([](const OutputRow& row) { convolve_row(row); });
 }
 
 }  // namespace

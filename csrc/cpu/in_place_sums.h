@@ -77,6 +77,35 @@ struct InPlaceSums {
   }
 };
 
+// The same of one output for kBlocks blocks of channels side by side, whose elements are read in
+// the order of memory: where outputs share none, nothing is gained by summing several at a time.
+template <class T, class S>
+struct InPlaceBlocks {
+  const S* source;  // of the first tap
+  int64_t rows, columns, source_row, source_column;
+  const T* weight;  // of the first tap, [block][row][column][V]
+  int64_t weight_row, weight_block;
+  const T* bias;  // or null
+  S* out;
+
+  template <int V, int kBlocks>
+  void sum() const {
+    Vec<T, V> sums[kBlocks];
+#pragma GCC unroll kUnroll
+    for (int b = 0; b < kBlocks; ++b) sums[b] = bias ? load_aligned<V>(bias + b * V) : Vec<T, V>{};
+    for (int64_t m = 0; m < rows; ++m) {
+      const S* from = source + m * source_row;
+      const T* w = weight + m * weight_row;
+      for (int64_t n = 0; n < columns; ++n, from += source_column, w += V)
+#pragma GCC unroll kUnroll
+        for (int b = 0; b < kBlocks; ++b)
+          sums[b] += load_aligned<V>(w + b * weight_block) * load<T, V, S>(from + b * V);
+    }
+#pragma GCC unroll kUnroll
+    for (int b = 0; b < kBlocks; ++b) store<T, V, S>(out + b * V, sums[b]);
+  }
+};
+
 // The same of one output. Rows of taps are summed four at a time, each on its own, as one sum after
 // the other would wait for itself where there are few blocks of channels.
 template <class T, class S>
@@ -137,7 +166,7 @@ struct RowShape {
   static constexpr bool kLong = false, kRuns = false;
   // So few taps that asking for every column takes as long as the sums: that the first tile of a
   // row lacks a column is known when it is compiled.
-  static constexpr bool kFewTaps = kPhases == 1 && kTaps_ == 2;
+  static constexpr bool kFewTaps = kPhases == 1 && kStep == 1 && kTaps_ == 2;
   static constexpr int64_t columns(int64_t) { return kColumns; }
 };
 
@@ -258,8 +287,7 @@ struct InPlaceTile {
   }
 
 #if defined(LKA_AVX512_BF16)
-  // Adds what both of two kernel rows meet, as pairs (paired_rows.h): a column is widened and
-  // multiplied in half the instructions.
+  // Adds what both of two kernel rows meet, as pairs (paired_rows.h): half the multiply-adds.
   template <Exists kExists>
   __attribute__((always_inline)) void add_two_rows(int channels, Sums<16>& sums) const {
     constexpr int V = 16;

@@ -15,6 +15,10 @@ using lka::cpu::WeightGradientPlan;
 // Kernel rows whose gradients are summed together, by the taps of a row.
 constexpr int tap_rows_together(int64_t taps) { return taps == 1 ? 7 : int(taps); }
 
+// Rows of grad_output that are taken together where rows have one tap and all steps are one: a row
+// of the input, read once, meets them all, each with another kernel row.
+constexpr int kGradRows = 4;
+
 // Columns of grad_output between two steps of loading ahead, whose cost stands beside few products;
 // but where each meets more of the input, so many lines at once would stall the processor.
 constexpr int columns_per_step(int64_t columns_apart, int64_t taps, size_t element) {
@@ -152,6 +156,50 @@ struct InPlaceProducts {
     add_with_care(end, count);
   }
 
+  // kGradRows rows of grad_output from grad_row on against the first kLive of kTapRows taps one
+  // below the other, or as many as there are.
+  template <int kLive>
+  __attribute__((always_inline)) void add_grad_rows(const S* grad_row, int64_t first_input_row,
+                                                    int64_t live_taps, Sums& sums, Vec<T, V>& total,
+                                                    Ahead& ahead) const {
+    constexpr int kInputRows = kLive + kGradRows - 1;
+    const MapView& map = plan.input;
+    const S* input_row[kInputRows];
+    bool meets[kInputRows], all = true;
+    for (int i = 0; i < kInputRows; ++i) {
+      const int64_t at = first_input_row + i;
+      meets[i] = i < kGradRows - 1 + live_taps && at >= 0 && at < map.height;
+      all = all && meets[i];
+      input_row[i] = input + at * map.stride_h + plan.x.origin * map.stride_w;
+    }
+    const int64_t grad_step = plan.grad_output.stride_h;
+    const int64_t before = -plan.x.origin,
+                  past = before + map.width;  // columns that meet the input
+    const auto columns = [&](auto all_meet) __attribute__((always_inline)) {
+      for (int64_t c = 0; c < plan.grad_output.width; ++c, grad_row += plan.grad_output.stride_w) {
+        Vec<T, V> g[kGradRows];
+#pragma GCC unroll kUnroll
+        for (int j = 0; j < kGradRows; ++j) {
+          g[j] = element(grad_row + j * grad_step);
+          keep_in_register(g[j]);
+          total += g[j];
+        }
+        ahead.step_runs();
+        if (c < before || c >= past) continue;
+#pragma GCC unroll kUnroll
+        for (int i = 0; i < kInputRows; ++i) {
+          if (decltype(all_meet)::value == 0 && !meets[i]) continue;
+          Vec<T, V> value = element(input_row[i] + c * map.stride_w);
+          keep_in_register(value);
+#pragma GCC unroll kUnroll
+          for (int j = 0; j < kGradRows; ++j)
+            if (i - j >= 0 && i - j < kLive) sums[i - j][0] += g[j] * value;
+        }
+      }
+    };
+    with_flag(all, columns);
+  }
+
   void add(int64_t row, int64_t rows, int64_t first_tap_row, T* gradient, T* bias,
            Ahead& ahead) const {
     const Phase& y = plan.y;
@@ -162,7 +210,22 @@ struct InPlaceProducts {
     for (int m = 0; m < kTapRows; ++m)
 #pragma GCC unroll kUnroll
       for (int n = 0; n < kTaps; ++n) sums[m][n] = Vec<T, V>{};
-    for (int64_t r = row; r < row + rows; ++r) {
+    int64_t r = row;
+    if constexpr (kTaps == 1 && kApart == 1)
+      for (; y.tap_step == 1 && y.out_step == 1 && r + kGradRows <= row + rows; r += kGradRows) {
+        const auto add_live = [&](auto live) __attribute__((always_inline)) {
+          add_grad_rows<decltype(live)::value>(grad + r * plan.grad_output.stride_h,
+                                               y.origin + r + first_tap_row,
+                                               y.count - first_tap_row, sums, total, ahead);
+        };
+        if (y.count - first_tap_row <= 3)
+          add_live(Constant<3>{});
+        else if (y.count - first_tap_row <= 5)
+          add_live(Constant<5>{});
+        else
+          add_live(Constant<kTapRows>{});
+      }
+    for (; r < row + rows; ++r) {
       const S* const grad_row = grad + r * plan.grad_output.stride_h;
       const S* input_row[kTapRows];
       bool meets[kTapRows];
@@ -207,7 +270,8 @@ void weight_gradient_in_place_as(const WeightGradientPlan& plan, int64_t begin, 
   // Narrow maps: several rows before sums leave the registers, the rows of an image in equal parts.
   constexpr int64_t kTogether = 28;
   const int64_t most = grad.width < kTogether ? kTogether / grad.width : 1;
-  const int64_t together = ceil_div(height, ceil_div(height, most));
+  int64_t together = ceil_div(height, ceil_div(height, most));
+  if (plan.x.count == 1) together = ceil_div(together, kGradRows) * kGradRows;
   const auto first_row_of = [&](int64_t part) {
     return part * plan.batch * height / plan.num_parts;
   };

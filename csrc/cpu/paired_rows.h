@@ -7,7 +7,8 @@
 // With a stride of two all output rows are as the even ones. Where a weight is "none", zero, it
 // still multiplies an element of the source: an infinity or NaN there reaches one row of outputs
 // more than its window does. Where maps can be read where they stand, row_tiles_kernel.h does
-// without a buffer, and pairs such a weight with zeros.
+// without a buffer, and pairs such a weight with zeros. Two kernel rows of two taps are paired in
+// place too (in_place_sums.h).
 #pragma once
 
 #include "depthwise_plan.h"
