@@ -256,12 +256,16 @@ TILED = (
     }
 )
 BY_CHANNELS = {
-    # Steps that leave next to nothing for outputs to share: one by one, many channels at a time.
+    # Steps that leave next to nothing for outputs to share: one by one, many channels at a time. So
+    # are weight gradients of two taps in a row, and of three but for the usual steps.
     f"{taps} taps, stride {stride}": Case(
         2, channels, 11, 14, (taps, taps), (stride, stride), padding=(taps // 2, taps // 2), **LAST
     )
     for channels, taps, stride in ((208, 2, 2), (80, 3, 3), (64, 4, 4), (112, 5, 4), (192, 2, 4))
 } | {
+    "unit steps, 2 taps": Case(2, 147, 9, 13, (2, 2), padding=(1, 1), **LAST),
+    "unit steps, 3 × 2 taps": Case(2, 72, 9, 13, (3, 2), padding="same", **LAST),
+    "3 taps, dilation 2": Case(2, 80, 9, 13, (3, 3), padding="same", dilation=(2, 2), **LAST),
     "no bias": Case(2, 96, 11, 14, (2, 2), (2, 2), **LAST, bias=False),
     "dilated": Case(2, 64, 11, 14, (2, 3), (3, 4), padding=(1, 3), dilation=(2, 2), **LAST),
     "padding larger than the kernel": Case(2, 64, 6, 7, (2, 2), (2, 3), padding=(5, 7), **LAST),

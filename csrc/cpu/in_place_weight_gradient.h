@@ -15,6 +15,10 @@ using lka::cpu::WeightGradientPlan;
 // Kernel rows whose gradients are summed together, by the taps of a row.
 constexpr int tap_rows_together(int64_t taps) { return taps == 1 ? 7 : int(taps); }
 
+// Blocks of channels whose sums fill the registers, of rows of two and of three taps.
+constexpr int kBlocksOfTwoTaps = LKA_VECTOR_BYTES == 64 ? 4 : 1;
+constexpr int kBlocksOfThreeTaps = LKA_VECTOR_BYTES == 64 ? 2 : 1;
+
 // Rows of grad_output that are taken together where rows have one tap and all steps are one: a row
 // of the input, read once, meets them all, each with another kernel row.
 constexpr int kGradRows = 4;
@@ -29,29 +33,36 @@ constexpr int columns_per_step(int64_t columns_apart, int64_t taps, size_t eleme
 // taps from first_tap_row on meet, for one block of channels: added to the gradients of those taps,
 // and where `bias` is wanted to that of the bias. Where kApart is 1 or 2, neighbouring columns of
 // grad_output meet input columns that are so far apart, neighbouring taps neighbouring ones: a
-// column shares kTaps - kApart of its own with the next.
-template <class T, int V, class S, int kApart, int kTaps>
+// column shares kTaps - kApart of its own with the next. Where it is 0 there may be several blocks
+// side by side, all of whose channels exist: they are read in the order of memory, which the
+// processor follows by itself.
+template <class T, int V, class S, int kApart, int kTaps, int kBlocks = 1>
 struct InPlaceProducts {
   static constexpr int kTapRows = tap_rows_together(kTaps);
   static constexpr int kShared = kApart ? kTaps - kApart : 0;
   static_assert(kShared >= 0, "columns are read one after the other");
+  static_assert(kBlocks == 1 || kApart == 0, "others keep columns for the next");
   static constexpr int kColumnsPerStep = columns_per_step(kApart, kTaps, sizeof(S));
   const WeightGradientPlan& plan;
   const S *grad, *input;  // at (0, 0)
-  int channels;           // in the block; all of it unless kApart is 0
+  int channels;           // in the block; all of it unless kApart is 0 and kBlocks 1
   int repeated;           // of them the first are in the block before, too, and not added
 
   Vec<T, V> element(const S* at) const {
-    return kApart ? load<T, V, S>(at) : load_some<T, V, S>(at, channels);
+    return kApart || kBlocks > 1 ? load<T, V, S>(at) : load_some<T, V, S>(at, channels);
   }
 
   using Sums = Vec<T, V>[kTapRows][kTaps];
+  struct BlockSums {
+    Sums taps = {};
+    Vec<T, V> total = {};  // of grad_output
+  };
 
   // Any steps: every tap reads for itself. `meets`: the rows that exist.
   __attribute__((always_inline)) void add_row(const S* grad_row,
                                               const S* const (&input_row)[kTapRows],
-                                              const bool (&meets)[kTapRows], bool all, Sums& sums,
-                                              Vec<T, V>& total, Ahead& ahead) const {
+                                              const bool (&meets)[kTapRows], bool all,
+                                              BlockSums (&sums)[kBlocks], Ahead& ahead) const {
     const Phase& x = plan.x;
     const MapView& map = plan.input;
     const int64_t count = plan.grad_output.width, stride = map.stride_w;
@@ -59,22 +70,31 @@ struct InPlaceProducts {
     const Phase as_outputs = {0, 1, count, kTaps, x.origin, x.tap_step, x.out_step, 0, 1};
     const OutputRange whole = whole_outputs(as_outputs, map.width);
     for (int64_t c = 0; c < count; ++c) {
-      const Vec<T, V> g = element(grad_row + c * plan.grad_output.stride_w);
-      if (c % kColumnsPerStep == 0) ahead.step_runs();
-      total += g;
+      Vec<T, V> g[kBlocks];
+#pragma GCC unroll kUnroll
+      for (int b = 0; b < kBlocks; ++b) {
+        g[b] = element(grad_row + c * plan.grad_output.stride_w + b * V);
+        if (kBlocks > 1) keep_in_register(g[b]);
+        sums[b].total += g[b];
+      }
+      if (kBlocks == 1 && c % kColumnsPerStep == 0) ahead.step_runs();
       const bool inside = all && c >= whole.begin && c < whole.end;
+      const auto add_column = [&](int n, int64_t column,
+                                  auto known) __attribute__((always_inline)) {
+#pragma GCC unroll kUnroll
+        for (int m = 0; m < kTapRows; ++m)
+          if (decltype(known)::value != 0 || meets[m])
+#pragma GCC unroll kUnroll
+            for (int b = 0; b < kBlocks; ++b)
+              sums[b].taps[m][n] += g[b] * element(input_row[m] + column * stride + b * V);
+      };
 #pragma GCC unroll kUnroll
       for (int n = 0; n < kTaps; ++n) {
         const int64_t column = x.origin + c * x.tap_step + n * x.out_step;
-        if (inside) {
-#pragma GCC unroll kUnroll
-          for (int m = 0; m < kTapRows; ++m)
-            sums[m][n] += g * element(input_row[m] + column * stride);
-        } else if (column >= 0 && column < map.width) {
-#pragma GCC unroll kUnroll
-          for (int m = 0; m < kTapRows; ++m)
-            if (meets[m]) sums[m][n] += g * element(input_row[m] + column * stride);
-        }
+        if (inside)
+          add_column(n, column, Constant<1>{});
+        else if (column >= 0 && column < map.width)
+          add_column(n, column, Constant<0>{});
       }
     }
   }
@@ -204,19 +224,14 @@ struct InPlaceProducts {
            Ahead& ahead) const {
     const Phase& y = plan.y;
     const MapView& map = plan.input;
-    Sums sums;
-    Vec<T, V> total = {};
-#pragma GCC unroll kUnroll
-    for (int m = 0; m < kTapRows; ++m)
-#pragma GCC unroll kUnroll
-      for (int n = 0; n < kTaps; ++n) sums[m][n] = Vec<T, V>{};
+    BlockSums of_blocks[kBlocks] = {};
     int64_t r = row;
     if constexpr (kTaps == 1 && kApart == 1)
       for (; y.tap_step == 1 && y.out_step == 1 && r + kGradRows <= row + rows; r += kGradRows) {
         const auto add_live = [&](auto live) __attribute__((always_inline)) {
-          add_grad_rows<decltype(live)::value>(grad + r * plan.grad_output.stride_h,
-                                               y.origin + r + first_tap_row,
-                                               y.count - first_tap_row, sums, total, ahead);
+          add_grad_rows<decltype(live)::value>(
+              grad + r * plan.grad_output.stride_h, y.origin + r + first_tap_row,
+              y.count - first_tap_row, of_blocks[0].taps, of_blocks[0].total, ahead);
         };
         if (y.count - first_tap_row <= 3)
           add_live(Constant<3>{});
@@ -237,9 +252,9 @@ struct InPlaceProducts {
         all = all && meets[m];
       }
       if constexpr (kApart == 0)
-        add_row(grad_row, input_row, meets, all, sums, total, ahead);
+        add_row(grad_row, input_row, meets, all, of_blocks, ahead);
       else
-        add_row_of_shared(grad_row, input_row, meets, sums, total, ahead);
+        add_row_of_shared(grad_row, input_row, meets, of_blocks[0].taps, of_blocks[0].total, ahead);
     }
     const auto add_to = [&](T* to, const Vec<T, V>& sum) {
       Vec<T, V> added = sum;
@@ -250,12 +265,18 @@ struct InPlaceProducts {
       }
       store_aligned<V>(to, load_aligned<V>(to) + added);
     };
+    const int64_t next_block = (plan.kernel_h * plan.kernel_w + 1) * V;
 #pragma GCC unroll kUnroll
-    for (int m = 0; m < kTapRows; ++m)
-      if (first_tap_row + m < y.count)
+    for (int b = 0; b < kBlocks; ++b) {
+      const BlockSums& sums = of_blocks[b];
 #pragma GCC unroll kUnroll
-        for (int n = 0; n < kTaps; ++n) add_to(gradient + (m * plan.kernel_w + n) * V, sums[m][n]);
-    if (bias) add_to(bias, total);
+      for (int m = 0; m < kTapRows; ++m)
+        if (first_tap_row + m < y.count)
+#pragma GCC unroll kUnroll
+          for (int n = 0; n < kTaps; ++n)
+            add_to(gradient + b * next_block + (m * plan.kernel_w + n) * V, sums.taps[m][n]);
+      if (bias) add_to(bias + b * next_block, sums.total);
+    }
   }
 };
 
@@ -320,42 +341,54 @@ void weight_gradient_in_place_as(const WeightGradientPlan& plan, int64_t begin, 
                                               next_i, next_i + next_rows),
                            steps);
       }
-      for (int64_t block = first_block; block < last_block; ++block) {
+      for (int64_t block = first_block, many; block < last_block; block += many) {
         const int64_t left = plan.channels - block * V;
         const int64_t repeated = left < V && plan.lanes.last_overlaps ? V - left : 0;
         const int64_t channel = block * V - repeated;
         T* const gradient = partial + block * elements;
         T* const first_tap =
             gradient + (plan.y.first_output * plan.kernel_w + plan.x.first_output) * V;
-        const auto add = [&](auto columns_apart, auto row_of_taps) {
+        const auto add = [&](auto columns_apart, auto row_of_taps, auto blocks_together) {
+          constexpr int kTogetherBlocks = decltype(blocks_together)::value;
           const InPlaceProducts<T, V, S, decltype(columns_apart)::value,
-                                decltype(row_of_taps)::value>
+                                decltype(row_of_taps)::value, kTogetherBlocks>
               products = {plan, static_cast<const S*>(grad.data) + image * grad.stride_b + channel,
                           static_cast<const S*>(input.data) + image * input.stride_b + channel,
                           left + repeated < V ? int(left) : V, int(repeated)};
           for (int64_t m = 0; m < plan.y.count; m += products.kTapRows)
             products.add(i, rows, m, first_tap + m * plan.kernel_w * V,
                          m == 0 ? gradient + taps * V : nullptr, ahead);
+          many = kTogetherBlocks;
         };
         const bool whole = left + repeated >= V;
+        const auto whole_blocks = [&](auto count) {
+          constexpr int64_t kCount = decltype(count)::value;
+          return kCount > 1 && block + kCount <= last_block && left >= kCount * V;
+        };
         const Constant<0> any;
         const Constant<1> one;
         const Constant<2> two;
         const Constant<3> three;
+        const Constant<kBlocksOfTwoTaps> blocks_of_two;
+        const Constant<kBlocksOfThreeTaps> blocks_of_three;
         if (plan.x.count == 3 && apart == 2 && whole)
-          add(two, three);
+          add(two, three, one);
         else if (plan.x.count == 3 && apart == 1 && whole)
-          add(one, three);
+          add(one, three, one);
+        else if (plan.x.count == 3 && whole_blocks(blocks_of_three))
+          add(any, three, blocks_of_three);
         else if (plan.x.count == 3)
-          add(any, three);
+          add(any, three, one);
+        else if (plan.x.count == 2 && whole_blocks(blocks_of_two))
+          add(any, two, blocks_of_two);
         else if (plan.x.count == 2 && apart == 1 && whole)
-          add(one, two);
+          add(one, two, one);
         else if (plan.x.count == 2)
-          add(any, two);
+          add(any, two, one);
         else if (apart == 1 && whole)
-          add(one, one);
+          add(one, one, one);
         else
-          add(any, one);
+          add(any, one, one);
       }
     }
   }
