@@ -23,9 +23,8 @@ constexpr int kWideTile =
 // Phases of columns that are taken together where outputs meet one tap at most.
 constexpr int64_t kMostSinglePhases = 8;
 
-// Blocks of channels that an output by itself is summed for at a time, and half of them, where it
-// pays.
-constexpr int kChannelBlocks = 8;
+// Blocks of channels that are summed at a time where outputs share next to nothing.
+constexpr int kChannelBlocks = 4;
 
 // The least position from `at` on that is read, if every `apart`-th is, `origin` among them.
 inline int64_t next_read(int64_t at, int64_t origin, int64_t apart) {
@@ -71,7 +70,7 @@ struct InPlaceRow {
   // Outputs of one phase of columns, whatever its steps.
   void outputs(int64_t phase) const {
     const Phase& x = plan.phases_x[phase];
-    if (x.out_step > 1 && x.taps <= x.out_step + 1 && plan.channels >= kChannelBlocks / 2 * V &&
+    if (x.out_step > 1 && x.taps <= x.out_step + 1 && plan.channels >= kChannelBlocks * V &&
         plan.channels % V == 0)
       return outputs_by_channels(phase);
     InPlaceSums<T, S> sums;
@@ -115,39 +114,47 @@ struct InPlaceRow {
       }
   }
 
-  // The same output by output, of many channels: steps leave next to nothing that outputs share.
-  // What is read lies side by side, which the processor follows by itself.
+  // The same of many channels at a time: steps leave next to nothing that outputs share. What is
+  // read lies side by side, which the processor follows by itself.
   void outputs_by_channels(int64_t phase) const {
     const Phase& x = plan.phases_x[phase];
-    const int64_t whole_blocks = plan.channels / V;
-    InPlaceBlocks<T, S> sum;
-    sum.source_row = source_row;
-    sum.source_column = x.tap_step * plan.source.stride_w;
-    sum.weight_row = x.taps * V;
-    sum.weight_block = plan.packed_taps * V;
+    InPlaceBlocks<T, S> sums;
+    sums.source_row = source_row;
+    sums.source_column = x.tap_step * plan.source.stride_w;
+    sums.source_output = x.out_step * plan.source.stride_w;
+    sums.weight_row = x.taps * V;
+    sums.weight_block = plan.packed_taps * V;
+    sums.out_column = x.output_stride * plan.target.stride_w;
     const T* const first_weight = weight_of(phase);
-    for (int64_t output = 0; output < x.count; ++output) {
-      const TapRange columns = taps_of(x, output, plan.source.width);
-      sum.columns = columns.end > columns.begin ? columns.end - columns.begin : 0;
-      sum.rows = sum.columns > 0 ? rows : 0;
+    const auto some = [&](auto many, int64_t output, TapRange columns) {
+      sums.columns = columns.end > columns.begin ? columns.end - columns.begin : 0;
+      sums.rows = sums.columns > 0 ? rows : 0;
       const S* const from = source + (x.origin + output * x.out_step + columns.begin * x.tap_step) *
                                          plan.source.stride_w;
-      S* const to = out + (x.first_output + output * x.output_stride) * plan.target.stride_w;
-      const auto blocks = [&](auto many, int64_t block) __attribute__((always_inline)) {
-        constexpr int kMany = decltype(many)::value;
-        sum.source = from + block * V;
-        sum.weight = first_weight + columns.begin * V + block * sum.weight_block;
-        sum.bias = plan.bias ? bias() + block * V : nullptr;
-        sum.out = to + block * V;
-        sum.template sum<V, kMany>();
+      S* const to = out + x.first_output * plan.target.stride_w + output * sums.out_column;
+      const auto blocks = [&](auto together, int64_t block) __attribute__((always_inline)) {
+        sums.source = from + block * V;
+        sums.weight = first_weight + columns.begin * V + block * sums.weight_block;
+        sums.bias = plan.bias ? bias() + block * V : nullptr;
+        sums.out = to + block * V;
+        sums.template sum<V, decltype(many)::value, decltype(together)::value>();
       };
+      const int64_t count = plan.channels / V;
       int64_t block = 0;
-      for (; block + kChannelBlocks <= whole_blocks; block += kChannelBlocks)
+      for (; block + kChannelBlocks <= count; block += kChannelBlocks)
         blocks(Constant<kChannelBlocks>{}, block);
-      for (; block + kChannelBlocks / 2 <= whole_blocks; block += kChannelBlocks / 2)
-        blocks(Constant<kChannelBlocks / 2>{}, block);
-      for (; block < whole_blocks; ++block) blocks(Constant<1>{}, block);
-    }
+      for (; block < count; ++block) blocks(Constant<1>{}, block);
+    };
+    const OutputRange whole = whole_outputs(x, plan.source.width);
+    constexpr int kOutputs = 4;
+    for (int64_t output = 0; output < x.count;)
+      if (output >= whole.begin && output + kOutputs <= whole.end) {
+        some(Constant<kOutputs>{}, output, {0, x.taps});
+        output += kOutputs;
+      } else {
+        some(Constant<1>{}, output, taps_of(x, output, plan.source.width));
+        ++output;
+      }
   }
 
   // Of outputs that meet one tap at most, those of one phase of columns: outputs [begin, begin +

@@ -77,32 +77,43 @@ struct InPlaceSums {
   }
 };
 
-// The same of one output for kBlocks blocks of channels side by side, whose elements are read in
-// the order of memory: where outputs share none, nothing is gained by summing several at a time.
+// The same for kBlocks blocks of channels side by side, a row of taps of all outputs after the
+// other: what lies side by side is read in the order of memory.
 template <class T, class S>
 struct InPlaceBlocks {
-  const S* source;  // of the first tap
-  int64_t rows, columns, source_row, source_column;
+  const S* source;  // of the first tap of the first output
+  int64_t rows, columns, source_row, source_column, source_output;
   const T* weight;  // of the first tap, [block][row][column][V]
   int64_t weight_row, weight_block;
   const T* bias;  // or null
   S* out;
+  int64_t out_column;
 
-  template <int V, int kBlocks>
+  template <int V, int kOutputs, int kBlocks>
   void sum() const {
-    Vec<T, V> sums[kBlocks];
+    Vec<T, V> sums[kOutputs][kBlocks];
 #pragma GCC unroll kUnroll
-    for (int b = 0; b < kBlocks; ++b) sums[b] = bias ? load_aligned<V>(bias + b * V) : Vec<T, V>{};
+    for (int t = 0; t < kOutputs; ++t)
+#pragma GCC unroll kUnroll
+      for (int b = 0; b < kBlocks; ++b)
+        sums[t][b] = bias ? load_aligned<V>(bias + b * V) : Vec<T, V>{};
     for (int64_t m = 0; m < rows; ++m) {
       const S* from = source + m * source_row;
-      const T* w = weight + m * weight_row;
-      for (int64_t n = 0; n < columns; ++n, from += source_column, w += V)
+      const T* const first = weight + m * weight_row;
 #pragma GCC unroll kUnroll
-        for (int b = 0; b < kBlocks; ++b)
-          sums[b] += load_aligned<V>(w + b * weight_block) * load<T, V, S>(from + b * V);
+      for (int t = 0; t < kOutputs; ++t, from += source_output) {
+        const S* at = from;
+        const T* w = first;
+        for (int64_t n = 0; n < columns; ++n, at += source_column, w += V)
+#pragma GCC unroll kUnroll
+          for (int b = 0; b < kBlocks; ++b)
+            sums[t][b] += load_aligned<V>(w + b * weight_block) * load<T, V, S>(at + b * V);
+      }
     }
 #pragma GCC unroll kUnroll
-    for (int b = 0; b < kBlocks; ++b) store<T, V, S>(out + b * V, sums[b]);
+    for (int t = 0; t < kOutputs; ++t)
+#pragma GCC unroll kUnroll
+      for (int b = 0; b < kBlocks; ++b) store<T, V, S>(out + t * out_column + b * V, sums[t][b]);
   }
 };
 
