@@ -105,13 +105,17 @@ def versions() -> dict[str, str]:
 
 
 def processor_name() -> str:
-    """The processor's name and its number of CPUs."""
-    name = platform.processor() or platform.machine()
+    """The processor's name, on x86 with family and model, and its number of CPUs.
+
+    Virtual machines give the same name ("AMD EPYC") to processors of different speed.
+    """
     try:
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-        name = match.group(1) if match else name
+        facts = dict(re.findall(r"^([\w ]+?)\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.M))
     except OSError:
-        pass
+        facts = {}
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    if {"cpu family", "model"} <= facts.keys():
+        name += f" (family {facts['cpu family']}, model {facts['model']})"
     return f"{name}, {os.cpu_count()} CPUs"
 
 

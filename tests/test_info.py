@@ -83,3 +83,19 @@ def test_a_library_of_another_version_is_not_used(monkeypatch):
     module, status = _extension._load()
     assert module is None
     assert "another version, without built_with_cuda" in status
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "name"),
+    [
+        (
+            "processor\t: 0\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\n\n",
+            "AMD EPYC (family 26, model 2)",
+        ),
+        ("processor\t: 0\nBogoMIPS\t: 50.00\nCPU part\t: 0xd0c\n", "aarch64"),
+    ],
+)
+def test_processors_of_one_name_are_told_apart(monkeypatch, cpuinfo, name):
+    monkeypatch.setattr(info.Path, "read_text", lambda path: cpuinfo)
+    monkeypatch.setattr(info.platform, "processor", lambda: "aarch64")
+    assert info.processor_name() == f"{name}, {os.cpu_count()} CPUs"
