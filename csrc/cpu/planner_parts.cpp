@@ -102,9 +102,13 @@ bool small_square(int64_t taps_y, int64_t taps_x) {
 bool planar_serves(const ConvParams& p, int64_t taps_y, int64_t taps_x, const MapView& source,
                    const MapView& target) {
   const bool two_bytes = p.storage == Storage::bfloat16 || p.storage == Storage::float16;
-  if (two_bytes && (taps_y == 7 || target.width <= kernels(p.storage).planar_half.lanes))
-    return false;
+  if (two_bytes && taps_y == 7) return false;
   const bool single = taps_y == 1 && taps_x == 1;
+  // Rows that leave half of the lanes idle take longer than planes side by side in whole vectors.
+  const bool narrow = target.width <= kernels(p.storage).planar_half.lanes;
+  if (narrow &&
+      (two_bytes || (has_wide_vectors(p.storage) && p.storage == Storage::float32 && !single)))
+    return false;
   return unit_steps(p) && (single || small_square(taps_y, taps_x)) &&  //
          source.stride_w == 1 && target.stride_w == 1 &&               //
          target.height >= kFewestPlanarRows && target.width >= kFewestPlanarRows;

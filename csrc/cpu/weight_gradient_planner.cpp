@@ -97,20 +97,6 @@ void plan_planar(PlannedWeightGradient& planned) {
                                    double(height * vectors) * double(taps * taps + 4);
 }
 
-// Of gradients that plan_planar would sum, for as many planes as a vector has lanes, in units of
-// direct_cost: a vector of a row, filled or not, is multiplied once for every tap.
-double planar_cost(const ConvParams& p, int64_t taps) {
-  const int64_t vectors =
-      ceil_div(p.output.width, planar_kernels(p.storage, p.output.width)->lanes);
-  return double(kernels(p.storage).full.lanes * p.output.height * vectors) *
-         double(taps * taps + 4);
-}
-
-// Whether plan_planar serves. Of one tap there is no planar weight gradient.
-bool planar_gradient_serves(const ConvParams& p, const Phase& y, const Phase& x) {
-  return y.count > 1 && planar_serves(p, y.count, x.count, p.input, p.output);
-}
-
 // Plans transforms, if they serve and cost less than direct sums or are asked for.
 bool plan_fft_if_better(const ConvParams& p, PlannedWeightGradient& planned) {
   WeightGradientPlan& plan = planned.plan;
@@ -130,10 +116,7 @@ bool plan_fft_if_better(const ConvParams& p, PlannedWeightGradient& planned) {
   const double images = lanes.cross_images ? 1.0 : double(p.batch) / double(parts);
   const int64_t rows = p.input.height + p.output.height;
   const double plane = fft_cost(fft, rows, true) + fft_cost(fft, y.taps, false) / images;
-  const bool planar =
-      planar_gradient_serves(p, plan.y, plan.x) && !flat_serves(p, plan.y.count, plan.x.count);
-  const double direct = planar ? planar_cost(p, plan.y.count)
-                               : direct_cost(plan.y, plan.x, p.input.height, p.input.width);
+  const double direct = direct_cost(plan.y, plan.x, p.input.height, p.input.width);
   if (p.form != Form::fft && plane >= direct) return false;
   planned.kernels = chosen;
   planned.kernel_name = "fft";
@@ -182,7 +165,8 @@ PlannedWeightGradient plan_backward_weight(const ConvParams& p) {
     planned.kernel_name = "flat";
     return planned;
   }
-  if (planar_gradient_serves(p, plan.y, plan.x)) {
+  // Of one tap there is no planar weight gradient.
+  if (plan.y.count > 1 && planar_serves(p, plan.y.count, plan.x.count, p.input, p.output)) {
     plan_planar(planned);
     planned.kernel_name = "planar";
     return planned;
