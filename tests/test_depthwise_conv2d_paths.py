@@ -256,8 +256,8 @@ TILED = (
     }
 )
 BY_CHANNELS = {
-    # Steps that leave next to nothing for outputs to share: several blocks of channels at a time. So
-    # are weight gradients of two taps in a row, and of three but for the usual steps.
+    # Steps that leave next to nothing for outputs to share: several blocks of channels at a time.
+    # So are weight gradients of two taps in a row, and of three but for the usual steps.
     f"{taps} taps, stride {stride}": Case(
         2, channels, 11, 14, (taps, taps), (stride, stride), padding=(taps // 2, taps // 2), **LAST
     )
