@@ -276,12 +276,28 @@ inline ConvolveTask task_of(const ConvolvePlan& plan, int64_t task) {
   return t;
 }
 
+// Channels of so many blocks of lanes, if `left` are left from the first of them on.
+template <int V>
+int64_t channels_of(int64_t num_blocks, const Lanes& lanes, int64_t left) {
+  if (num_blocks == 1) return lanes.count;
+  return left < num_blocks * V ? left : num_blocks * V;
+}
+
 // Channels of a task.
 template <int V>
 int64_t channels_of(const ConvolvePlan& plan, const ConvolveTask& task, const Lanes& lanes) {
-  if (task.num_blocks == 1) return lanes.count;
-  const int64_t left = plan.channels - task.block % plan.lanes.blocks_per_image * V;
-  return left < task.num_blocks * V ? left : task.num_blocks * V;
+  if (task.num_blocks == 1) return lanes.count;  // which may be of several images
+  return channels_of<V>(task.num_blocks, lanes,
+                        plan.channels - task.block % plan.lanes.blocks_per_image * V);
+}
+
+// Rows [row_begin, row_end) of `count` channels from the first of `lanes` on, or if these do not
+// stand side by side of their planes.
+template <class S>
+Region rows_region(const MapView& map, const Lanes& lanes, int64_t count, int64_t row_begin,
+                   int64_t row_end) {
+  return lanes.adjacent ? channels_region<S>(map, lanes.offset[0], count, row_begin, row_end)
+                        : planes_region<S>(map, lanes, row_begin, row_end);
 }
 
 // Outputs [j, j + outputs) of a task, and the source rows that they read beyond those before them.
@@ -301,11 +317,9 @@ void look_ahead(const ConvolvePlan& plan, const ConvolveTask& task, int64_t j, i
     row_begin = 2 * row_begin + plan.pair_shift;
     row_end = 2 * row_end + plan.pair_shift;
   }
-  const Region reads = channels_region<S>(source, from.offset[0], count, row_begin, row_end);
-  const Region writes =
-      channels_region<S>(target, to.offset[0], count, j * output_stride, end_j * output_stride);
-  ahead.first.begin(reads, steps);
-  ahead.second.begin(writes, steps, true);
+  ahead.first.begin(rows_region<S>(source, from, count, row_begin, row_end), steps);
+  ahead.second.begin(rows_region<S>(target, to, count, j * output_stride, end_j * output_stride),
+                     steps, true);
 }
 
 template <class T, int V, class S, class Taps = SingleTaps>
@@ -313,7 +327,9 @@ void convolve_as(const ConvolvePlan& plan, int64_t begin, int64_t end, void* scr
   SourceRows<T, V, Taps> rows(plan.buffer, static_cast<T*>(scratch));
   auto* result = reinterpret_cast<typename Taps::template Output<T>*>(rows.end());
   const int64_t step = plan.phases_y[0].out_step;
-  const bool channels_adjacent = plan.groups_per_image > 0 && plan.target.stride_c == 1;
+  const bool loads_ahead = plan.groups_per_image > 0
+                               ? plan.target.stride_c == 1
+                               : plan.source.stride_w == 1 && plan.target.stride_w == 1;
   const Phase& columns = plan.phases_x[0];
   Ahead ahead;
   ConvolveTask task = task_of(plan, begin);
@@ -326,7 +342,7 @@ void convolve_as(const ConvolvePlan& plan, int64_t begin, int64_t end, void* scr
     for (int64_t j = task.first_j; j < task.last_j; j += plan.chunk) {
       const int64_t outputs = task.last_j - j < plan.chunk ? task.last_j - j : plan.chunk;
       rows.template fill_until<S>((j + outputs - 1 - task.first_j) * step + plan.span_y);
-      if (channels_adjacent) {
+      if (loads_ahead) {
         const int64_t steps =
             task.num_blocks * Tiling(columns.count).tiles(outputs) * plan.num_phases_x *
             steps_of_rows(plan.tap_rows, columns.taps, columns.out_step, columns.tap_step);
@@ -337,7 +353,7 @@ void convolve_as(const ConvolvePlan& plan, int64_t begin, int64_t end, void* scr
       }
       for (int64_t place = 0; place < task.num_blocks; ++place)
         convolve_block<T, V, S, Taps>(plan, task.block + place, j, outputs, rows, begin_y, place,
-                                      result, channels_adjacent ? &ahead : nullptr);
+                                      result, loads_ahead ? &ahead : nullptr);
     }
     task = next;
   }
@@ -397,20 +413,29 @@ void weight_gradient_block(const WeightGradientPlan& plan, int64_t block, int64_
   correlate(c);
 }
 
-// The chunk of rows of grad_output from `row` on, and the input rows that it reads: all of them if
-// it is the `first` of an image, else those beyond the chunk before it.
-template <class S>
-void look_ahead(const WeightGradientPlan& plan, int64_t image, int64_t channel, int64_t count,
-                int64_t row, int64_t span, bool first, int64_t steps, Ahead& ahead) {
+// What a chunk of rows of a weight gradient is about.
+struct GradientRows {
+  int64_t first, num_blocks;  // blocks of lanes of an image
+  int64_t image, row;         // of grad_output
+  bool begins;                // the chunk before it is of another image or of other blocks
+};
+
+// The chunk `at` of rows of grad_output, and the input rows that it reads: all of them if it begins
+// an image, else those beyond the chunk before it.
+template <int V, class S>
+void look_ahead(const WeightGradientPlan& plan, const GradientRows& at, int64_t blocks,
+                int64_t span, int64_t steps, Ahead& ahead) {
   const MapView &input = plan.input, &grad = plan.grad_output;
+  const int64_t block = at.image * blocks + at.first, row = at.row;
+  const Lanes in = lanes_of<V>(plan.lanes, block, input, plan.batch, plan.channels);
+  const Lanes out = lanes_of<V>(plan.lanes, block, grad, plan.batch, plan.channels);
+  const int64_t count = channels_of<V>(at.num_blocks, in, plan.channels - at.first * V);
   const int64_t step = plan.y.tap_step, end = row + plan.chunk;
-  const int64_t first_row = first ? row * step : (row - 1) * step + span;
-  ahead.first.begin(
-      channels_region<S>(input, image * input.stride_b + channel, count, plan.y.origin + first_row,
-                         plan.y.origin + (end - 1) * step + span),
-      steps);
-  ahead.second.begin(channels_region<S>(grad, image * grad.stride_b + channel, count, row, end),
-                     steps);
+  const int64_t first_row = at.begins ? row * step : (row - 1) * step + span;
+  ahead.first.begin(rows_region<S>(input, in, count, plan.y.origin + first_row,
+                                   plan.y.origin + (end - 1) * step + span),
+                    steps);
+  ahead.second.begin(rows_region<S>(grad, out, count, row, end), steps);
 }
 
 template <class T, int V, class S>
@@ -422,8 +447,9 @@ void weight_gradient_as(const WeightGradientPlan& plan, int64_t begin, int64_t e
   const int64_t blocks = cross_images ? plan.lanes.num_blocks : plan.lanes.blocks_per_image;
   const int64_t height = plan.grad_output.height, step = plan.y.tap_step;
   const int64_t span = plan.y.count > 0 ? (plan.y.count - 1) * plan.y.out_step + 1 : 0;
-  const bool channels_adjacent = plan.input.stride_c == 1 && plan.grad_output.stride_c == 1 &&
-                                 !cross_images && plan.x.count > 0 && plan.y.count > 0;
+  const bool same_layout = (plan.input.stride_c == 1 && plan.grad_output.stride_c == 1) ||
+                           (plan.input.stride_w == 1 && plan.grad_output.stride_w == 1);
+  const bool loads_ahead = same_layout && !cross_images && plan.x.count > 0 && plan.y.count > 0;
   Ahead ahead;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t part = task / plan.num_groups, group = task % plan.num_groups;
@@ -433,10 +459,13 @@ void weight_gradient_as(const WeightGradientPlan& plan, int64_t begin, int64_t e
     const int64_t all_rows = (cross_images ? 1 : plan.batch) * height;
     const int64_t first_row = part * all_rows / plan.num_parts;
     const int64_t last_row = (part + 1) * all_rows / plan.num_parts;
+    const auto blocks_from = [&](int64_t first) {
+      const int64_t left = last_block - first;
+      return left < plan.buffer.blocks ? left : plan.buffer.blocks;
+    };
     for (int64_t first = group * blocks / plan.num_groups; first < last_block;
          first += plan.buffer.blocks) {
-      const int64_t left = last_block - first;
-      const int64_t num_blocks = left < plan.buffer.blocks ? left : plan.buffer.blocks;
+      const int64_t num_blocks = blocks_from(first);
       memset(static_cast<void*>(partial + first * elements), 0,
              size_t(num_blocks * elements) * sizeof(T));
       for (int64_t at = first_row; at < last_row;) {
@@ -446,30 +475,34 @@ void weight_gradient_as(const WeightGradientPlan& plan, int64_t begin, int64_t e
         at += row_end - row_begin;
         const int64_t block = cross_images ? first : image * blocks + first;
         const Lanes from = lanes_of<V>(plan.lanes, block, plan.input, plan.batch, plan.channels);
-        const int64_t channels = plan.channels - first * V;
-        const int64_t count = num_blocks == 1             ? from.count
-                              : channels < num_blocks * V ? channels
-                                                          : num_blocks * V;
+        const int64_t count = channels_of<V>(num_blocks, from, plan.channels - first * V);
         const int64_t begin_y = plan.y.origin + row_begin * step;
         rows.begin(plan.input, from, count, begin_y, plan.x.origin, plan.input.height);
         for (int64_t row = row_begin; row < row_end; row += plan.chunk) {
           const int64_t num_rows = row_end - row < plan.chunk ? row_end - row : plan.chunk;
           rows.template fill_until<S>((row + num_rows - 1 - row_begin) * step + span);
-          if (channels_adjacent) {
+          if (loads_ahead) {
             const int64_t tiles = Tiling(plan.x.count).tiles(plan.y.count);
             const int64_t steps =
                 num_blocks * tiles *
                 steps_of_rows(num_rows, plan.x.taps, plan.x.out_step, plan.x.tap_step);
-            const bool same = row + num_rows < row_end;  // image
-            const int64_t next_row = same ? row + num_rows : 0;
-            if (same || at < last_row)
-              look_ahead<S>(plan, same ? image : image + 1, first * V, count, next_row, span, !same,
-                            steps, ahead);
+            GradientRows next = {first, num_blocks, image, row + num_rows, false};
+            if (row + num_rows == row_end) {  // another image, or other blocks
+              next.begins = true;
+              if (at == last_row) {
+                next.first = first + num_blocks;
+                next.num_blocks = blocks_from(next.first);
+              }
+              const int64_t next_row = at < last_row ? at : first_row;
+              next.image = next_row / height;
+              next.row = next_row % height;
+            }
+            if (next.num_blocks > 0) look_ahead<V, S>(plan, next, blocks, span, steps, ahead);
           }
           for (int64_t place = 0; place < num_blocks; ++place)
             weight_gradient_block<T, V, S>(plan, block + place, row, num_rows, rows, begin_y, place,
                                            widened, partial + (first + place) * elements,
-                                           channels_adjacent ? &ahead : nullptr);
+                                           loads_ahead ? &ahead : nullptr);
         }
       }
     }

@@ -23,8 +23,10 @@ constexpr int kWideTile =
 // Phases of columns that are taken together where outputs meet one tap at most.
 constexpr int64_t kMostSinglePhases = 8;
 
-// Blocks of channels that are summed at a time where outputs share next to nothing.
-constexpr int kChannelBlocks = 4;
+// Outputs and blocks of channels that are summed at a time where outputs share next to nothing:
+// with a tap of each block they fill the registers.
+constexpr int kChannelOutputs = 6;
+constexpr int kChannelBlocks = LKA_VECTOR_BYTES == 64 ? 4 : 2;
 
 // The least position from `at` on that is read, if every `apart`-th is, `origin` among them.
 inline int64_t next_read(int64_t at, int64_t origin, int64_t apart) {
@@ -67,6 +69,21 @@ struct InPlaceRow {
     }
   }
 
+  // some(Constant<count>, output, columns of taps) for all outputs of a phase of columns, kOutputs
+  // side by side wherever all their taps exist.
+  template <int kOutputs, class Some>
+  __attribute__((always_inline)) void over_outputs(const Phase& x, const Some& some) const {
+    const OutputRange whole = whole_outputs(x, plan.source.width);
+    for (int64_t output = 0; output < x.count;)
+      if (output >= whole.begin && output + kOutputs <= whole.end) {
+        some(Constant<kOutputs>{}, output, TapRange{0, x.taps});
+        output += kOutputs;
+      } else {
+        some(Constant<1>{}, output, taps_of(x, output, plan.source.width));
+        ++output;
+      }
+  }
+
   // Outputs of one phase of columns, whatever its steps.
   void outputs(int64_t phase) const {
     const Phase& x = plan.phases_x[phase];
@@ -102,20 +119,11 @@ struct InPlaceRow {
           sums.template sum<V, kMany, false>(count);
       });
     };
-    const OutputRange whole = whole_outputs(x, plan.source.width);
-    constexpr int kOutputs = 4;  // side by side: enough for sums not to wait for themselves
-    for (int64_t output = 0; output < x.count;)
-      if (output >= whole.begin && output + kOutputs <= whole.end) {
-        some(Constant<kOutputs>{}, output, {0, x.taps});
-        output += kOutputs;
-      } else {
-        some(Constant<1>{}, output, taps_of(x, output, plan.source.width));
-        ++output;
-      }
+    over_outputs<4>(x, some);  // enough for sums not to wait for themselves
   }
 
-  // The same of many channels at a time: steps leave next to nothing that outputs share. What is
-  // read lies side by side, which the processor follows by itself.
+  // The same of many channels at a time: steps leave next to nothing that outputs share, and what
+  // is read lies side by side.
   void outputs_by_channels(int64_t phase) const {
     const Phase& x = plan.phases_x[phase];
     InPlaceBlocks<T, S> sums;
@@ -124,6 +132,10 @@ struct InPlaceRow {
     sums.source_output = x.out_step * plan.source.stride_w;
     sums.weight_row = x.taps * V;
     sums.weight_block = plan.packed_taps * V;
+    // As where outputs are taken by themselves. The new rows are as many as the first rows of taps.
+    sums.ahead = ahead.source;
+    sums.ahead_rows = ahead.rows;
+    sums.ahead_columns = phase > 0 ? 0 : x.out_step / plan.columns_apart;
     sums.out_column = x.output_stride * plan.target.stride_w;
     const T* const first_weight = weight_of(phase);
     const auto some = [&](auto many, int64_t output, TapRange columns) {
@@ -145,16 +157,7 @@ struct InPlaceRow {
         blocks(Constant<kChannelBlocks>{}, block);
       for (; block < count; ++block) blocks(Constant<1>{}, block);
     };
-    const OutputRange whole = whole_outputs(x, plan.source.width);
-    constexpr int kOutputs = 4;
-    for (int64_t output = 0; output < x.count;)
-      if (output >= whole.begin && output + kOutputs <= whole.end) {
-        some(Constant<kOutputs>{}, output, {0, x.taps});
-        output += kOutputs;
-      } else {
-        some(Constant<1>{}, output, taps_of(x, output, plan.source.width));
-        ++output;
-      }
+    over_outputs<kChannelOutputs>(x, some);
   }
 
   // Of outputs that meet one tap at most, those of one phase of columns: outputs [begin, begin +

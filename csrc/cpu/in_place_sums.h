@@ -77,13 +77,16 @@ struct InPlaceSums {
   }
 };
 
-// The same for kBlocks blocks of channels side by side, a row of taps of all outputs after the
-// other: what lies side by side is read in the order of memory.
+// The same for kBlocks blocks of channels side by side. A tap of all outputs after the other: so
+// each is read once for all of them. What it reads in the rows that come after these is loaded
+// ahead with it: more lines at a time would wait for each other.
 template <class T, class S>
 struct InPlaceBlocks {
   const S* source;  // of the first tap of the first output
   int64_t rows, columns, source_row, source_column, source_output;
-  const T* weight;  // of the first tap, [block][row][column][V]
+  int64_t ahead;  // from an element to the one that is loaded with it, into the second cache
+  int64_t ahead_rows, ahead_columns;  // of the first taps: others would load the same again
+  const T* weight;                    // of the first tap, [block][row][column][V]
   int64_t weight_row, weight_block;
   const T* bias;  // or null
   S* out;
@@ -91,6 +94,7 @@ struct InPlaceBlocks {
 
   template <int V, int kOutputs, int kBlocks>
   void sum() const {
+    constexpr int kBlocksPerLine = V * sizeof(S) < 64 ? 64 / int(V * sizeof(S)) : 1;
     Vec<T, V> sums[kOutputs][kBlocks];
 #pragma GCC unroll kUnroll
     for (int t = 0; t < kOutputs; ++t)
@@ -99,15 +103,25 @@ struct InPlaceBlocks {
         sums[t][b] = bias ? load_aligned<V>(bias + b * V) : Vec<T, V>{};
     for (int64_t m = 0; m < rows; ++m) {
       const S* from = source + m * source_row;
-      const T* const first = weight + m * weight_row;
+      const T* w = weight + m * weight_row;
+      for (int64_t n = 0; n < columns; ++n, from += source_column, w += V) {
+        Vec<T, V> taps[kBlocks];
 #pragma GCC unroll kUnroll
-      for (int t = 0; t < kOutputs; ++t, from += source_output) {
-        const S* at = from;
-        const T* w = first;
-        for (int64_t n = 0; n < columns; ++n, at += source_column, w += V)
+        for (int b = 0; b < kBlocks; ++b) {
+          taps[b] = load_aligned<V>(w + b * weight_block);
+          keep_in_register(taps[b]);
+        }
+        if (m < ahead_rows && n < ahead_columns)
+#pragma GCC unroll kUnroll
+          for (int t = 0; t < kOutputs; ++t)
+#pragma GCC unroll kUnroll
+            for (int b = 0; b < kBlocks; b += kBlocksPerLine)
+              __builtin_prefetch(from + ahead + t * source_output + b * V, 0, 2);
+#pragma GCC unroll kUnroll
+        for (int t = 0; t < kOutputs; ++t)
 #pragma GCC unroll kUnroll
           for (int b = 0; b < kBlocks; ++b)
-            sums[t][b] += load_aligned<V>(w + b * weight_block) * load<T, V, S>(at + b * V);
+            sums[t][b] += taps[b] * load<T, V, S>(from + t * source_output + b * V);
       }
     }
 #pragma GCC unroll kUnroll

@@ -193,17 +193,22 @@ Region channels_region(const lka::MapView& map, int64_t offset, int64_t count, i
           map.stride_h * kSize};
 }
 
-// The planes of a block of lanes; nothing where they have gaps or do not stand at equal distances.
+// Rows [row_begin, row_end) of the planes of a block of lanes, as far as the map goes; nothing
+// where they have gaps or do not stand at equal distances.
 template <class S>
-Region planes_region(const lka::MapView& map, const Lanes& lanes) {
+Region planes_region(const lka::MapView& map, const Lanes& lanes, int64_t row_begin,
+                     int64_t row_end) {
   constexpr int64_t kSize = sizeof(S);
-  if (lanes.adjacent) return channels_region<S>(map, lanes.offset[0], lanes.count, 0, map.height);
+  if (lanes.adjacent)
+    return channels_region<S>(map, lanes.offset[0], lanes.count, row_begin, row_end);
   if (map.stride_w != 1 || (map.height > 1 && map.stride_h != map.width)) return {};
   const int64_t step = lanes.count > 1 ? lanes.offset[1] - lanes.offset[0] : 0;
   for (int l = 1; l < lanes.count; ++l)
     if (lanes.offset[l] != lanes.offset[0] + l * step) return {};
-  return {static_cast<const S*>(map.data) + lanes.offset[0],
-          map.height * map.width * kSize,
+  if (row_begin < 0) row_begin = 0;
+  if (row_end > map.height) row_end = map.height;
+  return {static_cast<const S*>(map.data) + lanes.offset[0] + row_begin * map.width,
+          row_end > row_begin ? (row_end - row_begin) * map.width * kSize : 0,
           lanes.count,
           step * kSize,
           1,
