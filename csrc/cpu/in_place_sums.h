@@ -84,7 +84,7 @@ template <class T, class S>
 struct InPlaceBlocks {
   const S* source;  // of the first tap of the first output
   int64_t rows, columns, source_row, source_column, source_output;
-  int64_t ahead;  // from an element to the one that is loaded with it, into the second cache
+  int64_t ahead;                      // from an element to the one that is loaded ahead with it
   int64_t ahead_rows, ahead_columns;  // of the first taps: others would load the same again
   const T* weight;                    // of the first tap, [block][row][column][V]
   int64_t weight_row, weight_block;
@@ -116,7 +116,7 @@ struct InPlaceBlocks {
           for (int t = 0; t < kOutputs; ++t)
 #pragma GCC unroll kUnroll
             for (int b = 0; b < kBlocks; b += kBlocksPerLine)
-              __builtin_prefetch(from + ahead + t * source_output + b * V, 0, 2);
+              __builtin_prefetch(from + ahead + t * source_output + b * V);
 #pragma GCC unroll kUnroll
         for (int t = 0; t < kOutputs; ++t)
 #pragma GCC unroll kUnroll

@@ -15,7 +15,8 @@ using lka::cpu::WeightGradientPlan;
 // Kernel rows whose gradients are summed together, by the taps of a row.
 constexpr int tap_rows_together(int64_t taps) { return taps == 1 ? 7 : int(taps); }
 
-// Blocks of channels whose sums fill the registers, of rows of two and of three taps.
+// Blocks of channels whose sums fill the registers, of rows of one, two and three taps.
+constexpr int kBlocksOfOneTap = LKA_VECTOR_BYTES == 64 ? 2 : 1;
 constexpr int kBlocksOfTwoTaps = LKA_VECTOR_BYTES == 64 ? 4 : 1;
 constexpr int kBlocksOfThreeTaps = LKA_VECTOR_BYTES == 64 ? 2 : 1;
 
@@ -33,15 +34,14 @@ constexpr int columns_per_step(int64_t columns_apart, int64_t taps, size_t eleme
 // taps from first_tap_row on meet, for one block of channels: added to the gradients of those taps,
 // and where `bias` is wanted to that of the bias. Where kApart is 1 or 2, neighbouring columns of
 // grad_output meet input columns that are so far apart, neighbouring taps neighbouring ones: a
-// column shares kTaps - kApart of its own with the next. Where it is 0 there may be several blocks
-// side by side, all of whose channels exist: they are read in the order of memory, which the
-// processor follows by itself.
+// column shares kTaps - kApart of its own with the next. Where none is shared there may be several
+// blocks side by side, all of whose channels exist: they are read in the order of memory.
 template <class T, int V, class S, int kApart, int kTaps, int kBlocks = 1>
 struct InPlaceProducts {
   static constexpr int kTapRows = tap_rows_together(kTaps);
   static constexpr int kShared = kApart ? kTaps - kApart : 0;
   static_assert(kShared >= 0, "columns are read one after the other");
-  static_assert(kBlocks == 1 || kApart == 0, "others keep columns for the next");
+  static_assert(kBlocks == 1 || kShared == 0, "others keep columns for the next");
   static constexpr int kColumnsPerStep = columns_per_step(kApart, kTaps, sizeof(S));
   const WeightGradientPlan& plan;
   const S *grad, *input;  // at (0, 0)
@@ -180,7 +180,7 @@ struct InPlaceProducts {
   // below the other, or as many as there are.
   template <int kLive>
   __attribute__((always_inline)) void add_grad_rows(const S* grad_row, int64_t first_input_row,
-                                                    int64_t live_taps, Sums& sums, Vec<T, V>& total,
+                                                    int64_t live_taps, BlockSums (&sums)[kBlocks],
                                                     Ahead& ahead) const {
     constexpr int kInputRows = kLive + kGradRows - 1;
     const MapView& map = plan.input;
@@ -197,23 +197,29 @@ struct InPlaceProducts {
                   past = before + map.width;  // columns that meet the input
     const auto columns = [&](auto all_meet) __attribute__((always_inline)) {
       for (int64_t c = 0; c < plan.grad_output.width; ++c, grad_row += plan.grad_output.stride_w) {
-        Vec<T, V> g[kGradRows];
+        Vec<T, V> g[kGradRows][kBlocks];
 #pragma GCC unroll kUnroll
-        for (int j = 0; j < kGradRows; ++j) {
-          g[j] = element(grad_row + j * grad_step);
-          keep_in_register(g[j]);
-          total += g[j];
-        }
-        ahead.step_runs();
+        for (int j = 0; j < kGradRows; ++j)
+#pragma GCC unroll kUnroll
+          for (int b = 0; b < kBlocks; ++b) {
+            g[j][b] = element(grad_row + j * grad_step + b * V);
+            keep_in_register(g[j][b]);
+            sums[b].total += g[j][b];
+          }
+#pragma GCC unroll kUnroll
+        for (int b = 0; b < kBlocks; ++b) ahead.step_runs();
         if (c < before || c >= past) continue;
 #pragma GCC unroll kUnroll
         for (int i = 0; i < kInputRows; ++i) {
           if (decltype(all_meet)::value == 0 && !meets[i]) continue;
-          Vec<T, V> value = element(input_row[i] + c * map.stride_w);
-          keep_in_register(value);
 #pragma GCC unroll kUnroll
-          for (int j = 0; j < kGradRows; ++j)
-            if (i - j >= 0 && i - j < kLive) sums[i - j][0] += g[j] * value;
+          for (int b = 0; b < kBlocks; ++b) {
+            Vec<T, V> value = element(input_row[i] + c * map.stride_w + b * V);
+            keep_in_register(value);
+#pragma GCC unroll kUnroll
+            for (int j = 0; j < kGradRows; ++j)
+              if (i - j >= 0 && i - j < kLive) sums[b].taps[i - j][0] += g[j][b] * value;
+          }
         }
       }
     };
@@ -229,9 +235,9 @@ struct InPlaceProducts {
     if constexpr (kTaps == 1 && kApart == 1)
       for (; y.tap_step == 1 && y.out_step == 1 && r + kGradRows <= row + rows; r += kGradRows) {
         const auto add_live = [&](auto live) __attribute__((always_inline)) {
-          add_grad_rows<decltype(live)::value>(
-              grad + r * plan.grad_output.stride_h, y.origin + r + first_tap_row,
-              y.count - first_tap_row, of_blocks[0].taps, of_blocks[0].total, ahead);
+          add_grad_rows<decltype(live)::value>(grad + r * plan.grad_output.stride_h,
+                                               y.origin + r + first_tap_row,
+                                               y.count - first_tap_row, of_blocks, ahead);
         };
         if (y.count - first_tap_row <= 3)
           add_live(Constant<3>{});
@@ -254,7 +260,12 @@ struct InPlaceProducts {
       if constexpr (kApart == 0)
         add_row(grad_row, input_row, meets, all, of_blocks, ahead);
       else
-        add_row_of_shared(grad_row, input_row, meets, of_blocks[0].taps, of_blocks[0].total, ahead);
+#pragma GCC unroll kUnroll
+        for (int b = 0; b < kBlocks; ++b) {
+          add_row_of_shared(grad_row + b * V, input_row, meets, of_blocks[b].taps,
+                            of_blocks[b].total, ahead);
+          for (const S*& block_row : input_row) block_row += V;
+        }
     }
     const auto add_to = [&](T* to, const Vec<T, V>& sum) {
       Vec<T, V> added = sum;
@@ -369,6 +380,7 @@ void weight_gradient_in_place_as(const WeightGradientPlan& plan, int64_t begin, 
         const Constant<1> one;
         const Constant<2> two;
         const Constant<3> three;
+        const Constant<kBlocksOfOneTap> blocks_of_one;
         const Constant<kBlocksOfTwoTaps> blocks_of_two;
         const Constant<kBlocksOfThreeTaps> blocks_of_three;
         if (plan.x.count == 3 && apart == 2 && whole)
@@ -385,6 +397,8 @@ void weight_gradient_in_place_as(const WeightGradientPlan& plan, int64_t begin, 
           add(one, two, one);
         else if (plan.x.count == 2)
           add(any, two, one);
+        else if (apart == 1 && whole_blocks(blocks_of_one))
+          add(one, one, blocks_of_one);
         else if (apart == 1 && whole)
           add(one, one, one);
         else
