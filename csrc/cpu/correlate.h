@@ -138,6 +138,7 @@ constexpr int kMaxAccumulators = 14, kMaxTaps = 7;
 constexpr int kMaxAccumulators = 10, kMaxTaps = 3;
 #endif
 constexpr int kMaxTileRows = 4;
+constexpr int kMaxColumnRows = 7;  // of one column, whose sums would else wait for themselves
 
 // kTaps neighbouring taps of one kernel row. With unit steps output t and tap n meet at source
 // column t + n: each vector of the source is loaded once and meets every tap that uses it. The
@@ -278,7 +279,7 @@ void correlate_tiles(const Correlation<T, V, Taps>& correlation, int64_t i_begin
 template <class T, int V, class Taps, int kRows, int kColumns = 1>
 void correlate_width(const Correlation<T, V, Taps>& c, int64_t i_begin, int64_t i_end,
                      int64_t j_begin, int64_t j_end, int64_t columns) {
-  if constexpr (kRows * kColumns <= kMaxAccumulators) {
+  if constexpr (kRows * kColumns <= kMaxAccumulators && (kRows <= kMaxTileRows || kColumns == 1)) {
     if (columns != kColumns)
       return correlate_width<T, V, Taps, kRows, kColumns + 1>(c, i_begin, i_end, j_begin, j_end,
                                                               columns);
@@ -316,7 +317,8 @@ struct Tiling {
       num_wide = width % tiles_across;
     }
     const int64_t widest = num_wide ? narrow + 1 : narrow;
-    while (rows < kMaxTileRows && (rows + 1) * widest <= kMaxAccumulators) ++rows;
+    const int64_t most = widest == 1 ? kMaxColumnRows : kMaxTileRows;
+    while (rows < most && (rows + 1) * widest <= kMaxAccumulators) ++rows;
   }
   int64_t tiles(int64_t height) const { return tiles_across * ((height + rows - 1) / rows); }
 };
@@ -334,7 +336,10 @@ void correlate(const Correlation<T, V, Taps>& c) {
         case 1: return correlate_width<T, V, Taps, 1>(c, begin, end, first, last, tile_columns);
         case 2: return correlate_width<T, V, Taps, 2>(c, begin, end, first, last, tile_columns);
         case 3: return correlate_width<T, V, Taps, 3>(c, begin, end, first, last, tile_columns);
-        default: return correlate_width<T, V, Taps, 4>(c, begin, end, first, last, tile_columns);
+        case 4: return correlate_width<T, V, Taps, 4>(c, begin, end, first, last, tile_columns);
+        case 5: return correlate_width<T, V, Taps, 5>(c, begin, end, first, last, tile_columns);
+        case 6: return correlate_width<T, V, Taps, 6>(c, begin, end, first, last, tile_columns);
+        default: return correlate_width<T, V, Taps, 7>(c, begin, end, first, last, tile_columns);
       }
     };
     if (begin >= end) return;
