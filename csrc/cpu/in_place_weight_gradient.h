@@ -69,34 +69,56 @@ struct InPlaceProducts {
     // Columns of grad_output of which every tap meets a column of the input.
     const Phase as_outputs = {0, 1, count, kTaps, x.origin, x.tap_step, x.out_step, 0, 1};
     const OutputRange whole = whole_outputs(as_outputs, map.width);
-    for (int64_t c = 0; c < count; ++c) {
-      Vec<T, V> g[kBlocks];
+    // Of several blocks, the elements of the next row of grad_output and what it meets beyond this
+    // one are loaded ahead one by one, beside those at hand: more lines at a time would wait for
+    // each other.
+    const auto columns = [&](auto steps) __attribute__((always_inline)) {
+      constexpr int kSteps = decltype(steps)::value;  // of taps and rows, 0: nothing is loaded
+      constexpr int kBlocksPerLine = V * sizeof(S) < 64 ? 64 / int(V * sizeof(S)) : 1;
+      for (int64_t c = 0; c < count; ++c) {
+        Vec<T, V> g[kBlocks];
 #pragma GCC unroll kUnroll
-      for (int b = 0; b < kBlocks; ++b) {
-        g[b] = element(grad_row + c * plan.grad_output.stride_w + b * V);
-        if (kBlocks > 1) keep_in_register(g[b]);
-        sums[b].total += g[b];
+        for (int b = 0; b < kBlocks; ++b) {
+          const S* const at = grad_row + c * plan.grad_output.stride_w + b * V;
+          if (kSteps && b % kBlocksPerLine == 0) __builtin_prefetch(at + plan.grad_output.stride_h);
+          g[b] = element(at);
+          if (kBlocks > 1) keep_in_register(g[b]);
+          sums[b].total += g[b];
+        }
+        if (kBlocks == 1 && c % kColumnsPerStep == 0) ahead.step_runs();
+        const bool inside = all && c >= whole.begin && c < whole.end;
+        const auto add_column = [&](int n, int64_t column,
+                                    auto known) __attribute__((always_inline)) {
+#pragma GCC unroll kUnroll
+          for (int m = 0; m < kTapRows; ++m)
+            if (decltype(known)::value != 0 || meets[m])
+#pragma GCC unroll kUnroll
+              for (int b = 0; b < kBlocks; ++b) {
+                const S* const at = input_row[m] + column * stride + b * V;
+                if (n < kSteps && m >= kTapRows - kSteps && b % kBlocksPerLine == 0)
+                  __builtin_prefetch(at + plan.y.tap_step * map.stride_h);
+                sums[b].taps[m][n] += g[b] * element(at);
+              }
+        };
+#pragma GCC unroll kUnroll
+        for (int n = 0; n < kTaps; ++n) {
+          const int64_t column = x.origin + c * x.tap_step + n * x.out_step;
+          if (inside)
+            add_column(n, column, Constant<1>{});
+          else if (column >= 0 && column < map.width)
+            add_column(n, column, Constant<0>{});
+        }
       }
-      if (kBlocks == 1 && c % kColumnsPerStep == 0) ahead.step_runs();
-      const bool inside = all && c >= whole.begin && c < whole.end;
-      const auto add_column = [&](int n, int64_t column,
-                                  auto known) __attribute__((always_inline)) {
-#pragma GCC unroll kUnroll
-        for (int m = 0; m < kTapRows; ++m)
-          if (decltype(known)::value != 0 || meets[m])
-#pragma GCC unroll kUnroll
-            for (int b = 0; b < kBlocks; ++b)
-              sums[b].taps[m][n] += g[b] * element(input_row[m] + column * stride + b * V);
-      };
-#pragma GCC unroll kUnroll
-      for (int n = 0; n < kTaps; ++n) {
-        const int64_t column = x.origin + c * x.tap_step + n * x.out_step;
-        if (inside)
-          add_column(n, column, Constant<1>{});
-        else if (column >= 0 && column < map.width)
-          add_column(n, column, Constant<0>{});
-      }
-    }
+    };
+    const Phase& y = plan.y;
+    if (kBlocks == 1 || y.out_step != 1 || x.out_step != 1)
+      columns(Constant<0>{});
+    else if (kTaps == 2 && y.tap_step == 1 && x.tap_step == 1)
+      columns(Constant<1>{});
+    else if (y.tap_step >= kTaps && x.tap_step >= kTaps)
+      columns(Constant<kTaps>{});
+    else
+      columns(Constant<0>{});
   }
 
   // Of what a column of grad_output meets, the first kShared columns are kept from the one before.
