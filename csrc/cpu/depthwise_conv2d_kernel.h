@@ -288,7 +288,7 @@ int64_t channels_of(int64_t num_blocks, const Lanes& lanes, int64_t left) {
 // Channels of a task.
 template <int V>
 int64_t channels_of(const ConvolvePlan& plan, const ConvolveTask& task, const Lanes& lanes) {
-  if (task.num_blocks == 1) return lanes.count;  // which may be of several images
+  if (task.num_blocks == 1) return lanes.count;  // across images there are none in an image
   return channels_of<V>(task.num_blocks, lanes,
                         plan.channels - task.block % plan.lanes.blocks_per_image * V);
 }
@@ -422,8 +422,8 @@ struct GradientRows {
   bool begins;                // the chunk before it is of another image or of other blocks
 };
 
-// The chunk `at` of rows of grad_output, and the input rows that it reads: all of them if it begins
-// an image, else those beyond the chunk before it.
+// The chunk `at` of rows of grad_output, and the input rows that it reads: all of them if it
+// `begins`, else those beyond the chunk before it.
 template <int V, class S>
 void look_ahead(const WeightGradientPlan& plan, const GradientRows& at, int64_t blocks,
                 int64_t span, int64_t steps, Ahead& ahead) {
@@ -454,9 +454,9 @@ void weight_gradient_as(const WeightGradientPlan& plan, int64_t begin, int64_t e
   const auto small_planes = [](const MapView& map) {
     return map.stride_w == 1 && map.height * map.width * int64_t(sizeof(S)) <= kPageBytes;
   };
-  const bool same_layout = (plan.input.stride_c == 1 && plan.grad_output.stride_c == 1) ||
-                           (small_planes(plan.input) && small_planes(plan.grad_output));
-  const bool loads_ahead = same_layout && !cross_images && plan.x.count > 0 && plan.y.count > 0;
+  const bool worth_it = (plan.input.stride_c == 1 && plan.grad_output.stride_c == 1) ||
+                        (small_planes(plan.input) && small_planes(plan.grad_output));
+  const bool loads_ahead = worth_it && !cross_images && plan.x.count > 0 && plan.y.count > 0;
   Ahead ahead;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t part = task / plan.num_groups, group = task % plan.num_groups;

@@ -132,10 +132,11 @@ struct InPlaceRow {
     sums.source_output = x.out_step * plan.source.stride_w;
     sums.weight_row = x.taps * V;
     sums.weight_block = plan.packed_taps * V;
-    // As where outputs are taken by themselves. The new rows are as many as the first rows of taps.
+    // Row m of the taps loads new row m: these very rows where taps are as far apart as rows that
+    // are read. The target is not loaded ahead.
     sums.ahead = ahead.source;
     sums.ahead_rows = ahead.rows;
-    sums.ahead_columns = phase > 0 ? 0 : x.out_step / plan.columns_apart;
+    sums.ahead_columns = x.out_step / plan.columns_apart;
     sums.out_column = x.output_stride * plan.target.stride_w;
     const T* const first_weight = weight_of(phase);
     const auto some = [&](auto many, int64_t output, TapRange columns) {

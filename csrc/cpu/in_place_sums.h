@@ -6,6 +6,7 @@
 #include "correlate.h"
 #include "depthwise_plan.h"
 #include "paired_rows.h"
+#include "prefetch.h"
 #include "simd.h"
 
 namespace {
@@ -94,7 +95,6 @@ struct InPlaceBlocks {
 
   template <int V, int kOutputs, int kBlocks>
   void sum() const {
-    constexpr int kBlocksPerLine = V * sizeof(S) < 64 ? 64 / int(V * sizeof(S)) : 1;
     Vec<T, V> sums[kOutputs][kBlocks];
 #pragma GCC unroll kUnroll
     for (int t = 0; t < kOutputs; ++t)
@@ -115,7 +115,7 @@ struct InPlaceBlocks {
 #pragma GCC unroll kUnroll
           for (int t = 0; t < kOutputs; ++t)
 #pragma GCC unroll kUnroll
-            for (int b = 0; b < kBlocks; b += kBlocksPerLine)
+            for (int b = 0; b < kBlocks; b += kVectorsPerLine<V, S>)
               __builtin_prefetch(from + ahead + t * source_output + b * V);
 #pragma GCC unroll kUnroll
         for (int t = 0; t < kOutputs; ++t)

@@ -35,7 +35,7 @@ constexpr int columns_per_step(int64_t columns_apart, int64_t taps, size_t eleme
 // and where `bias` is wanted to that of the bias. Where kApart is 1 or 2, neighbouring columns of
 // grad_output meet input columns that are so far apart, neighbouring taps neighbouring ones: a
 // column shares kTaps - kApart of its own with the next. Where none is shared there may be several
-// blocks side by side, all of whose channels exist: they are read in the order of memory.
+// blocks side by side, all of whose channels exist: pixels are read in longer runs.
 template <class T, int V, class S, int kApart, int kTaps, int kBlocks = 1>
 struct InPlaceProducts {
   static constexpr int kTapRows = tap_rows_together(kTaps);
@@ -58,10 +58,11 @@ struct InPlaceProducts {
     Vec<T, V> total = {};  // of grad_output
   };
 
-  // Any steps: every tap reads for itself. `meets`: the rows that exist.
+  // Any steps: every tap reads for itself. `meets`: the rows that exist; `live`: how many rows of
+  // taps there are from the first one on.
   __attribute__((always_inline)) void add_row(const S* grad_row,
                                               const S* const (&input_row)[kTapRows],
-                                              const bool (&meets)[kTapRows], bool all,
+                                              const bool (&meets)[kTapRows], bool all, int64_t live,
                                               BlockSums (&sums)[kBlocks], Ahead& ahead) const {
     const Phase& x = plan.x;
     const MapView& map = plan.input;
@@ -72,15 +73,16 @@ struct InPlaceProducts {
     // Of several blocks, the elements of the next row of grad_output and what it meets beyond this
     // one are loaded ahead one by one, beside those at hand: more lines at a time would wait for
     // each other.
-    const auto columns = [&](auto steps) __attribute__((always_inline)) {
+    const auto columns = [&](auto steps, auto live_rows) __attribute__((always_inline)) {
       constexpr int kSteps = decltype(steps)::value;  // of taps and rows, 0: nothing is loaded
-      constexpr int kBlocksPerLine = V * sizeof(S) < 64 ? 64 / int(V * sizeof(S)) : 1;
+      constexpr int kLiveRows = decltype(live_rows)::value;  // of kTapRows those that there are
       for (int64_t c = 0; c < count; ++c) {
         Vec<T, V> g[kBlocks];
 #pragma GCC unroll kUnroll
         for (int b = 0; b < kBlocks; ++b) {
           const S* const at = grad_row + c * plan.grad_output.stride_w + b * V;
-          if (kSteps && b % kBlocksPerLine == 0) __builtin_prefetch(at + plan.grad_output.stride_h);
+          if (kSteps && b % kVectorsPerLine<V, S> == 0)
+            __builtin_prefetch(at + plan.grad_output.stride_h);
           g[b] = element(at);
           if (kBlocks > 1) keep_in_register(g[b]);
           sums[b].total += g[b];
@@ -95,7 +97,7 @@ struct InPlaceProducts {
 #pragma GCC unroll kUnroll
               for (int b = 0; b < kBlocks; ++b) {
                 const S* const at = input_row[m] + column * stride + b * V;
-                if (n < kSteps && m >= kTapRows - kSteps && b % kBlocksPerLine == 0)
+                if (n < kSteps && m >= kLiveRows - kSteps && b % kVectorsPerLine<V, S> == 0)
                   __builtin_prefetch(at + plan.y.tap_step * map.stride_h);
                 sums[b].taps[m][n] += g[b] * element(at);
               }
@@ -111,14 +113,18 @@ struct InPlaceProducts {
       }
     };
     const Phase& y = plan.y;
-    if (kBlocks == 1 || y.out_step != 1 || x.out_step != 1)
-      columns(Constant<0>{});
-    else if (kTaps == 2 && y.tap_step == 1 && x.tap_step == 1)
-      columns(Constant<1>{});
-    else if (y.tap_step >= kTaps && x.tap_step >= kTaps)
-      columns(Constant<kTaps>{});
+    const Constant<0> none;
+    const Constant<1> one;
+    const Constant<kTapRows> all_rows;
+    const bool neighbours = kBlocks > 1 && y.out_step == 1 && x.out_step == 1;
+    if (neighbours && y.tap_step >= kTaps && x.tap_step >= kTaps)
+      columns(all_rows, all_rows);
+    else if (!neighbours || kTaps != 2 || y.tap_step != 1 || x.tap_step != 1)
+      columns(none, all_rows);
+    else if (live >= kTapRows)
+      columns(one, all_rows);
     else
-      columns(Constant<0>{});
+      columns(one, one);
   }
 
   // Of what a column of grad_output meets, the first kShared columns are kept from the one before.
@@ -280,7 +286,7 @@ struct InPlaceProducts {
         all = all && meets[m];
       }
       if constexpr (kApart == 0)
-        add_row(grad_row, input_row, meets, all, of_blocks, ahead);
+        add_row(grad_row, input_row, meets, all, y.count - first_tap_row, of_blocks, ahead);
       else
 #pragma GCC unroll kUnroll
         for (int b = 0; b < kBlocks; ++b) {

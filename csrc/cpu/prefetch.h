@@ -103,9 +103,14 @@ struct Ahead {
   }
 };
 
+// Vectors of V elements that a line of memory holds, where they are shorter.
+template <int V, class S>
+constexpr int kVectorsPerLine = V * sizeof(S) < 64 ? 64 / int(V * sizeof(S)) : 1;
+
 // Rows that come after those at hand, loaded ahead at constant distances while pixels are computed,
-// the target as if to be read. Elements meet few taps here, and a Prefetcher, which keeps count,
-// would cost as much as the products. All in elements.
+// the target as if to be read (asked for as what will be written it took longer). Elements meet few
+// taps here, and a Prefetcher, which keeps count, would cost as much as the products. All in
+// elements.
 struct RowsAhead {
   int64_t channels;
   int64_t source_pixel, target_pixel;  // from one pixel that is loaded to the next
