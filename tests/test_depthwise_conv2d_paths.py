@@ -259,11 +259,12 @@ BY_CHANNELS = {
     # Steps that leave next to nothing for outputs to share: several blocks of channels at a time.
     # So are weight gradients of two taps in a row, and of three but for the usual steps.
     f"{taps} taps, stride {stride}": Case(
-        2, channels, 11, 14, (taps, taps), (stride, stride), padding=(taps // 2, taps // 2), **LAST
+        2, channels, 11, 31, (taps, taps), (stride, stride), padding=(taps // 2, taps // 2), **LAST
     )
     for channels, taps, stride in ((208, 2, 2), (80, 3, 3), (64, 4, 4), (112, 5, 4), (192, 2, 4))
 } | {
     "unit steps, 2 taps": Case(2, 147, 9, 13, (2, 2), padding=(1, 1), **LAST),
+    "unit steps, 1 × 2 taps": Case(2, 72, 9, 13, (1, 2), padding="same", **LAST),
     "unit steps, 3 × 2 taps": Case(2, 72, 9, 13, (3, 2), padding="same", **LAST),
     "3 taps, dilation 2": Case(2, 80, 9, 13, (3, 3), padding="same", dilation=(2, 2), **LAST),
     "no bias": Case(2, 96, 11, 14, (2, 2), (2, 2), **LAST, bias=False),
@@ -314,6 +315,12 @@ COLUMNS_OF_TAPS = {
         2, 136, 14, 16, (3, 1), padding="same", **LAST
     ),
     "rows apart": Case(2, 136, 12, 13, (5, 1), padding="same", layout="cropped_channels_last"),
+}
+ONE_COLUMN = {
+    # Of contiguous maps the weight gradient of a column of taps is a column of sums, up to seven of
+    # which are taken together.
+    f"{taps} taps": Case(2, 20, 17, 9, (taps, 1), padding=(taps // 2, 0))
+    for taps in (4, 5, 6, 7, 9, 13)
 }
 OVERLAPPING = {
     # The weight gradient of channels_last maps in place: the last vector ends with the channels.
@@ -399,6 +406,7 @@ CASES = {
         "tiled": TILED,
         "by channels": BY_CHANNELS,
         "columns of taps": COLUMNS_OF_TAPS,
+        "one column": ONE_COLUMN,
         "overlapping": OVERLAPPING,
     }.items()
     for name, case in cases.items()
