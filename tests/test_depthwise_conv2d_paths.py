@@ -300,22 +300,32 @@ ONE_LEFT = {
     "rows apart": Case(2, 20, 12, 15, (4, 5), padding=(1, 2), layout="cropped_channels_last"),
     "no bias": Case(2, 20, 7, 7, (4, 4), padding=(2, 2), **LAST, bias=False),
 }
-COLUMNS_OF_TAPS = {
-    # A column of taps becomes a row where pixels of channels_last maps are long.
-    f"{taps} taps": Case(2, 136, 19, 12, (taps, 1), padding="same", **LAST)
-    for taps in (2, 3, 7, 11, 21)
-} | {
-    "stride 2": Case(2, 136, 19, 12, (7, 1), (2, 2), padding=(3, 0), **LAST),
-    "stride 2 of rows": Case(2, 136, 19, 12, (5, 1), (2, 1), padding=(2, 0), **LAST),
-    "dilated": Case(2, 136, 19, 12, (9, 1), padding=(8, 0), dilation=(2, 1), **LAST),
-    "padding beside it": Case(2, 136, 9, 5, (3, 1), padding=(1, 2), **LAST),
-    "uneven padding": Case(2, 136, 9, 5, (8, 1), padding="same", **LAST),
-    "covers the map": Case(2, 136, 7, 5, (13, 1), padding="same", **LAST),
-    "as many rows with the padding as columns": Case(
-        2, 136, 14, 16, (3, 1), padding="same", **LAST
-    ),
-    "rows apart": Case(2, 136, 12, 13, (5, 1), padding="same", layout="cropped_channels_last"),
-}
+COLUMNS_OF_TAPS = (
+    {
+        # A column of taps becomes a row where pixels of channels_last maps are long.
+        f"{taps} taps": Case(2, 136, 19, 12, (taps, 1), padding="same", **LAST)
+        for taps in (2, 3, 7, 11, 21)
+    }
+    | {
+        # So many rows that a task's weight gradient takes four of them together.
+        f"{taps} taps, {channels} channels of many rows": Case(
+            5, channels, 32, 6, (taps, 1), padding="same", **LAST
+        )
+        for channels, taps in ((40, 3), (40, 5), (72, 7), (136, 7))
+    }
+    | {
+        "stride 2": Case(2, 136, 19, 12, (7, 1), (2, 2), padding=(3, 0), **LAST),
+        "stride 2 of rows": Case(2, 136, 19, 12, (5, 1), (2, 1), padding=(2, 0), **LAST),
+        "dilated": Case(2, 136, 19, 12, (9, 1), padding=(8, 0), dilation=(2, 1), **LAST),
+        "padding beside it": Case(2, 136, 9, 5, (3, 1), padding=(1, 2), **LAST),
+        "uneven padding": Case(2, 136, 9, 5, (8, 1), padding="same", **LAST),
+        "covers the map": Case(2, 136, 7, 5, (13, 1), padding="same", **LAST),
+        "as many rows with the padding as columns": Case(
+            2, 136, 14, 16, (3, 1), padding="same", **LAST
+        ),
+        "rows apart": Case(2, 136, 12, 13, (5, 1), padding="same", layout="cropped_channels_last"),
+    }
+)
 ONE_COLUMN = {
     # Of contiguous maps the weight gradient of a column of taps is a column of sums, up to seven of
     # which are taken together.
