@@ -272,6 +272,45 @@ BY_CHANNELS = {
     "padding larger than the kernel": Case(2, 64, 6, 7, (2, 2), (2, 3), padding=(5, 7), **LAST),
     "rows apart": Case(2, 64, 12, 13, (3, 3), (3, 3), layout="cropped_channels_last"),
 }
+WIDE_STEPS = (
+    {
+        # Beyond a stride of two outputs share little, and phases of the input's gradient have few taps:
+        # one to three in a row, on few and on many columns.
+        f"{taps} taps, stride {stride}, {channels} channels on {width} columns": Case(
+            2, channels, 13, width, (taps, taps), (stride, stride), (taps // 2, taps // 2), **LAST
+        )
+        for channels, taps, stride, width in (
+            (64, 5, 3, 14),
+            (80, 5, 3, 37),
+            (64, 6, 3, 41),
+            (72, 6, 3, 23),
+            (128, 7, 4, 17),
+            (64, 7, 4, 50),
+            (96, 6, 4, 33),
+            (24, 7, 4, 29),
+            (64, 9, 3, 31),
+            (96, 11, 4, 35),
+            (64, 6, 2, 15),
+            (40, 6, 2, 30),
+        )
+    }
+    | {
+        # Weight gradients whose outputs share nothing, of as many channels as are taken together.
+        f"3 taps, stride {stride}, {channels} channels": Case(
+            3, channels, 14, 23, (3, 3), (stride, stride), padding=(1, 1), **LAST
+        )
+        for channels in (16, 32, 64)
+        for stride in (3, 4)
+    }
+    | {
+        "rows three and columns four apart": Case(2, 64, 14, 23, (5, 7), (3, 4), (2, 3), **LAST),
+        "many rows of a step": Case(2, 64, 30, 9, (12, 3), (3, 3), (4, 1), **LAST),
+        "wide steps, dilated": Case(
+            2, 64, 20, 24, (6, 6), (3, 3), padding=(5, 5), dilation=(2, 2), **LAST
+        ),
+        "wide steps, no padding, no bias": Case(2, 64, 15, 29, (6, 7), (3, 4), **LAST, bias=False),
+    }
+)
 ONE_LEFT = {
     # Tiles of 7 or 14 outputs leave one of a row, which is computed by itself. Beside these, rows
     # that look alike but leave none: some with 3 taps have tiles of 5, and sums in runs.
@@ -314,6 +353,18 @@ COLUMNS_OF_TAPS = (
         for channels, taps in ((40, 3), (40, 5), (72, 7), (136, 7))
     }
     | {
+        # Parts of an image of four rows each, of which the last is lower.
+        f"{taps} taps on {height} rows of {batch}": Case(
+            batch, channels, height, 5, (taps, 1), padding="same", **LAST
+        )
+        for batch, channels, height, taps in (
+            (1, 200, 28, 7),
+            (2, 72, 30, 5),
+            (3, 40, 29, 7),
+            (9, 24, 31, 4),
+        )
+    }
+    | {
         "stride 2": Case(2, 136, 19, 12, (7, 1), (2, 2), padding=(3, 0), **LAST),
         "stride 2 of rows": Case(2, 136, 19, 12, (5, 1), (2, 1), padding=(2, 0), **LAST),
         "dilated": Case(2, 136, 19, 12, (9, 1), padding=(8, 0), dilation=(2, 1), **LAST),
@@ -331,6 +382,10 @@ ONE_COLUMN = {
     # which are taken together.
     f"{taps} taps": Case(2, 20, 17, 9, (taps, 1), padding=(taps // 2, 0))
     for taps in (4, 5, 6, 7, 9, 13)
+} | {
+    # Of so many rows of taps that an image is not cut into as many parts as there could be.
+    "21 taps": Case(1, 40, 40, 17, (21, 1), padding=(10, 0)),
+    "13 × 2 taps, stride 2": Case(1, 24, 45, 20, (13, 2), (2, 1), padding=(6, 1)),
 }
 OVERLAPPING = {
     # The weight gradient of channels_last maps in place: the last vector ends with the channels.
@@ -415,6 +470,7 @@ CASES = {
         "few channels": FEW_CHANNELS,
         "tiled": TILED,
         "by channels": BY_CHANNELS,
+        "wide steps": WIDE_STEPS,
         "columns of taps": COLUMNS_OF_TAPS,
         "one column": ONE_COLUMN,
         "overlapping": OVERLAPPING,

@@ -248,13 +248,21 @@ void correlate_tiles(const Correlation<T, V, Taps>& correlation, int64_t i_begin
               for (; left >= 3; take(3))
                 add_taps<T, V, Taps, kRows, kColumns, 3>(sum, w, c.weight_column, s);
           }
-          for (; left > 0; take(1)) {
-            const Vec<T, V> tap = load<T, V>(w);
-            for (int r = 0; r < kRows; ++r)
-              for (int t = 0; t < kColumns; ++t)
-                sum[r][t] = Taps::multiply_add(
-                    sum[r][t], tap, load_aligned<V>(s[r] + t * (kUnitStep ? V : out_step_x)));
-          }
+          const auto add_single_taps = [&](int64_t column) __attribute__((always_inline)) {
+            for (; left > 0; take(1)) {
+              const Vec<T, V> tap = load<T, V>(w);
+              for (int r = 0; r < kRows; ++r)
+                for (int t = 0; t < kColumns; ++t)
+                  sum[r][t] =
+                      Taps::multiply_add(sum[r][t], tap, load_aligned<V>(s[r] + t * column));
+            }
+          };
+          // Of a step that is known, instructions hold the columns' addresses: there are not
+          // registers enough for them.
+          if (kUnitStep || c.x.out_step == 1)
+            add_single_taps(V);
+          else
+            add_single_taps(out_step_x);
         }
         const bool add = c.accumulate || !first;
 #pragma GCC unroll 8

@@ -293,15 +293,6 @@ int64_t channels_of(const ConvolvePlan& plan, const ConvolveTask& task, const La
                         plan.channels - task.block % plan.lanes.blocks_per_image * V);
 }
 
-// Rows [row_begin, row_end) of `count` channels from the first of `lanes` on, or if these do not
-// stand side by side of their planes.
-template <class S>
-Region rows_region(const MapView& map, const Lanes& lanes, int64_t count, int64_t row_begin,
-                   int64_t row_end) {
-  return lanes.adjacent ? channels_region<S>(map, lanes.offset[0], count, row_begin, row_end)
-                        : planes_region<S>(map, lanes, row_begin, row_end);
-}
-
 // Outputs [j, j + outputs) of a task, and the source rows that they read beyond those before them.
 template <class T, int V, class S>
 void look_ahead(const ConvolvePlan& plan, const ConvolveTask& task, int64_t j, int64_t steps,
@@ -319,8 +310,8 @@ void look_ahead(const ConvolvePlan& plan, const ConvolveTask& task, int64_t j, i
     row_begin = 2 * row_begin + plan.pair_shift;
     row_end = 2 * row_end + plan.pair_shift;
   }
-  ahead.first.begin(rows_region<S>(source, from, count, row_begin, row_end), steps);
-  ahead.second.begin(rows_region<S>(target, to, count, j * output_stride, end_j * output_stride),
+  ahead.first.begin(planes_region<S>(source, from, count, row_begin, row_end), steps);
+  ahead.second.begin(planes_region<S>(target, to, count, j * output_stride, end_j * output_stride),
                      steps, true);
 }
 
@@ -434,10 +425,10 @@ void look_ahead(const WeightGradientPlan& plan, const GradientRows& at, int64_t 
   const int64_t count = channels_of<V>(at.num_blocks, in, plan.channels - at.first * V);
   const int64_t step = plan.y.tap_step, end = row + plan.chunk;
   const int64_t first_row = at.begins ? row * step : (row - 1) * step + span;
-  ahead.first.begin(rows_region<S>(input, in, count, plan.y.origin + first_row,
-                                   plan.y.origin + (end - 1) * step + span),
+  ahead.first.begin(planes_region<S>(input, in, count, plan.y.origin + first_row,
+                                     plan.y.origin + (end - 1) * step + span),
                     steps);
-  ahead.second.begin(rows_region<S>(grad, out, count, row, end), steps);
+  ahead.second.begin(planes_region<S>(grad, out, count, row, end), steps);
 }
 
 template <class T, int V, class S>

@@ -50,6 +50,9 @@ constexpr int64_t kFewestPlanarRows = 4;
 // Positions of a flat plane: bits of a mask. With a stride, columns of both maps: two rows a
 // vector.
 constexpr int64_t kMostFlatPositions = 64, kMostSpreadColumns = 16;
+// Rows of grad_output that weight gradients in place take together where rows have one tap and all
+// steps are one: a row of the input, read once, meets them all, each with another kernel row.
+constexpr int64_t kGradRows = 4;
 
 // Forward or backward-input. A task is one band of output rows of buffer.blocks blocks of planes;
 // of planar kernels, of one plane; of the dense form, of one block, and in place, of all blocks of
@@ -100,9 +103,10 @@ struct WeightGradientPlan {
   Phase y, x;           // outputs are kernel elements, taps are positions of grad_output
   int64_t chunk;        // rows of grad_output at a time
   SourceBuffer buffer;  // of the input
-  int64_t num_parts;   // parts of the rows of all images (1 if cross_images), planar: of the images
-  int64_t num_groups;  // groups of blocks
-  FftConv fft;         // of the transform kernels
+  int64_t num_parts;  // parts of the rows of all images (1 if cross_images), planar: of the images
+  int64_t part_rows = 1;  // in place: parts begin where a multiple of so many rows of an image does
+  int64_t num_groups;     // groups of blocks
+  FftConv fft;            // of the transform kernels
   bool in_place = false;
   int64_t channels_together = 0;  // planar: whose sums are kept at a time
   void* partial;                  // [part][block][kH·kW + 1][V]; the last is the bias's gradient

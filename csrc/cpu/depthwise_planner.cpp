@@ -19,6 +19,10 @@ constexpr double kLeastTiledShare = 0.7, kLeastLongShare = 0.8;
 constexpr int64_t kMostTiledTaps = 49;
 constexpr int64_t kTiledWeightBytes = 384 * 1024;
 constexpr int64_t kSetsBytes = 4096;
+// Strided kernels in place: taps of a phase of outputs, at most; and where steps are this wide,
+// taps for each element of a step in both directions, at most, and vectors of channels, at least.
+constexpr int64_t kMostPhaseTaps = 9;
+constexpr int64_t kWideStep = 3, kMostTapsPerStep = 4, kFewestChannelVectors = 4;
 
 constexpr double kSupposedThreads = 4.0;
 // The time of direct sums of pairs of rows over that of single rows. Seen: 0.50 to 0.63.
@@ -189,6 +193,27 @@ bool tiles_in_place_serve(const ConvParams& p, const Phase& y, const Phase& x,
   return cheap_to_widen(p.storage, INT64_MAX) && share >= kLeastLongShare &&
          y.taps * x.taps * p.channels * arithmetic_bytes(p.storage) <= kTiledWeightBytes &&
          source.stride_w * storage_bytes(p.storage) % kSetsBytes != 0;
+}
+
+// Whether strided maps are read where they stand beyond what in_place_serves says: for outputs of
+// several phases, a row of few taps each, and for steps so wide that outputs share little, of
+// channels that fill the blocks that are then summed together.
+bool wide_steps_in_place(const ConvParams& p, const PlannedConvolution& planned) {
+  const ConvolvePlan& plan = planned.plan;
+  const auto most_taps = [](const std::vector<Phase>& phases) {
+    int64_t most = 0;
+    for (const Phase& phase : phases) most = std::max(most, phase.taps);
+    return most;
+  };
+  if (plan.source.stride_c != 1 || plan.target.stride_c != 1 || plan.lanes.cross_images)
+    return false;
+  const int64_t taps = most_taps(planned.phases_y) * most_taps(planned.phases_x);
+  if (planned.phases_y.size() > 1 && planned.phases_x.size() > 1) return taps <= kMostPhaseTaps;
+  const Phase &y = planned.phases_y[0], &x = planned.phases_x[0];
+  return y.out_step >= kWideStep && x.out_step >= kWideStep &&
+         taps <= kMostTapsPerStep * y.out_step * x.out_step &&
+         p.channels >= kFewestChannelVectors * planned.kernels->lanes &&
+         p.channels % planned.kernels->lanes == 0;
 }
 
 // The distance between neighbouring source rows or columns that any output reads. With several
@@ -362,7 +387,7 @@ PlannedConvolution plan_convolution(const ConvParams& p, const MapView& source,
     planned.kernel_name = "dense";
     return planned;
   }
-  if (in_place_serves(p, plan.lanes)) {
+  if (in_place_serves(p, plan.lanes) || wide_steps_in_place(p, planned)) {
     plan_in_place(planned, num_threads);
     planned.kernel_name = "in_place";
     return planned;

@@ -191,7 +191,7 @@ template <int V, class S, class Plan>
 void look_ahead(const Plan& plan, const MapView& map, int64_t block, int64_t steps,
                 Prefetcher& prefetcher) {
   const Lanes lanes = lanes_of<V>(plan.lanes, block, map, plan.batch, plan.channels);
-  prefetcher.begin(planes_region<S>(map, lanes, 0, map.height), steps);
+  prefetcher.begin(planes_region<S>(map, lanes, lanes.count, 0, map.height), steps);
 }
 
 template <class T, int V, class S>

@@ -24,8 +24,8 @@ constexpr int kWideTile =
 constexpr int64_t kMostSinglePhases = 8;
 
 // Outputs and blocks of channels that are summed at a time where outputs share next to nothing:
-// with a tap of each block they fill the registers.
-constexpr int kChannelOutputs = 6;
+// with a tap of each block they fill the registers. In rows with fewer such outputs, the few.
+constexpr int kChannelOutputs = 6, kFewChannelOutputs = 3;
 constexpr int kChannelBlocks = LKA_VECTOR_BYTES == 64 ? 4 : 2;
 
 // The least position from `at` on that is read, if every `apart`-th is, `origin` among them.
@@ -84,12 +84,23 @@ struct InPlaceRow {
       }
   }
 
+  // Whether outputs of a phase of columns share so little that many channels at a time are better
+  // than many outputs.
+  bool by_channels(const Phase& x) const {
+    if (plan.channels < kChannelBlocks * V || plan.channels % V != 0) return false;
+    if (x.out_step > 1) return x.taps <= x.out_step + 1 || x.out_step > 2;
+    return x.tap_step == 1 && (x.taps == 1 || (x.taps == 2 && x.count < kChannelOutputs));
+  }
+
   // Outputs of one phase of columns, whatever its steps.
   void outputs(int64_t phase) const {
     const Phase& x = plan.phases_x[phase];
-    if (x.out_step > 1 && x.taps <= x.out_step + 1 && plan.channels >= kChannelBlocks * V &&
-        plan.channels % V == 0)
-      return outputs_by_channels(phase);
+    if (by_channels(x)) {
+      const OutputRange whole = whole_outputs(x, plan.source.width);
+      if (whole.end - whole.begin < kChannelOutputs)
+        return outputs_by_channels<kFewChannelOutputs>(phase);
+      return outputs_by_channels<kChannelOutputs>(phase);
+    }
     InPlaceSums<T, S> sums;
     sums.source_row = source_row;
     sums.source_column = x.tap_step * plan.source.stride_w;
@@ -124,6 +135,7 @@ struct InPlaceRow {
 
   // The same of many channels at a time: steps leave next to nothing that outputs share, and what
   // is read lies side by side.
+  template <int kOutputs>
   void outputs_by_channels(int64_t phase) const {
     const Phase& x = plan.phases_x[phase];
     InPlaceBlocks<T, S> sums;
@@ -133,9 +145,9 @@ struct InPlaceRow {
     sums.weight_row = x.taps * V;
     sums.weight_block = plan.packed_taps * V;
     // Row m of the taps loads new row m: these very rows where taps are as far apart as rows that
-    // are read. The target is not loaded ahead.
+    // are read. The first phase loads for all. The target is not loaded ahead.
     sums.ahead = ahead.source;
-    sums.ahead_rows = ahead.rows;
+    sums.ahead_rows = phase > 0 ? 0 : ahead.rows;
     sums.ahead_columns = x.out_step / plan.columns_apart;
     sums.out_column = x.output_stride * plan.target.stride_w;
     const T* const first_weight = weight_of(phase);
@@ -158,7 +170,7 @@ struct InPlaceRow {
         blocks(Constant<kChannelBlocks>{}, block);
       for (; block < count; ++block) blocks(Constant<1>{}, block);
     };
-    over_outputs<kChannelOutputs>(x, some);
+    over_outputs<kOutputs>(x, some);
   }
 
   // Of outputs that meet one tap at most, those of one phase of columns: outputs [begin, begin +
@@ -444,13 +456,15 @@ void convolve_row(const InPlaceRow<T, V, S>& row) {
     return;
   for (int64_t phase = 0; phase < plan.num_phases_x; ++phase) {
     const Phase& x = plan.phases_x[phase];
-    const bool tiled = with_unit_tiles<T, S>(plan, x, row.taps_y, V, [&](auto tag) {
-      const int64_t apart =
-          x.taps == 1 ? x.out_step : x.tap_step;  // of one, the step means nothing
-      const int64_t ways = x.out_step == 1 ? apart : 1;
-      for (int64_t first = 0; first < ways && first < x.count; ++first)
-        RowTiles<T, V, S, typename decltype(tag)::Type>(plan, phase, first, apart).run(row);
-    });
+    const bool tiled =
+        !(x.out_step == 1 && row.by_channels(x)) &&
+        with_unit_tiles<T, S>(plan, x, row.taps_y, V, [&](auto tag) {
+          const int64_t apart =
+              x.taps == 1 ? x.out_step : x.tap_step;  // of one, the step means nothing
+          const int64_t ways = x.out_step == 1 ? apart : 1;
+          for (int64_t first = 0; first < ways && first < x.count; ++first)
+            RowTiles<T, V, S, typename decltype(tag)::Type>(plan, phase, first, apart).run(row);
+        });
     if (!tiled) row.outputs(phase);
   }
 }

@@ -10,6 +10,7 @@
 namespace {
 
 using lka::MapView;
+using lka::cpu::kGradRows;
 using lka::cpu::WeightGradientPlan;
 
 // Kernel rows whose gradients are summed together, by the taps of a row.
@@ -19,10 +20,9 @@ constexpr int tap_rows_together(int64_t taps) { return taps == 1 ? 7 : int(taps)
 constexpr int kBlocksOfOneTap = LKA_VECTOR_BYTES == 64 ? 2 : 1;
 constexpr int kBlocksOfTwoTaps = LKA_VECTOR_BYTES == 64 ? 4 : 1;
 constexpr int kBlocksOfThreeTaps = LKA_VECTOR_BYTES == 64 ? 2 : 1;
-
-// Rows of grad_output that are taken together where rows have one tap and all steps are one: a row
-// of the input, read once, meets them all, each with another kernel row.
-constexpr int kGradRows = 4;
+// The same of single rows of three taps, where outputs share nothing of the input and these are all
+// blocks: it is then read in the order of memory.
+constexpr int kBlocksOfOneRow = LKA_VECTOR_BYTES == 64 ? 4 : 2;
 
 // Columns of grad_output between two steps of loading ahead, whose cost stands beside few products;
 // but where each meets more of the input, so many lines at once would stall the processor.
@@ -36,9 +36,9 @@ constexpr int columns_per_step(int64_t columns_apart, int64_t taps, size_t eleme
 // grad_output meet input columns that are so far apart, neighbouring taps neighbouring ones: a
 // column shares kTaps - kApart of its own with the next. Where none is shared there may be several
 // blocks side by side, all of whose channels exist: pixels are read in longer runs.
-template <class T, int V, class S, int kApart, int kTaps, int kBlocks = 1>
+template <class T, int V, class S, int kApart, int kTaps, int kBlocks = 1,
+          int kTapRows = tap_rows_together(kTaps)>
 struct InPlaceProducts {
-  static constexpr int kTapRows = tap_rows_together(kTaps);
   static constexpr int kShared = kApart ? kTaps - kApart : 0;
   static_assert(kShared >= 0, "columns are read one after the other");
   static_assert(kBlocks == 1 || kShared == 0, "others keep columns for the next");
@@ -72,7 +72,8 @@ struct InPlaceProducts {
     const OutputRange whole = whole_outputs(as_outputs, map.width);
     // Of several blocks, the elements of the next row of grad_output and what it meets beyond this
     // one are loaded ahead one by one, beside those at hand: more lines at a time would wait for
-    // each other.
+    // each other. With single rows of taps the next row of the input is.
+    const int64_t rows_ahead = kTapRows == 1 ? 1 : plan.y.tap_step;
     const auto columns = [&](auto steps, auto live_rows) __attribute__((always_inline)) {
       constexpr int kSteps = decltype(steps)::value;  // of taps and rows, 0: nothing is loaded
       constexpr int kLiveRows = decltype(live_rows)::value;  // of kTapRows those that there are
@@ -98,7 +99,7 @@ struct InPlaceProducts {
               for (int b = 0; b < kBlocks; ++b) {
                 const S* const at = input_row[m] + column * stride + b * V;
                 if (n < kSteps && m >= kLiveRows - kSteps && b % kVectorsPerLine<V, S> == 0)
-                  __builtin_prefetch(at + plan.y.tap_step * map.stride_h);
+                  __builtin_prefetch(at + rows_ahead * map.stride_h);
                 sums[b].taps[m][n] += g[b] * element(at);
               }
         };
@@ -115,10 +116,11 @@ struct InPlaceProducts {
     const Phase& y = plan.y;
     const Constant<0> none;
     const Constant<1> one;
+    const Constant<kTaps> all_taps;
     const Constant<kTapRows> all_rows;
     const bool neighbours = kBlocks > 1 && y.out_step == 1 && x.out_step == 1;
     if (neighbours && y.tap_step >= kTaps && x.tap_step >= kTaps)
-      columns(all_rows, all_rows);
+      columns(all_taps, all_rows);
     else if (!neighbours || kTaps != 2 || y.tap_step != 1 || x.tap_step != 1)
       columns(none, all_rows);
     else if (live >= kTapRows)
@@ -332,8 +334,10 @@ void weight_gradient_in_place_as(const WeightGradientPlan& plan, int64_t begin, 
   const int64_t most = grad.width < kTogether ? kTogether / grad.width : 1;
   int64_t together = ceil_div(height, ceil_div(height, most));
   if (plan.x.count == 1) together = ceil_div(together, kGradRows) * kGradRows;
+  const int64_t units = ceil_div(height, plan.part_rows);  // of an image, the last may be lower
   const auto first_row_of = [&](int64_t part) {
-    return part * plan.batch * height / plan.num_parts;
+    const int64_t unit = part * plan.batch * units / plan.num_parts;
+    return unit / units * height + unit % units * plan.part_rows;
   };
   const auto block_of = [&](int64_t group) { return group * blocks / plan.num_groups; };
   // From `row` on, as many as are taken together: of one image.
@@ -343,6 +347,8 @@ void weight_gradient_in_place_as(const WeightGradientPlan& plan, int64_t begin, 
   };
   const auto meets = [&](int64_t i) { return plan.y.origin + i * plan.y.tap_step; };
   const int64_t span = (plan.y.count - 1) * plan.y.out_step + 1;
+  const bool in_order = plan.channels == kBlocksOfOneRow * V && plan.x.out_step == 1 &&
+                        plan.x.tap_step >= plan.x.count && plan.y.tap_step >= span;
   Ahead ahead;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t part = task / plan.num_groups, group = task % plan.num_groups;
@@ -387,17 +393,23 @@ void weight_gradient_in_place_as(const WeightGradientPlan& plan, int64_t begin, 
         T* const gradient = partial + block * elements;
         T* const first_tap =
             gradient + (plan.y.first_output * plan.kernel_w + plan.x.first_output) * V;
-        const auto add = [&](auto columns_apart, auto row_of_taps, auto blocks_together) {
+        const auto add_rows = [&](auto columns_apart, auto row_of_taps, auto blocks_together,
+                                  auto rows_of_taps) {
           constexpr int kTogetherBlocks = decltype(blocks_together)::value;
+          constexpr int kRowsOfTaps = decltype(rows_of_taps)::value;
           const InPlaceProducts<T, V, S, decltype(columns_apart)::value,
-                                decltype(row_of_taps)::value, kTogetherBlocks>
+                                decltype(row_of_taps)::value, kTogetherBlocks, kRowsOfTaps>
               products = {plan, static_cast<const S*>(grad.data) + image * grad.stride_b + channel,
                           static_cast<const S*>(input.data) + image * input.stride_b + channel,
                           left + repeated < V ? int(left) : V, int(repeated)};
-          for (int64_t m = 0; m < plan.y.count; m += products.kTapRows)
+          for (int64_t m = 0; m < plan.y.count; m += kRowsOfTaps)
             products.add(i, rows, m, first_tap + m * plan.kernel_w * V,
                          m == 0 ? gradient + taps * V : nullptr, ahead);
           many = kTogetherBlocks;
+        };
+        const auto add = [&](auto columns_apart, auto row_of_taps, auto blocks_together) {
+          add_rows(columns_apart, row_of_taps, blocks_together,
+                   Constant<tap_rows_together(decltype(row_of_taps)::value)>{});
         };
         const bool whole = left + repeated >= V;
         const auto whole_blocks = [&](auto count) {
@@ -411,10 +423,13 @@ void weight_gradient_in_place_as(const WeightGradientPlan& plan, int64_t begin, 
         const Constant<kBlocksOfOneTap> blocks_of_one;
         const Constant<kBlocksOfTwoTaps> blocks_of_two;
         const Constant<kBlocksOfThreeTaps> blocks_of_three;
+        const Constant<kBlocksOfOneRow> blocks_of_a_row;
         if (plan.x.count == 3 && apart == 2 && whole)
           add(two, three, one);
         else if (plan.x.count == 3 && apart == 1 && whole)
           add(one, three, one);
+        else if (plan.x.count == 3 && in_order && whole_blocks(blocks_of_a_row))
+          add_rows(any, three, blocks_of_a_row, one);
         else if (plan.x.count == 3 && whole_blocks(blocks_of_three))
           add(any, three, blocks_of_three);
         else if (plan.x.count == 3)

@@ -193,14 +193,14 @@ Region channels_region(const lka::MapView& map, int64_t offset, int64_t count, i
           map.stride_h * kSize};
 }
 
-// Rows [row_begin, row_end) of the planes of a block of lanes, as far as the map goes; nothing
-// where they have gaps or do not stand at equal distances.
+// Rows [row_begin, row_end) of `count` channels that begin with a block of lanes, as far as the map
+// goes. Where the lanes' planes do not stand side by side these are all: then nothing if they have
+// gaps or do not stand at equal distances.
 template <class S>
-Region planes_region(const lka::MapView& map, const Lanes& lanes, int64_t row_begin,
+Region planes_region(const lka::MapView& map, const Lanes& lanes, int64_t count, int64_t row_begin,
                      int64_t row_end) {
   constexpr int64_t kSize = sizeof(S);
-  if (lanes.adjacent)
-    return channels_region<S>(map, lanes.offset[0], lanes.count, row_begin, row_end);
+  if (lanes.adjacent) return channels_region<S>(map, lanes.offset[0], count, row_begin, row_end);
   if (map.stride_w != 1 || (map.height > 1 && map.stride_h != map.width)) return {};
   const int64_t step = lanes.count > 1 ? lanes.offset[1] - lanes.offset[0] : 0;
   for (int l = 1; l < lanes.count; ++l)

@@ -15,6 +15,9 @@ constexpr int64_t kPositionsPerPart = 384;
 // Blocks of channels that are taken together where maps are read where they stand: a pixel is read
 // in long runs.
 constexpr int64_t kInPlaceBlocks = 12;
+// Columns of so many taps or more take kGradRows rows together, of images of so many rows or more:
+// of lower ones the rows that are left over are too many, and with fewer taps little is shared.
+constexpr int64_t kFewestTapsOfParts = 4, kFewestRowsOfParts = 28;
 // Sums of the channels that planar kernels take together.
 constexpr int64_t kPlanarSumsBytes = 16 * 1024;
 
@@ -70,8 +73,16 @@ void plan_in_place(PlannedWeightGradient& planned) {
   plan.in_place = true;
   overlapping_blocks(plan.storage, plan.batch, plan.channels, plan.lanes, planned.kernels);
   const int64_t blocks = plan.lanes.blocks_per_image, rows = plan.batch * plan.grad_output.height;
+  const auto unit_step = [](const Phase& f) { return f.out_step == 1 && f.tap_step == 1; };
+  if (plan.x.count == 1 && plan.y.count >= kFewestTapsOfParts && unit_step(plan.y) &&
+      unit_step(plan.x) && plan.grad_output.height >= kFewestRowsOfParts)
+    plan.part_rows = kGradRows;
+  const int64_t units = plan.batch * ceil_div(plan.grad_output.height, plan.part_rows);
   plan.num_groups = std::min(ceil_div(blocks, kInPlaceBlocks), kWeightGradientTasks);
-  plan.num_parts = std::min(rows, ceil_div(kWeightGradientTasks, plan.num_groups));
+  plan.num_parts = std::min(units, ceil_div(kWeightGradientTasks, plan.num_groups));
+  // Of few parts there are more groups, of two blocks at least.
+  plan.num_groups = std::max(plan.num_groups,
+                             std::min(ceil_div(blocks, 2), kWeightGradientTasks / plan.num_parts));
   planned.num_tasks = plan.num_groups * plan.num_parts;
   const int64_t taps = plan.kernel_h * plan.kernel_w;
   planned.partial_elements = blocks * plan.num_parts * (taps + 1) * plan.lanes.lanes;
@@ -195,12 +206,17 @@ PlannedWeightGradient plan_backward_weight(const ConvParams& p) {
                        ? 1
                        : std::min({p.batch * p.output.height, kWeightGradientTasks,
                                    std::max<int64_t>(1, p.batch * positions / kPositionsPerPart)});
-  plan.num_groups = std::min(blocks, ceil_div(kWeightGradientTasks, plan.num_parts));
-
-  const int64_t bytes = plan.lanes.lanes * arithmetic_bytes(p.storage);
   const int64_t span = std::max<int64_t>(1, (plan.y.count - 1) * plan.y.out_step + 1);
   const int64_t step = plan.y.tap_step;
   const bool together = p.input.stride_c == 1 && p.output.stride_c == 1 && !plan.lanes.cross_images;
+  // Every part unpacks what its first rows read before them: of planes, which have no neighbours to
+  // be read with, rather more groups.
+  if (!together)
+    plan.num_parts =
+        std::min(plan.num_parts, std::max<int64_t>(1, p.batch * p.output.height * step / span));
+  plan.num_groups = std::min(blocks, ceil_div(kWeightGradientTasks, plan.num_parts));
+
+  const int64_t bytes = plan.lanes.lanes * arithmetic_bytes(p.storage);
   plan.chunk = choose_chunk(plan.buffer, together ? ceil_div(blocks, plan.num_groups) : 1, bytes,
                             span, step, together ? 0 : p.output.width * bytes, p.output.height,
                             ceil_div(kTransposedPositions, p.output.width));
