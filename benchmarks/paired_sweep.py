@@ -1,12 +1,15 @@
 """Which of many small problems are slower than ``F.conv2d`` in the layout that they are given?
 
     python benchmarks/paired_sweep.py [--dtype float32] [--threads 1] [--channels 3 16 20 64 192]
-                                      [--stride 1 | --geometries]
+                                      [--stride 1 | --geometries] [--itself]
 
 Goes through batches of 1 and 8, maps of 7 to 56 and every direction and layout: kernels of 3, 5 and
 7 with one stride, or a list of extents, strides and dilations. Whatever is below 0.97 at first is
 measured twice more, longer and with new tensors, and printed if it stays below 0.95. As in
 ``paired.py``, whose calls these are, inputs take turns; set glibc's variables as described there.
+
+``--itself`` compares ``F.conv2d`` with ``F.conv2d`` on tensors of its own: what is printed then
+lies below 0.95 by chance, by where tensors stand and what is in the caches.
 """
 
 from __future__ import annotations
@@ -48,11 +51,13 @@ class Cell(NamedTuple):
     layout: torch.memory_format
     direction: str
 
-    def ratio(self, dtype: torch.dtype, rounds: int, seconds: float) -> tuple[float, float]:
-        """Torch's time divided by ours, and ours in milliseconds."""
+    def ratio(
+        self, dtype: torch.dtype, rounds: int, seconds: float, function=depthwise_conv2d
+    ) -> tuple[float, float]:
+        """Torch's time divided by that of ``function``, and the latter in milliseconds."""
         ours, theirs = (
-            paired.calls(function, self.shape, self.layout, dtype, self.direction, self.stride)
-            for function in (depthwise_conv2d, F.conv2d)
+            paired.calls(call, self.shape, self.layout, dtype, self.direction, self.stride)
+            for call in (function, F.conv2d)
         )
         return paired.compare(ours, theirs, rounds, seconds)
 
@@ -66,6 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument("--stride", type=int, default=1)
     parser.add_argument("--geometries", action="store_true")
+    parser.add_argument("--itself", action="store_true", help="F.conv2d against itself")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -75,17 +81,19 @@ def main(arguments: list[str] | None = None) -> int:
     )
     print(
         f"{info.processor_name()}, {info._extension.instruction_set()}, torch {torch.__version__}, "
-        f"{options.threads} thread(s), {options.dtype}: torch's time / ours",
+        f"{options.threads} thread(s), {options.dtype}: torch's time / "
+        + ("its own" if options.itself else "ours"),
         flush=True,
     )
+    function = F.conv2d if options.itself else depthwise_conv2d
     suspects, total = [], 0
     for cell in cells(options.channels, options.sizes, geometries):
         total += 1
-        if cell.ratio(dtype, 3, 0.1)[0] < 0.97:
+        if cell.ratio(dtype, 3, 0.1, function)[0] < 0.97:
             suspects.append(cell)
     slower = 0
     for cell in suspects:
-        ratio, milliseconds = max(cell.ratio(dtype, 15, 1.0) for _ in range(2))
+        ratio, milliseconds = max(cell.ratio(dtype, 15, 1.0, function) for _ in range(2))
         if ratio < 0.95:
             slower += 1
             layout = "contiguous" if cell.layout == torch.contiguous_format else "channels_last"

@@ -274,8 +274,8 @@ BY_CHANNELS = {
 }
 WIDE_STEPS = (
     {
-        # Beyond a stride of two outputs share little, and phases of the input's gradient have few taps:
-        # one to three in a row, on few and on many columns.
+        # Beyond a stride of two outputs share little, and phases of the input's gradient have few
+        # taps: one to three in a row, on few and on many columns.
         f"{taps} taps, stride {stride}, {channels} channels on {width} columns": Case(
             2, channels, 13, width, (taps, taps), (stride, stride), (taps // 2, taps // 2), **LAST
         )
