@@ -185,6 +185,11 @@ bool tiles_in_place_serve(const ConvParams& p, const Phase& y, const Phase& x,
       lanes.cross_images || x.taps < 1)
     return false;
   if (pairs_serve(p.storage, y)) return x.taps <= 2 && y.taps <= 2;
+  // Of dilated taps so few outputs belong together that every tile lies at an edge: one block of
+  // channels is sooner unpacked.
+  if (p.channels <= lanes.lanes && x.tap_step > 1 &&
+      ceil_div(x.count, x.tap_step) < 2 * kRowTileColumns)
+    return false;
   const double share = tiled_share(p, y, x, lanes);
   if (y.taps * x.taps <= kMostTiledTaps && (!is_long_row(x) || y.taps == 1))
     return cheap_to_widen(p.storage, target.width) && share >= kLeastTiledShare;

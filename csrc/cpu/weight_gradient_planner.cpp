@@ -15,9 +15,10 @@ constexpr int64_t kPositionsPerPart = 384;
 // Blocks of channels that are taken together where maps are read where they stand: a pixel is read
 // in long runs.
 constexpr int64_t kInPlaceBlocks = 12;
-// Columns of so many taps or more take kGradRows rows together, of images of so many rows or more:
-// of lower ones the rows that are left over are too many, and with fewer taps little is shared.
-constexpr int64_t kFewestTapsOfParts = 4, kFewestRowsOfParts = 28;
+// Columns of taps in place: seven kernel rows are summed together, and twice as many in turn on
+// images of so many rows or more. There, with this many taps or more, parts begin with a multiple
+// of kGradRows rows: on lower images too many are left over, and of fewer taps little is shared.
+constexpr int64_t kColumnTaps = 7, kFewestRowsOfParts = 28, kFewestTapsOfParts = 4;
 // Sums of the channels that planar kernels take together.
 constexpr int64_t kPlanarSumsBytes = 16 * 1024;
 
@@ -63,7 +64,8 @@ void plan_flat(PlannedWeightGradient& planned) {
 // Weight gradients of few taps read both maps where they stand without a stride, too, with the 32
 // registers of vectors of 64 bytes, if channels fill one.
 bool in_place_serves_unit_steps(const ConvParams& p, int64_t taps_y, int64_t taps_x) {
-  const bool few_rows = taps_x == 3 ? taps_y == 3 : taps_x == 1 ? taps_y <= 7 : taps_y <= 4;
+  const int64_t column = p.output.height >= kFewestRowsOfParts ? 2 * kColumnTaps : kColumnTaps;
+  const bool few_rows = taps_x == 3 ? taps_y == 3 : taps_x == 1 ? taps_y <= column : taps_y <= 4;
   return has_wide_vectors(p.storage) && unit_steps(p) && few_rows && p.input.stride_c == 1 &&
          p.output.stride_c == 1 && p.channels >= kernels(p.storage).full.lanes;
 }
@@ -149,8 +151,9 @@ bool plan_fft_if_better(const ConvParams& p, PlannedWeightGradient& planned) {
 }  // namespace
 
 PlannedWeightGradient plan_backward_weight(const ConvParams& p) {
-  // In place, 7 kernel rows are taken together.
-  if (p.kernel_h > 7 && column_of_taps(p)) return plan_backward_weight(turned(p));
+  if (p.kernel_h > kColumnTaps && column_of_taps(p) &&
+      !in_place_serves_unit_steps(p, p.kernel_h, p.kernel_w))
+    return plan_backward_weight(turned(p));
   PlannedWeightGradient planned;
   WeightGradientPlan& plan = planned.plan;
   plan.storage = p.storage;
