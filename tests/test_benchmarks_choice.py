@@ -15,11 +15,13 @@ DIRECTIONS = {"forward": "forward", "dX": "backward_input", "dW": "backward_weig
 
 
 def measured() -> list:
-    """(key, peers) of every case whose methods were measured beside "auto"."""
+    """(key, peers) of every case on a CPU whose methods were measured beside "auto"."""
+    results = [load(file) for file in sorted(Path(FOLDER).glob("*.json"))]
     return [
-        pytest.param(key, peers, id=f"{file.stem} {key}")
-        for file in sorted(Path(FOLDER).glob("*.json"))
-        for key, peers in load(file).cases.items()
+        pytest.param(key, peers, id=f"{result.path.stem} {key}")
+        for result in results
+        if result.facts["device"] == "cpu"
+        for key, peers in result.cases.items()
         if {"ours", "ours_direct", "ours_fft"} <= peers.keys()
     ]
 
