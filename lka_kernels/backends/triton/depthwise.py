@@ -4,7 +4,7 @@
 running them: from tensors on the meta device too, which is how they are compiled without a GPU.
 Each takes the arguments of its operator and a form: "direct", "patch" and "dense" of forward and
 backward-input, "direct", "rows" and "dense" of backward-weight; "gemm" is the best of all but the
-direct one, and "auto" decides by sizes (``lka_kernels/tiles.py``). Both move channels_last maps to
+direct one, and "auto" decides by sizes (``lka_kernels/tiles``). Both move channels_last maps to
 planes for the tensor cores, "auto" in 16-bit types and where this pays.
 """
 

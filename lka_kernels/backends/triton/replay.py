@@ -2,7 +2,7 @@
 
 To plan a call and to bind and specialise some 40 arguments of every launch takes the host longer
 than many a kernel takes the GPU. All of it follows from the call's key: dtypes, shapes, strides,
-devices and alignments of its tensors, its other arguments, the precision switch and ``tiles.py``.
+devices and alignments of its tensors, its other arguments, the precision switch and ``tiles``.
 The first call with a key runs as it is written and is watched; the recipe made of it holds
 
 - tensors to allocate, those of its results and its workspaces,
@@ -145,7 +145,7 @@ _UNKNOWN = object()
 
 
 def forget_all() -> None:
-    """Start afresh: for whoever changes what plans follow, ``tiles.py``'s own names excepted."""
+    """Start afresh: for whoever changes what plans follow, names of ``tiles`` excepted."""
     _State.memory = _Memory(())
 
 
@@ -207,7 +207,7 @@ def remembered(name: str, *switches) -> Callable[[Callable], Callable]:
 
 
 def _memory() -> _Memory:
-    """The recipes made with tiles.py as it is now: measurements and tests replace its names."""
+    """The recipes made with ``tiles`` as it is now: measurements and tests replace its names."""
     of_tiles = tuple(vars(tiles).values())
     memory = _State.memory
     if memory.of_tiles != of_tiles:

@@ -1,7 +1,7 @@
 """Warps and stages of launches by timing, kept on disk for every device and version.
 
-Off unless LKA_TRITON_TUNE=1 is in the environment: what ``tiles.py`` says stands until this has
-been shown to be worth its time on a GPU. A launch is timed with at most five choices, which change
+Off unless LKA_TRITON_TUNE=1 is in the environment: what ``tiles`` says stands until this has been
+shown to be worth its time on a GPU. A launch is timed with at most five choices, which change
 nothing but how its work is laid out on threads and in time; sums within a program may then be
 rounded in another order, so that results are the same from run to run only once the choices are in
 the file.
