@@ -273,6 +273,55 @@ def test_small_strided_kernels_read_channels_last_maps_in_place(kernel, name):
 
 
 @pytest.mark.usefixtures("compiled_cpu")
+@pytest.mark.parametrize(
+    ("kernel", "stride", "forward", "backward_input"),
+    [
+        (6, 3, "in_place", "in_place"),
+        (7, 4, "in_place", "in_place"),
+        (7, 3, "blocks", "in_place"),  # outputs share more; phases have at most three taps in a row
+        (9, 4, "blocks", "in_place"),
+        (13, 4, "blocks", "blocks"),
+    ],
+)
+def test_wide_strides_read_channels_last_maps_in_place(kernel, stride, forward, backward_input):
+    arguments = call(
+        input=torch.zeros(8, 64, 56, 56).contiguous(memory_format=torch.channels_last),
+        weight=torch.zeros(64, 1, kernel, kernel),
+    )
+    text = explain(**arguments, stride=stride, padding=kernel // 2)
+    assert f"choose forward {forward}, backward_input {backward_input}, " in text
+
+
+@pytest.mark.usefixtures("compiled_cpu")
+@pytest.mark.parametrize(
+    ("side", "taps", "name"),
+    [(28, 7, "in_place"), (28, 14, "in_place"), (28, 15, "blocks"), (14, 11, "blocks")],
+)
+def test_weight_gradients_of_columns_of_taps_in_place(side, taps, name):
+    arguments = call(
+        input=torch.zeros(8, 64, side, side).contiguous(memory_format=torch.channels_last),
+        weight=torch.zeros(64, 1, taps, 1),
+    )
+    if not _extension.instruction_set().startswith("avx512"):
+        name = "blocks"
+    text = explain(**arguments, padding=(taps // 2, 0))
+    assert f"backward_weight {name}\n" in text
+
+
+@pytest.mark.usefixtures("compiled_cpu")
+@pytest.mark.parametrize(("side", "name"), [(28, "blocks"), (56, "in_place")])
+def test_few_dilated_columns_of_one_block_of_channels_are_unpacked(side, name):
+    lanes = 16 if _extension.instruction_set().startswith("avx512") else 8
+    if _extension.instruction_set() == "baseline":
+        lanes = 4
+    arguments = call(
+        input=torch.zeros(8, lanes, side, side).contiguous(memory_format=torch.channels_last),
+        weight=torch.zeros(lanes, 1, 3, 3),
+    )
+    assert f"choose forward {name}, " in explain(**arguments, padding=3, dilation=3)
+
+
+@pytest.mark.usefixtures("compiled_cpu")
 def test_bfloat16_rows_stand_in_pairs_where_the_processor_multiplies_them():
     arguments = call(
         input=torch.zeros(1, 192, 28, 9, dtype=torch.bfloat16).contiguous(
