@@ -30,7 +30,7 @@ TRANSFORMED = [
 # Rows of more than 7 taps, summed in place.
 LONG_ROWS = [
     AdapterCase(4, 20, 9, (12, 14), (10, 9), prefix=1, residual=True),
-    AdapterCase(5, 33, 16, (14, 25), (5, 12), dilation=2, dropout=0.3, position="both"),
+    AdapterCase(5, 33, 16, (14, 28), (5, 12), dilation=2, dropout=0.3, position="both"),
     AdapterCase(6, 10, 33, (9, 20), (3, 11), prefix=2, prefix_mode="zero", activation="silu"),
 ]
 # Too few images for threads; direct sums.
