@@ -257,8 +257,8 @@ void correlate_tiles(const Correlation<T, V, Taps>& correlation, int64_t i_begin
                       Taps::multiply_add(sum[r][t], tap, load_aligned<V>(s[r] + t * column));
             }
           };
-          // Of a step that is known, instructions hold the columns' addresses: there are not
-          // registers enough for them.
+          // A step that the compiler knows stands in the instructions. Of another one, the
+          // addresses of a tile's columns take more registers than there are.
           if (kUnitStep || c.x.out_step == 1)
             add_single_taps(V);
           else

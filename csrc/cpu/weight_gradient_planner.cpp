@@ -82,7 +82,7 @@ void plan_in_place(PlannedWeightGradient& planned) {
   const int64_t units = plan.batch * ceil_div(plan.grad_output.height, plan.part_rows);
   plan.num_groups = std::min(ceil_div(blocks, kInPlaceBlocks), kWeightGradientTasks);
   plan.num_parts = std::min(units, ceil_div(kWeightGradientTasks, plan.num_groups));
-  // Of few parts there are more groups, of two blocks at least.
+  // Of few parts there are more groups, of two blocks, or one where their number is odd.
   plan.num_groups = std::max(plan.num_groups,
                              std::min(ceil_div(blocks, 2), kWeightGradientTasks / plan.num_parts));
   planned.num_tasks = plan.num_groups * plan.num_parts;

@@ -3,7 +3,8 @@
 Each number is reasoned, or measured where that is said, and the reason stands beside it.
 ``docs/kernel-notes.md`` has the estimates they lead to and what was measured on an H100.
 
-Kernels' plans look names up here at every call, so that a measurement or a test can replace one.
+Kernels' plans look names up here at every call, so that a measurement or a test can replace one;
+what these modules use of their own stays.
 """
 
 from lka_kernels.tiles.adapter import (
